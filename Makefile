@@ -1,0 +1,48 @@
+# Every target builds what it needs; the first one takes the time of an install.
+PYTHON ?= python3.11
+VENV ?= .venv
+# Another interpreter gets a folder of its own, so `make test PYTHON=python3.12` is safe.
+ifneq ($(PYTHON),python3.11)
+VENV := .venv-$(notdir $(PYTHON))
+endif
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv demo test lint format lock wheel clean
+
+help:  ## show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+venv: $(STAMP)  ## the environment, from requirements.lock
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+demo: venv  ## seed, train, evaluate, register and promote a model in ./.demo
+	$(BIN)/tunix-mlflow demo
+
+test: venv  ## the tests
+	$(BIN)/python -m pytest -q
+
+lint: venv  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv  ## put the code into the house's style
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+lock: venv  ## resolve requirements.lock anew, for every supported Python and platform
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
+		--output-file requirements.lock
+
+wheel: venv  ## sdist and wheel in dist/
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+clean:  ## remove what the targets made, the demo's store included
+	rm -rf .venv .venv-* .demo dist

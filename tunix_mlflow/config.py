@@ -1,0 +1,371 @@
+"""Configuration: strict, frozen values, read from YAML plus dotted overrides.
+
+A file may name another in ``extends:``; overrides (``training.steps=200``) come last. The
+result is one :class:`Config`, whose canonical JSON is a run's ``config.json`` and whose
+digest names it. Unknown keys, wrong types and values out of range are a ConfigError that
+names the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+from msgspec import Meta, Struct
+
+from tunix_mlflow.errors import ConfigError
+
+Positive = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[int, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+Above0 = Annotated[float, Meta(gt=0.0)]
+AtLeast0 = Annotated[float, Meta(ge=0.0)]
+
+
+class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class DataConfig(_Section, frozen=True):
+    """How examples become rows of tokens."""
+
+    include_steps: bool = True
+    """Train on the reasoning steps before the answer; false: on the answer alone."""
+    sequence_length: Annotated[int, Meta(ge=16, le=131_072)] | None = None
+    """Tokens in a row; null: the smallest multiple of 128 that holds the longest example."""
+    overlong: Literal["error", "truncate", "drop"] = "error"
+    """What to do with an example that is longer than a row; counts are reported."""
+    packing: bool = True
+    """Put several examples into one row, kept apart by segment ids."""
+    train_split: str = "train"
+    """The split that is trained on."""
+
+
+class ModelConfig(_Section, frozen=True):
+    """The decoder's shape."""
+
+    layers: Positive = 2
+    """Number of blocks."""
+    width: Positive = 128
+    """Width of the residual stream."""
+    heads: Positive = 4
+    """Query heads; must divide by kv_heads."""
+    kv_heads: Positive = 2
+    """Key/value heads (grouped-query attention)."""
+    head_dim: Positive | None = None
+    """Width of one head, even; null: width / heads."""
+    mlp_width: Positive = 352
+    """Hidden width of the SwiGLU feed-forward."""
+    rope_theta: Above0 = 10_000.0
+    """Base of the rotary position frequencies."""
+    tie_embeddings: bool = True
+    """Use the embedding table as the output projection."""
+    norm_epsilon: Above0 = 1e-6
+    """Added to the mean square in RMSNorm."""
+
+
+class OptimizerConfig(_Section, frozen=True):
+    """The update rule and its schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for hidden matrices with AdamW for embeddings and norms."""
+    learning_rate: Above0 = 1e-3
+    """Peak learning rate."""
+    adam_learning_rate: Above0 = 1e-3
+    """Muon only: peak learning rate of the parameters that AdamW updates."""
+    warmup_steps: NonNegative = 10
+    """Steps of linear warm-up from 0."""
+    final_fraction: Fraction = 0.1
+    """The cosine ends at this fraction of the peak."""
+    b1: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.9
+    """AdamW's first-moment decay."""
+    b2: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.95
+    """AdamW's second-moment decay."""
+    weight_decay: AtLeast0 = 0.01
+    """Decoupled weight decay, on matrices only."""
+    clip_norm: Above0 = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+class TrainingConfig(_Section, frozen=True):
+    """The loop."""
+
+    steps: Positive = 200
+    """Optimizer updates."""
+    batch_size: Positive = 8
+    """Rows in one update."""
+    microbatch_size: Positive | None = None
+    """Rows in one forward and backward pass, a divisor of batch_size; null: all of them."""
+    eval_every_steps: NonNegative = 100
+    """Held-out loss every so many steps, and after the last; 0: never."""
+    save_every_steps: NonNegative = 100
+    """A checkpoint every so many steps, and after the last; 0: only after the last."""
+    deterministic: bool = False
+    """On a GPU: ask XLA for deterministic kernels. A CPU is deterministic as it is."""
+
+
+class EvaluationConfig(_Section, frozen=True):
+    """Scoring generated answers."""
+
+    split: str = "test"
+    """The held-out split."""
+    limit: Positive | None = None
+    """Score only the first so many examples; null: all."""
+    batch_size: Positive = 64
+    """Prompts generated at a time."""
+    max_new_tokens: Positive | None = None
+    """Longest completion; null: the longest of the split's own, plus a quarter."""
+    samples: NonNegative = 100
+    """Held-out examples that training answers at its end, for its table and exact match."""
+
+
+class CheckpointsConfig(_Section, frozen=True):
+    """What to keep in order to resume."""
+
+    keep_last: Positive = 3
+    """Local checkpoints that stay; older ones go once the next is safe."""
+    upload: bool = True
+    """Copy each checkpoint to the run's artifacts, in the background."""
+
+
+class TrackingConfig(_Section, frozen=True):
+    """Where runs are recorded."""
+
+    experiment: str | None = None
+    """MLflow experiment; null: MLFLOW_EXPERIMENT_NAME, else tunix-mlflow."""
+    run_name: str | None = None
+    """Name of the run; null: dataset and configuration."""
+    offline: bool = False
+    """Record in a private store below the state root, and touch no server."""
+    system_metrics: bool = True
+    """Sample CPU, memory and GPU use into the run."""
+
+
+class PromotionConfig(_Section, frozen=True):
+    """The gate to the alias `champion`."""
+
+    model: str | None = None
+    """Registered model name; null: the dataset's name."""
+    thresholds: dict[str, float] = msgspec.field(default_factory=lambda: {"exact_match": 0.5})
+    """Metric -> the least value that passes, on the evaluated dataset."""
+
+
+class BenchmarkConfig(_Section, frozen=True):
+    """The bench entry point."""
+
+    suite: Literal["train"] = "train"
+    """What is measured."""
+    warmup_steps: Positive = 3
+    """Steps that are not counted."""
+    steps: Positive = 20
+    """Steps in one repeat."""
+    repeats: Positive = 3
+    """Repeats, for the median and the spread."""
+
+
+class Config(_Section, frozen=True):
+    """One run's whole configuration."""
+
+    seed: NonNegative = 0
+    """Seeds the parameters and the order of batches."""
+    dataset: str | None = None
+    """Key of a manifest, name-version."""
+    device: str = "auto"
+    """auto, cpu, gpu or tpu, with an optional index: gpu:1."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    promotion: PromotionConfig = PromotionConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+
+
+def load(source: str | Path | None, overrides: Mapping[str, str], presets: Path) -> Config:
+    """Read a configuration.
+
+    Args:
+        source: a YAML file, or the name of a preset, or None for the defaults.
+        overrides: dotted key -> text, as typed on a command line.
+        presets: the folder of the named presets.
+
+    Raises:
+        ConfigError: naming the file and the key.
+    """
+    where = "the command line"
+    tree: dict[str, Any] = {}
+    if source is not None:
+        path = find(source, presets)
+        where = str(path)
+        tree = _read(path, ())
+    for key, text in overrides.items():
+        _set(tree, key, text)
+    return resolve(tree, where)
+
+
+def resolve(tree: Mapping[str, Any], where: str) -> Config:
+    """Turn a plain tree into a validated Config.
+
+    Raises:
+        ConfigError: naming `where` and the dotted key.
+    """
+    _reject_unknown(Config, tree, "", where)
+    try:
+        # Not strict: YAML reads 1e-3 as text, and overrides are text.
+        config = msgspec.convert(tree, Config, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{_at_key(str(error), tree)} (in {where})") from error
+    _check_relations(config, where)
+    return config
+
+
+def find(source: str | Path, presets: Path) -> Path:
+    """The file that `source` names: a path, or a preset's name with or without .yaml."""
+    path = Path(source)
+    for candidate in (path, presets / path, presets / f"{source}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
+    hint = "" if path.is_absolute() else " (under `mlflow run`, give the absolute path)"
+    raise ConfigError(f"no configuration {str(source)!r}: not a file{hint}, nor one of {names}")
+
+
+def to_json(config: Config) -> bytes:
+    """Canonical JSON: sorted keys, no spaces."""
+    return msgspec.json.encode(config, order="sorted")
+
+
+def from_json(data: bytes, where: str) -> Config:
+    """Read back what :func:`to_json` wrote.
+
+    Raises:
+        ConfigError: if it is not JSON or not a configuration.
+    """
+    try:
+        tree = msgspec.json.decode(data, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where} is not a configuration: {error}") from error
+    return resolve(tree, where)
+
+
+def digest(config: Config) -> str:
+    """sha256 (64 hex) of the canonical JSON."""
+    return hashlib.sha256(to_json(config)).hexdigest()
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, as it goes into MLflow's params."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = value
+
+    walk("", msgspec.to_builtins(config))
+    return flat
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} extends itself; remove one `extends:`")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} cannot be read as YAML: {reason}") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(f"{path} must hold a mapping of keys to values")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise ConfigError(f"`extends` in {path} must name one file")
+    base = _read(find(path.parent / parent, path.parent), (*seen, path.resolve()))
+    return _merge(base, tree)
+
+
+def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _set(tree: dict[str, Any], key: str, text: str) -> None:
+    node = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        inner = node.get(part)
+        node[part] = inner = dict(inner) if isinstance(inner, dict) else {}
+        node = inner
+    node[last] = text
+
+
+def _reject_unknown(kind: type[Struct], tree: Mapping[str, Any], prefix: str, where: str) -> None:
+    fields = typing.get_type_hints(kind)
+    for key, value in tree.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            raise ConfigError(f"unknown key {prefix}{key} (in {where}); {hint}")
+        inner = fields[key]
+        if isinstance(inner, type) and issubclass(inner, Struct):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{prefix}{key} (in {where}) must be a section of keys")
+            _reject_unknown(inner, value, f"{prefix}{key}.", where)
+
+
+def _at_key(message: str, tree: Mapping[str, Any]) -> str:
+    """`Expected int - at `$.a.b`` -> `a.b: expected int, got 'x'`."""
+    text, _, path = message.partition(" - at ")
+    key = path.strip("`").removeprefix("$.")
+    value: Any = tree
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    text = text[:1].lower() + text[1:].replace("`", "")
+    return f"{key}: {text}, got {value!r}" if key else text
+
+
+def _check_relations(config: Config, where: str) -> None:
+    model, training = config.model, config.training
+    if model.heads % model.kv_heads:
+        raise ConfigError(
+            f"model.heads={model.heads} must be a multiple of model.kv_heads={model.kv_heads}"
+            f" (in {where})"
+        )
+    if model.head_dim is None and model.width % model.heads:
+        raise ConfigError(
+            f"model.width={model.width} must be a multiple of model.heads={model.heads},"
+            f" or set model.head_dim (in {where})"
+        )
+    if (model.head_dim or model.width // model.heads) % 2:
+        raise ConfigError(f"the width of one head must be even: set model.head_dim (in {where})")
+    if training.microbatch_size and training.batch_size % training.microbatch_size:
+        raise ConfigError(
+            f"training.batch_size={training.batch_size} must be a multiple of"
+            f" training.microbatch_size={training.microbatch_size} (in {where})"
+        )
+    device, _, index = config.device.partition(":")
+    if device not in ("auto", "cpu", "gpu", "tpu") or (
+        ":" in config.device and not index.isdigit()
+    ):
+        raise ConfigError(
+            f"device: expected auto, cpu, gpu or tpu with an optional :index,"
+            f" got {config.device!r} (in {where})"
+        )

@@ -1,0 +1,75 @@
+"""How an example is written out for a model: the chat template, before any tokenizer.
+
+    <bos><user>What is 2+2?<assistant>2+2=4<answer>4<eos>
+
+Everything after ``<assistant>`` is trained on, the end of sequence included. A marker is a
+token of its own and never a piece of text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+from tunix_mlflow.data.examples import Example
+
+BOS, EOS, ANSWER = "<bos>", "<eos>", "<answer>"
+ROLE_MARKERS = {
+    "system": "<system>",
+    "user": "<user>",
+    "assistant": "<assistant>",
+    "tool": "<tool>",
+}
+_NAME = "chat-v1"
+
+
+class Segment(NamedTuple):
+    """A piece of a rendered example."""
+
+    text: str
+    marker: bool
+    trained: bool
+
+
+def template_digest(include_steps: bool) -> str:
+    """sha256 (64 hex) of what decides the rendering."""
+    markers = ",".join((BOS, EOS, ANSWER, *ROLE_MARKERS.values()))
+    return hashlib.sha256(f"{_NAME}:{markers}:steps={include_steps}".encode()).hexdigest()
+
+
+def render_prompt(example: Example) -> list[Segment]:
+    """The part that a model is given: everything before the completion."""
+    segments = [Segment(BOS, True, False)]
+    messages = example.messages
+    if not _has_answer(example):
+        messages = messages[:-1]
+    for message in messages:
+        trained = message.role == "assistant" and message.trained is not False
+        segments.append(Segment(ROLE_MARKERS[message.role], True, False))
+        segments.append(Segment(message.content, False, trained))
+        if message.role == "assistant":
+            segments.append(Segment(EOS, True, trained))
+    segments.append(Segment(ROLE_MARKERS["assistant"], True, False))
+    return segments
+
+
+def render(example: Example, *, include_steps: bool) -> list[Segment]:
+    """The whole example: prompt and completion."""
+    segments = render_prompt(example)
+    if _has_answer(example):
+        if include_steps and example.steps:
+            text = "\n".join(step.content for step in example.steps)
+            segments.append(Segment(text, False, True))
+        segments.append(Segment(ANSWER, True, True))
+        segments.append(Segment(example.answer or "", False, True))
+        segments.append(Segment(EOS, True, True))
+    else:
+        last = example.messages[-1]
+        trained = last.role == "assistant" and last.trained is not False
+        segments.append(Segment(last.content, False, trained))
+        segments.append(Segment(EOS, True, trained))
+    return segments
+
+
+def _has_answer(example: Example) -> bool:
+    return example.answer is not None

@@ -1,0 +1,62 @@
+"""Every named exception of the project, each with the exit code it stands for.
+
+A message says what was wrong, where, and what to do, in one line. The command line and
+the project scripts print it and exit with ``exit_code``; nothing else catches these.
+"""
+
+from __future__ import annotations
+
+
+class TunixError(Exception):
+    """Base class: something a user can read and act on."""
+
+    exit_code = 1
+
+
+class InputError(TunixError):
+    """What the user gave is wrong; nothing was changed."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A configuration file, key or value is wrong."""
+
+
+class DatasetError(InputError):
+    """A dataset, a seed, a trace file or the catalog is missing or malformed."""
+
+
+class DeviceError(InputError):
+    """The device that was asked for is not there."""
+
+
+class TrackingError(InputError):
+    """The MLflow server, a run or a logged model cannot be reached or used."""
+
+
+class CheckpointError(InputError):
+    """No checkpoint can be used for what was asked."""
+
+
+class Refused(TunixError):
+    """A check or a gate said no; the reason is the message."""
+
+    exit_code = 3
+
+
+class IntegrityError(Refused):
+    """Stored content is not what its digest says."""
+
+
+class TrainingStopped(TunixError):
+    """Training cannot go on, for example because the loss is not finite."""
+
+
+class Interrupted(TunixError):
+    """A signal asked the process to end; the exit code is 128 + its number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by signal {signum}")
+        self.signum = signum
+        self.exit_code = 128 + signum

@@ -1,0 +1,57 @@
+"""The one place that knows where this project's files live.
+
+Everything is below one root: ``TUNIX_MLFLOW_HOME``, else ``~/.tunix-mlflow``. Nothing is
+written into the current folder (``mlflow run`` changes it) or into the project's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+HOME_VARIABLE = "TUNIX_MLFLOW_HOME"
+
+
+def root() -> Path:
+    """The absolute state root; it is created by whoever writes first."""
+    named = os.environ.get(HOME_VARIABLE)
+    return Path(named).expanduser().absolute() if named else Path.home() / ".tunix-mlflow"
+
+
+def catalog_path() -> Path:
+    """The DuckDB file with examples and manifests."""
+    return root() / "catalog.duckdb"
+
+
+def snapshot_dir(digest: str) -> Path:
+    """The folder of the Parquet snapshot of the dataset with this digest (64 hex)."""
+    return root() / "snapshots" / digest
+
+
+def run_dir(run_id: str) -> Path:
+    """The local folder of one MLflow run: config.json, metrics.jsonl, checkpoints/."""
+    return root() / "runs" / run_id
+
+
+def offline_tracking_uri() -> str:
+    """The private tracking store used when ``tracking.offline`` is true."""
+    return f"sqlite:///{root() / 'offline' / 'mlflow.db'}"
+
+
+def offline_artifacts() -> Path:
+    """The artifact folder that belongs to :func:`offline_tracking_uri`."""
+    return root() / "offline" / "artifacts"
+
+
+def compilation_cache() -> Path:
+    """JAX's persistent compilation cache."""
+    return root() / "cache" / "jax"
+
+
+def project_root() -> Path:
+    """The folder with MLproject, projects/ and seeds/: the checkout, or the wheel's copy."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent
+    if (checkout / "MLproject").is_file() and (checkout / "projects").is_dir():
+        return checkout
+    return package / "_project"
