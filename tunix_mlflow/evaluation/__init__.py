@@ -1,0 +1,1 @@
+"""Empty on purpose: scoring is pure Python and loads nothing."""

@@ -1,0 +1,86 @@
+"""Scores a split: generate, extract, compare, aggregate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from tunix_mlflow.data.examples import Example
+from tunix_mlflow.evaluation import answers
+
+Z_95 = 1.959963984540054
+
+
+class Judged(NamedTuple):
+    """One scored example; a row of the per-example table."""
+
+    prompt: str
+    expected: str
+    answer: str | None
+    correct: bool
+    text: str
+
+
+class Proportion(NamedTuple):
+    """A share of successes with its 95 % Wilson interval, all in 0..1."""
+
+    value: float
+    low: float
+    high: float
+    examples: int
+
+
+def wilson(successes: int, count: int) -> Proportion:
+    """Wilson's score interval (1927), which holds at 0 % and 100 % too.
+
+    Raises:
+        ValueError: when there is nothing to count.
+    """
+    if count < 1:
+        raise ValueError("an interval needs at least one trial")
+    share = successes / count
+    spread = Z_95**2 / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z_95 * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
+    # At the ends the bound is the end itself; floating point may miss it by one unit.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == count else centre + half
+    return Proportion(share, low, high, count)
+
+
+def scorable(examples: Sequence[Example], limit: int | None) -> list[Example]:
+    """Those with an expected answer, the first `limit` of them."""
+    return [e for e in examples if e.answer is not None][:limit]
+
+
+def score(
+    examples: Sequence[Example],
+    generate: Callable[[Sequence[Example]], list[str]],
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Judged]:
+    """Generate for every example, `batch_size` at a time, and compare the answers."""
+    judged: list[Judged] = []
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        for example, text in zip(part, generate(part), strict=True):
+            expected = example.answer or ""
+            answer = answers.extract(text)
+            judged.append(
+                Judged(
+                    example.prompt, expected, answer, answers.exact_match(answer, expected), text
+                )
+            )
+        progress(len(judged))
+    return judged
+
+
+def table(judged: Sequence[Judged]) -> dict[str, list[object]]:
+    """The per-example table, by column."""
+    return {name: [getattr(row, name) for row in judged] for name in Judged._fields}
+
+
+def exact_match(judged: Sequence[Judged]) -> Proportion:
+    """The share of right answers."""
+    return wilson(sum(row.correct for row in judged), len(judged))

@@ -1,0 +1,1 @@
+"""Empty on purpose: importing a model's module is what loads jax."""

@@ -1,0 +1,213 @@
+"""A decoder-only transformer in Flax NNX.
+
+RMSNorm before each part (Zhang and Sennrich 2019), rotary positions (Su et al. 2021),
+grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020), embeddings tied or
+not. Shapes in comments: B batch, T query length, S key length, H query heads, K key/value
+heads, D head width, W model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tunix_mlflow.config import ModelConfig
+
+Graph: TypeAlias = "nnx.GraphDef[Decoder]"
+"""The static part of a decoder: structure, no arrays."""
+Params: TypeAlias = "nnx.State[Any, Any]"
+"""Its arrays."""
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of the tokens seen so far, for one layer."""
+
+    key: jax.Array  # [B, S, K, D]
+    value: jax.Array  # [B, S, K, D]
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary embedding, the two halves of a head being the pairs.
+
+    Args:
+        x: [B, T, heads, D], D even.
+        positions: [B, T], int32.
+        theta: base of the frequencies.
+
+    Returns:
+        [B, T, heads, D], in the dtype of `x`.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency  # [B, T, 1, D/2]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over a packed row, or over a cache."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.head_dim = config.head_dim or config.width // config.heads
+        self.theta = config.rope_theta
+        self.queries = _linear(config.width, self.heads * self.head_dim, rngs)
+        self.keys = _linear(config.width, self.kv_heads * self.head_dim, rngs)
+        self.values = _linear(config.width, self.kv_heads * self.head_dim, rngs)
+        self.output = _linear(self.heads * self.head_dim, config.width, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, T, W]
+        positions: jax.Array,  # [B, T]
+        mask: jax.Array,  # [B, 1, T, S]
+        cache: LayerCache | None,
+        cache_index: jax.Array | int,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attend; with a cache, to what it holds too. Returns [B, T, W] and the cache."""
+        batch, length, _ = x.shape
+        q = self.queries(x).reshape(batch, length, self.heads, self.head_dim)
+        k = self.keys(x).reshape(batch, length, self.kv_heads, self.head_dim)
+        v = self.values(x).reshape(batch, length, self.kv_heads, self.head_dim)
+        q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
+        if cache is not None:
+            start = (0, cache_index, 0, 0)
+            cache = LayerCache(
+                jax.lax.dynamic_update_slice(cache.key, k, start),
+                jax.lax.dynamic_update_slice(cache.value, v, start),
+            )
+            k, v = cache
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return self.output(attended.reshape(batch, length, -1)), cache
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.gate = _linear(config.width, config.mlp_width, rngs)
+        self.up = _linear(config.width, config.mlp_width, rngs)
+        self.down = _linear(config.mlp_width, config.width, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, W] -> [B, T, W]."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """Attention, then feed-forward, each normalised first and added to the stream."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
+        self.mlp = FeedForward(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: LayerCache | None,
+        cache_index: jax.Array | int,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """[B, T, W] -> [B, T, W], and the cache."""
+        attended, cache = self.attention(
+            self.attention_norm(x), positions, mask, cache, cache_index
+        )
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """Token ids to next-token logits."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embedding = nnx.Embed(
+            vocab_size,
+            config.width,
+            embedding_init=nnx.initializers.normal(config.width**-0.5),
+            rngs=rngs,
+        )
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
+        self.final_norm = nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
+        self.unembedding = (
+            None if config.tie_embeddings else _linear(config.width, vocab_size, rngs)
+        )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: list[LayerCache] | None = None,
+        cache_index: jax.Array | int = 0,
+    ) -> tuple[jax.Array, list[LayerCache]]:
+        """Run the stack.
+
+        Args:
+            tokens: [B, T] int32.
+            positions: [B, T] int32, from 0 within each example.
+            mask: [B, 1, T, S] bool, true where a query may look.
+            cache: one LayerCache a layer, written at `cache_index`; None without a cache.
+            cache_index: scalar int32: the slot of the first of `tokens`.
+
+        Returns:
+            Logits [B, T, vocab] and the updated cache, empty without one.
+        """
+        x = self.embedding(tokens)
+        caches: list[LayerCache] = []
+        for number, block in enumerate(self.blocks):
+            layer = None if cache is None else cache[number]
+            x, layer = block(x, positions, mask, layer, cache_index)
+            if layer is not None:
+                caches.append(layer)
+        x = self.final_norm(x)
+        logits = self.embedding.attend(x) if self.unembedding is None else self.unembedding(x)
+        return logits, caches
+
+
+def segment_mask(segments: jax.Array) -> jax.Array:
+    """Causal attention within one example of a packed row.
+
+    Args:
+        segments: [B, T] int32, 0 for padding, else the example's number in its row.
+
+    Returns:
+        [B, 1, T, T] bool. Padding sees itself, so that no softmax is empty.
+    """
+    length = segments.shape[1]
+    same = segments[:, :, None] == segments[:, None, :]
+    causal = jnp.tril(jnp.ones((length, length), dtype=bool))
+    return (same & causal)[:, None]
+
+
+def build(config: ModelConfig, vocab_size: int, seed: int) -> tuple[Graph, Params]:
+    """A freshly initialised model, split into its static graph and its parameters."""
+    model = Decoder(config, vocab_size, rngs=nnx.Rngs(params=seed))
+    graph, params = nnx.split(model, nnx.Param)
+    return graph, params
+
+
+def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> list[LayerCache]:
+    """A cache of zeros for `batch` sequences of at most `length` tokens."""
+    head_dim = config.head_dim or config.width // config.heads
+    shape = (batch, length, config.kv_heads, head_dim)
+    return [
+        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)
+    ]
+
+
+def parameter_count(params: Params) -> int:
+    """Number of scalars."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(params))
+
+
+def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)

@@ -1,0 +1,144 @@
+"""The training loop. It knows nothing of MLflow: writers and evaluators are arguments."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from tunix_mlflow.config import Config
+from tunix_mlflow.data.batches import Batch, TrainBatches
+from tunix_mlflow.errors import Interrupted, TrainingStopped
+from tunix_mlflow.models.decoder import Graph, Params
+from tunix_mlflow.training import optimizer as optimizers
+from tunix_mlflow.training.checkpoint import Checkpoints
+from tunix_mlflow.training.signals import StopRequest
+from tunix_mlflow.training.step import StepMetrics, TrainState, eval_step, train_step
+from tunix_mlflow.training.writers import MetricWriter
+
+
+class _Flight(NamedTuple):
+    """An update that was dispatched and whose metrics were not fetched yet."""
+
+    step: int  # updates done after it, from 1
+    metrics: StepMetrics
+    tokens: int  # that are not padding
+
+
+def fit(
+    config: Config,
+    state: TrainState,
+    batches: TrainBatches,
+    *,
+    graph: Graph,
+    optimizer: optax.GradientTransformation,
+    writers: Sequence[MetricWriter],
+    checkpoints: Checkpoints,
+    evaluate: Callable[[TrainState], dict[str, float]] | None,
+) -> TrainState:
+    """Train from `state.step` to `config.training.steps`.
+
+    The order within a step must not change. The update is dispatched first, and the metrics
+    of the one before are fetched while it runs, so that the device never waits for Python.
+    Evaluation comes before the checkpoint: a run that dies between the two repeats both, and
+    never resumes behind an evaluation that it lost. Metrics are fetched, found finite and
+    flushed before a checkpoint, so that no checkpoint is ahead of the record or poisoned.
+
+    Args:
+        config: read for `training` and `optimizer`.
+        state: donated to the first update.
+        batches: `at(step)` is the batch of update `step`.
+        graph: static part of the decoder.
+        optimizer: the update rule.
+        writers: receive `train/*`, `perf/*` and `eval/*`.
+        checkpoints: where to save.
+        evaluate: held-out metrics of a state; None: there is nothing held out.
+
+    Returns:
+        The last state; its checkpoint is sealed.
+
+    Raises:
+        TrainingStopped: when a loss is not finite, naming the step.
+        Interrupted: after SIGINT or SIGTERM; the state was saved first.
+    """
+    training = config.training
+    microbatches = training.batch_size // (training.microbatch_size or training.batch_size)
+    rates = optimizers.learning_rates(config.optimizer, training.steps)
+    flight: _Flight | None = None
+    first = int(state.step)
+    clock = time.perf_counter()
+
+    def land() -> None:
+        nonlocal flight, clock
+        if flight is None:
+            return
+        landed, flight = flight, None
+        loss, grad_norm = float(landed.metrics.loss), float(landed.metrics.grad_norm)
+        now = time.perf_counter()
+        seconds, clock = now - clock, now
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingStopped(
+                f"step {landed.step}: train/loss is {loss} and train/grad_norm {grad_norm};"
+                " lower optimizer.learning_rate, or resume from the last checkpoint"
+            )
+        scalars = {
+            "train/loss": loss,
+            "train/grad_norm": grad_norm,
+            "train/learning_rate": float(rates[landed.step - 1]),
+            "train/tokens": landed.tokens,
+        }
+        if landed.step == first + 1:
+            scalars["perf/first_step_ms"] = 1000 * seconds  # compilation is most of it
+        else:
+            scalars["perf/step_time_ms"] = 1000 * seconds
+            scalars["perf/tokens_per_sec"] = landed.tokens / seconds
+        for writer in writers:
+            writer.write_scalars(landed.step, scalars)
+
+    def save(step: int) -> None:
+        for writer in writers:
+            writer.flush()
+        checkpoints.save(step, state)
+
+    with StopRequest() as stop:
+        for step in range(first, training.steps):
+            batch = batches.at(step)
+            state, metrics = train_step(
+                state, batch, graph=graph, optimizer=optimizer, microbatches=microbatches
+            )
+            land()
+            flight = _Flight(step + 1, metrics, int(np.count_nonzero(batch.segments)))
+            done = step + 1
+            if evaluate is not None and _due(done, training.eval_every_steps, training.steps):
+                land()
+                held_out = evaluate(state)
+                for writer in writers:
+                    writer.write_scalars(done, held_out)
+                clock = time.perf_counter()
+            if done == training.steps or _due(done, training.save_every_steps, training.steps):
+                land()
+                save(done)
+                clock = time.perf_counter()
+            if stop.signum is not None and done < training.steps:
+                land()
+                save(done)
+                checkpoints.wait()
+                raise Interrupted(stop.signum)
+    checkpoints.wait()
+    return state
+
+
+def held_out_loss(graph: Graph, params: Params, batches: Iterator[Batch]) -> dict[str, float]:
+    """`eval/loss` in nats per trained token: summed on the device, divided once."""
+    sums = [eval_step(params, batch, graph=graph) for batch in batches]
+    losses, counts = jax.device_get(tuple(zip(*sums, strict=True)))
+    return {"eval/loss": float(np.sum(losses, dtype=np.float64) / np.sum(counts))}
+
+
+def _due(done: int, every: int, last: int) -> bool:
+    return every > 0 and (done % every == 0 or done == last)
