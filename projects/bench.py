@@ -1,0 +1,88 @@
+"""Measure training throughput on this machine, on a real dataset.
+
+    mlflow run . -e bench --env-manager local
+    tunix-mlflow bench column-addition benchmark.repeats=5
+
+Half a minute on two cores. The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tunix_mlflow import bootstrap
+from tunix_mlflow.config import Config
+from tunix_mlflow.errors import ConfigError
+
+from . import console
+
+OWN = ("suite",)
+DEFAULT = "column-addition"
+
+
+def bench(config: Config) -> dict[str, Any]:
+    """Run `config.benchmark.suite` and record it.
+
+    Raises:
+        InputError: for a dataset or device that cannot be used.
+    """
+    from tunix_mlflow.benchmarks import train as suite
+    from tunix_mlflow.data import batches, datasets, snapshot
+    from tunix_mlflow.data.tokenizer import ByteTokenizer
+    from tunix_mlflow.models import decoder
+    from tunix_mlflow.tracking.session import session
+    from tunix_mlflow.training import devices, optimizer, step
+
+    if config.dataset is None:
+        raise ConfigError("dataset is missing; give dataset=KEY")
+    manifest = datasets.ready(config.dataset, console.say)
+    device = devices.use(config.device)
+    tokenizer = ByteTokenizer()
+    examples = snapshot.read(manifest.digest, config.data.train_split)
+    needed = batches.longest(examples, tokenizer, config.data.include_steps)
+    length = config.data.sequence_length or batches.fit_length(needed)
+    rows = batches.tokenize(examples, tokenizer, config.data, length)
+    graph, params = decoder.build(config.model, tokenizer.vocab_size, config.seed)
+    rule = optimizer.build(config.optimizer, config.training.steps)
+    size = config.training.batch_size
+    tags = {f"tunix.{name}": value for name, value in devices.fingerprint(device).items()}
+    with session(config, stage="bench", tags=tags) as run:
+        run.log_dataset(manifest, config.data.train_split, usage="benchmark")
+        measured = suite.measure(
+            config.benchmark,
+            step.init_state(params, rule),
+            batches.TrainBatches(rows, batch_size=size, seed=config.seed),
+            graph=graph,
+            optimizer=rule,
+            microbatches=size // (config.training.microbatch_size or size),
+        )
+        figures = {k: v for k, v in measured._asdict().items() if isinstance(v, float)}
+        run.log_figures({f"perf/{name}": value for name, value in figures.items()})
+    low, high = measured.tokens_per_sec_spread
+    console.say(
+        f"{measured.tokens_per_sec:,.0f} tokens/s ({low:,.0f} to {high:,.0f}),"
+        f" {measured.step_time_ms:.1f} ms a step, first step {measured.compile_seconds:.1f} s"
+    )
+    return {
+        "suite": config.benchmark.suite,
+        "dataset": manifest.key,
+        "device": str(device),
+        "run_id": run.run_id,
+        **measured._asdict(),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, measure, print."""
+    arguments = bootstrap.parse(argv, OWN)
+    if "suite" in arguments.stage:
+        arguments.overrides.setdefault("benchmark.suite", arguments.stage["suite"])
+    config = arguments.load(DEFAULT)
+    bootstrap.prepare(config)
+    console.result(**bench(config))
+
+
+if __name__ == "__main__":
+    sys.exit(bootstrap.execute(main, sys.argv[1:]))

@@ -1,0 +1,167 @@
+"""What a process does before jax is imported: arguments, environment, signals, exit code.
+
+XLA reads NPROC and XLA_FLAGS once, when it is loaded, so nothing here may import jax; the
+import rule's test holds this.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
+from typing import NamedTuple
+
+from tunix_mlflow import config as configs
+from tunix_mlflow import state
+from tunix_mlflow.config import Config
+from tunix_mlflow.errors import ConfigError, Interrupted, TunixError
+
+DETERMINISTIC_GPU = "--xla_gpu_deterministic_ops=true"
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+
+
+class Arguments(NamedTuple):
+    """A parsed command line."""
+
+    config: str | None  # a file or a preset
+    stage: dict[str, str]  # the stage's own arguments
+    overrides: dict[str, str]  # dotted key -> text
+
+    def load(self, default: str | None = None) -> Config:
+        """The configuration that they mean; `default` is the preset when none is named."""
+        presets = state.project_root() / "projects" / "configs"
+        return configs.load(self.config or default, self.overrides, presets)
+
+
+def parse(argv: Sequence[str], own: Iterable[str] = ()) -> Arguments:
+    """Read `[CONFIG] key=value --key value --key=value`, in any order.
+
+    `mlflow run` hands undeclared parameters on as `--key value`, which is why both forms
+    are read.
+
+    Args:
+        argv: without the program's name.
+        own: names that are the stage's and not the configuration's.
+
+    Raises:
+        ConfigError: naming the argument that makes no sense.
+    """
+    names = {*own, "config"}
+    values: dict[str, str] = {}
+    position = 0
+    while position < len(argv):
+        argument = argv[position]
+        position += 1
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            if not equals:
+                if position == len(argv):
+                    raise ConfigError(f"--{key} needs a value")
+                value = argv[position]
+                position += 1
+        elif "=" in argument:
+            key, _, value = argument.partition("=")
+        else:
+            key, value = "config", argument
+        if not _KEY.fullmatch(key):
+            raise ConfigError(f"{argument!r} is not key=value, --key value or a configuration")
+        if key in values and values[key] != value:
+            raise ConfigError(f"{key} is given twice: {values[key]!r} and {value!r}")
+        values[key] = value
+    return Arguments(
+        values.get("config") or None,
+        {key: value for key, value in values.items() if key in names and key != "config"},
+        {key: value for key, value in values.items() if key not in names},
+    )
+
+
+def prepare(config: Config, recorded: Mapping[str, str] | None = None) -> None:
+    """Set the environment that XLA reads when it is loaded.
+
+    Args:
+        config: `device` and `training.deterministic` are read.
+        recorded: the environment of the run that is resumed, which wins: bit-identity
+            depends on the number of threads.
+
+    Raises:
+        ConfigError: if jax was imported already with another environment.
+    """
+    wanted: dict[str, str] = {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted["NPROC"] = os.environ.get("NPROC") or str(cores or 1)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if config.training.deterministic and DETERMINISTIC_GPU not in flags:
+        flags = f"{flags} {DETERMINISTIC_GPU}".strip()
+    wanted["XLA_FLAGS"] = flags
+    wanted.update(recorded or {})
+    if config.device.startswith("cpu"):
+        wanted["JAX_PLATFORMS"] = "cpu"  # do not take a GPU's memory for nothing
+    wanted["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
+        state.compilation_cache()
+    )
+    changed = [name for name, value in wanted.items() if os.environ.get(name, "") != value]
+    if "jax" in sys.modules and {"NPROC", "XLA_FLAGS"} & set(changed):
+        raise ConfigError(
+            f"jax is loaded already, so {', '.join(changed)} cannot be set any more;"
+            " start a new process"
+        )
+    os.environ.update(wanted)
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "MLFLOW_LOGGING_LEVEL": "WARNING"}
+    # MLflow's own retries would hold a run for minutes when a server is gone.
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+    for name, value in {**quiet, **patience}.items():
+        os.environ.setdefault(name, value)
+
+
+def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Run a stage and turn what happens into an exit code.
+
+    0; 2 for the user's mistake; 3 for a refusal; 130 and 143 for signals; 1 for anything
+    else, which alone shows a traceback. A run that `mlflow run` made for this process and
+    that no session took over gets the message in its tag `tunix.error`.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        main(argv)
+        return 0
+    except KeyboardInterrupt:
+        return _report(Interrupted(signal.SIGINT))
+    except TunixError as error:
+        return _report(error)
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        _tag_launched(f"{type(error).__name__}: {error}")
+        return 1
+
+
+def _report(error: TunixError) -> int:
+    message = " ".join(str(error).split())
+    print(f"tunix-mlflow: error: {message}", file=sys.stderr, flush=True)
+    _tag_launched(message)
+    return error.exit_code
+
+
+def _interrupt(signum: int, _: FrameType | None) -> None:
+    raise Interrupted(signum)
+
+
+def _tag_launched(message: str) -> None:
+    run_id = os.environ.pop("MLFLOW_RUN_ID", None)
+    if run_id is None:
+        return
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    try:
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient()
+        client.set_tag(run_id, "tunix.error", message[:5000])
+        client.set_terminated(run_id, "FAILED")
+    except Exception as error:  # the message is on stderr already
+        print(f"tunix-mlflow: run {run_id} was not marked: {error}", file=sys.stderr)

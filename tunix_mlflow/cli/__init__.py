@@ -1,0 +1,1 @@
+"""Empty on purpose: a command loads what it needs inside its body."""

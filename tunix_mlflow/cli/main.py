@@ -1,0 +1,119 @@
+"""`tunix-mlflow`: the verbs launch the project's entry points; `datasets` tends the catalog.
+
+This file loads click alone, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from tunix_mlflow import __version__, bootstrap
+from tunix_mlflow.cli import launch
+from tunix_mlflow.cli.datasets import datasets
+
+_ARGUMENTS = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
+
+
+@click.group(context_settings={"max_content_width": 100})
+@click.version_option(__version__, prog_name="tunix-mlflow")
+def cli() -> None:
+    """Fine-tune language models with JAX, the MLflow-native way.
+
+    Runs are recorded where MLFLOW_TRACKING_URI says; the catalog, snapshots and checkpoints
+    live below TUNIX_MLFLOW_HOME (default ~/.tunix-mlflow).
+    """
+
+
+cli.add_command(datasets)
+
+
+@cli.command(context_settings=_ARGUMENTS)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="SEED [key=value]...")
+def seed(arguments: tuple[str, ...]) -> None:
+    """Store a built-in dataset in the catalog: golden-v1, golden-v2, column-addition-v1.
+
+    num_traces=N makes another number of traces, number=N uses another random seed, and
+    key=NAME-vN stores it under another key.
+    """
+    launch.stage("seed", arguments)
+
+
+@cli.command(context_settings=_ARGUMENTS)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG] [key=value]...")
+def train(arguments: tuple[str, ...]) -> None:
+    """Train a model; CONFIG is a YAML file or a preset (golden-v2, column-addition).
+
+    \b
+    tunix-mlflow train column-addition training.steps=200 optimizer.learning_rate=5e-3
+    tunix-mlflow train dataset=support-v1 device=gpu:0
+    """
+    launch.stage("train", arguments)
+
+
+@cli.command()
+@click.argument("run_id")
+def resume(run_id: str) -> None:
+    """Go on with a training run that was interrupted, in the same MLflow run."""
+    launch.stage("train", ("--resume", run_id))
+
+
+@cli.command(context_settings=_ARGUMENTS)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="MODEL [key=value]...")
+def evaluate(arguments: tuple[str, ...]) -> None:
+    """Score a model on held-out examples; MODEL is a run id or a models:/ URI.
+
+    \b
+    tunix-mlflow evaluate models:/support@champion dataset=support-v1 evaluation.limit=500
+    """
+    launch.stage("evaluate", arguments)
+
+
+@cli.command(context_settings=_ARGUMENTS)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="MODEL [key=value]...")
+def promote(arguments: tuple[str, ...]) -> None:
+    """Register a model as challenger, and make it champion if it passes the gate.
+
+    Exit code 3 when the gate refuses.
+
+    \b
+    tunix-mlflow promote RUN_ID name=support promotion.thresholds.exact_match=0.9
+    """
+    launch.stage("promote", arguments)
+
+
+@cli.command(context_settings=_ARGUMENTS)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG] [key=value]...")
+def bench(arguments: tuple[str, ...]) -> None:
+    """Measure training throughput on this machine; the last line is JSON."""
+    launch.stage("bench", arguments)
+
+
+@cli.command(context_settings=_ARGUMENTS)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[key=value]...")
+def demo(arguments: tuple[str, ...]) -> None:
+    """Seed, train, evaluate, register and promote a model, all below ./.demo.
+
+    Uses its own state root and tracking store there, whatever the environment names.
+    """
+    place = Path(".demo").absolute()
+    try:
+        place.mkdir(exist_ok=True)
+    except OSError as error:
+        print(f"tunix-mlflow: error: cannot create {place}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    for name in [n for n in os.environ if n.startswith(("MLFLOW_", "TUNIX_MLFLOW_"))]:
+        del os.environ[name]
+    os.environ["TUNIX_MLFLOW_HOME"] = str(place / "state")
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{place / 'mlflow.db'}"
+    launch.stage("main", arguments)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(
+        bootstrap.execute(lambda argv: cli.main(list(argv), standalone_mode=True), sys.argv[1:])
+    )

@@ -1,0 +1,57 @@
+"""A split of a manifest as an MLflow dataset, one input of a run."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mlflow.data.dataset import Dataset
+from mlflow.types.schema import ColSpec, DataType, Schema
+
+from tunix_mlflow.data.manifest import Manifest
+from tunix_mlflow.tracking.dataset_source import TunixDatasetSource
+
+_SCHEMA = Schema(
+    [
+        ColSpec(DataType.string, "messages"),
+        ColSpec(DataType.string, "steps"),
+        ColSpec(DataType.string, "answer"),
+        ColSpec(DataType.string, "split"),
+        ColSpec(DataType.string, "meta"),
+    ]
+)
+
+
+class TunixDataset(Dataset):
+    """Name `key/split`, the split's digest (first 32 of 64 hex), schema and profile."""
+
+    def __init__(self, manifest: Manifest, split: str) -> None:
+        self.manifest, self.split = manifest, split
+        source = TunixDatasetSource(manifest.key, manifest.digest, split)
+        super().__init__(source, name=f"{manifest.key}/{split}")
+
+    def _compute_digest(self) -> str:
+        return self.manifest.splits[self.split].digest[:32]
+
+    @property
+    def profile(self) -> dict[str, Any]:
+        """Flat figures; the whole digests are among them."""
+        return {
+            "examples": self.manifest.splits[self.split].count,
+            "split_digest": self.manifest.splits[self.split].digest,
+            "dataset_examples": self.manifest.count,
+            "dataset_digest": self.manifest.digest,
+            **{f"dataset_{k}": v for k, v in self.manifest.stats.items()},
+        }
+
+    @property
+    def schema(self) -> Schema:
+        """The columns of an example; messages, steps and meta are JSON."""
+        return _SCHEMA
+
+    def to_dict(self) -> dict[str, str]:
+        """What the run stores."""
+        return super().to_dict() | {
+            "schema": json.dumps({"mlflow_colspec": self.schema.to_dict()}),
+            "profile": json.dumps(self.profile),
+        }

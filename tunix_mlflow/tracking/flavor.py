@@ -1,0 +1,172 @@
+"""The MLflow flavor `tunix_mlflow`: Orbax arrays and JSON, a signature, never code or pickle.
+
+`mlflow models predict|serve --env-manager local` load it where tunix-mlflow is installed;
+a model's requirements name this version.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from mlflow import pyfunc
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.models.utils import _save_example
+from mlflow.tracking.artifact_utils import _download_artifact_from_uri
+from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+from tunix_mlflow import __version__
+from tunix_mlflow.errors import IntegrityError, TrackingError
+from tunix_mlflow.tracking import store
+
+if TYPE_CHECKING:
+    from tunix_mlflow.models.bundle import Bundle
+
+FLAVOR = "tunix_mlflow"
+_DATA = "bundle"
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "prompt")]),
+    outputs=Schema(
+        [ColSpec(DataType.string, "text"), ColSpec(DataType.string, "answer", required=False)]
+    ),
+    params=ParamSchema([ParamSpec("max_new_tokens", DataType.long, 0)]),
+)
+
+
+def save_model(
+    path: str,
+    bundle: Bundle,
+    input_example: pd.DataFrame,
+    mlflow_model: Model | None = None,
+    validate_serving_input: bool = False,
+) -> None:
+    """Write a bundle in MLflow's model format.
+
+    Args:
+        path: a folder that does not exist.
+        bundle: the model.
+        input_example: a frame with the column `prompt`.
+        mlflow_model: filled in by `Model.log`.
+        validate_serving_input: read by `Model.log` alone, which hands every argument on.
+    """
+    from tunix_mlflow.models import bundle as bundles
+
+    folder = Path(path)
+    bundles.save(bundle, folder / _DATA)
+    requirement = f"tunix-mlflow=={__version__}"
+    (folder / "requirements.txt").write_text(f"{requirement}\n")
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    (folder / "python_env.yaml").write_text(
+        f"python: {version}\ndependencies:\n- -r requirements.txt\n"
+    )
+    model = mlflow_model or Model()
+    model.signature = SIGNATURE
+    _save_example(model, input_example, path)
+    pyfunc.add_to_model(
+        model,
+        loader_module="tunix_mlflow.tracking.flavor",
+        data=_DATA,
+        python_env="python_env.yaml",
+    )
+    model.add_flavor(
+        FLAVOR,
+        data=_DATA,
+        version=__version__,
+        weights_digest=bundles.weights_digest(bundle.params),
+    )
+    model.save(str(folder / MLMODEL_FILE_NAME))
+
+
+def log_model(
+    bundle: Bundle, *, run_id: str, step: int, prompts: list[str], tags: dict[str, str]
+) -> str:
+    """Log a bundle as the run's model.
+
+    Args:
+        bundle: the model.
+        run_id: the run that made it.
+        step: after how many updates.
+        prompts: an input example.
+        tags: the logged model's tags.
+
+    Returns:
+        The logged model's id.
+    """
+    info = Model.log(
+        artifact_path=None,
+        name="model",
+        flavor=sys.modules[__name__],
+        flavor_name=FLAVOR,
+        run_id=run_id,
+        step=step,
+        tags=tags,
+        model_type="decoder",
+        bundle=bundle,
+        input_example=pd.DataFrame({"prompt": prompts}),
+        validate_serving_input=False,
+    )
+    model_id: str = info.model_id
+    return model_id
+
+
+def download(model_uri: str) -> tuple[Path, dict[str, Any]]:
+    """Fetch a model of this flavor.
+
+    Returns:
+        Its bundle folder, and the flavor's entry of the MLmodel file.
+
+    Raises:
+        TrackingError: if it cannot be fetched.
+        IntegrityError: if it is of another flavor.
+    """
+    try:
+        folder = Path(_download_artifact_from_uri(model_uri))
+        flavors = Model.load(str(folder / MLMODEL_FILE_NAME)).flavors
+    except (MlflowException, OSError) as error:
+        raise TrackingError(f"cannot load {model_uri}: {store.one_line(error)}") from error
+    if FLAVOR not in flavors:
+        raise IntegrityError(f"{model_uri} is not a tunix_mlflow model but {', '.join(flavors)}")
+    return folder / flavors[FLAVOR]["data"], dict(flavors[FLAVOR])
+
+
+def load_model(model_uri: str) -> Bundle:
+    """Load a model of this flavor, checked file by file.
+
+    Raises:
+        TrackingError: if it cannot be fetched.
+        IntegrityError: if it is of another flavor, or damaged.
+    """
+    from tunix_mlflow.models import bundle as bundles
+
+    folder, _ = download(model_uri)
+    return bundles.load(folder)
+
+
+class _Pyfunc:
+    """What `mlflow.pyfunc.load_model` wraps."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+
+    def predict(self, data: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Text and extracted answer for each row of the column `prompt`."""
+        from tunix_mlflow.evaluation import answers
+        from tunix_mlflow.models import bundle as bundles
+
+        prompts = list(data["prompt"]) if isinstance(data, pd.DataFrame) else list(data)
+        if not prompts:
+            return pd.DataFrame({"text": [], "answer": []})
+        limit = int((params or {}).get("max_new_tokens") or 0)
+        texts = self._bundle.complete([bundles.prompt(p) for p in prompts], limit or None)
+        return pd.DataFrame({"text": texts, "answer": [answers.extract(t) for t in texts]})
+
+
+def _load_pyfunc(path: str) -> _Pyfunc:
+    from tunix_mlflow.models import bundle as bundles
+
+    return _Pyfunc(bundles.load(Path(path)))

@@ -1,0 +1,225 @@
+"""The gate: what a model must show before it is `champion` in the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mlflow.entities import LoggedModel
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from tunix_mlflow.errors import IntegrityError, Refused, TrackingError
+from tunix_mlflow.models import arrays
+from tunix_mlflow.tracking import flavor, store
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+WEIGHTS_TAG = "tunix.weights_digest"
+VERDICT_TAG = "tunix.promotion"
+
+
+class Promotion(NamedTuple):
+    """What the gate did."""
+
+    name: str
+    version: str
+    verdict: str
+    changed: bool  # False: this version was champion before
+
+
+def resolve(client: MlflowClient, reference: str) -> LoggedModel:
+    """The logged model that a run id, a model id or a models:/ URI names.
+
+    Raises:
+        TrackingError: if there is none.
+    """
+    try:
+        if reference.startswith("models:/"):
+            reference = _model_id(client, reference.removeprefix("models:/"))
+        if reference.startswith("m-"):
+            return client.get_logged_model(reference)
+        run = client.get_run(reference.removeprefix("runs:/").partition("/")[0])
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if not outputs:
+            raise TrackingError(f"run {reference} has logged no model; train it to its end")
+        return client.get_logged_model(outputs[-1].model_id)
+    except MlflowException as error:
+        raise TrackingError(
+            f"there is no model {reference!r}: {store.one_line(error)}; expected a run id,"
+            " models:/m-..., models:/NAME/VERSION or models:/NAME@ALIAS"
+        ) from error
+
+
+def check_integrity(client: MlflowClient, model: LoggedModel) -> str:
+    """Everything about a model that needs no evaluation.
+
+    Returns:
+        The digest of its weights.
+
+    Raises:
+        IntegrityError: naming what is wrong.
+    """
+    if str(model.status) != "READY":
+        raise IntegrityError(f"model {model.model_id} is {model.status}, not READY")
+    if model.tags.get("mlflow.model.isExternal", "false").lower() == "true":
+        raise IntegrityError(f"model {model.model_id} is external: it has no files to check")
+    run = client.get_run(model.source_run_id) if model.source_run_id else None
+    if run is None or run.info.status != "FINISHED":
+        what = "no run" if run is None else f"run {run.info.run_id}, which is {run.info.status}"
+        raise IntegrityError(f"model {model.model_id} comes from {what}; it must be FINISHED")
+    folder, entry = flavor.download(f"models:/{model.model_id}")
+    arrays.check(folder)
+    digest = str(entry["weights_digest"])
+    for where, tags in (("the logged model", model.tags), ("its run", run.data.tags)):
+        if tags.get(WEIGHTS_TAG) != digest:
+            raise IntegrityError(
+                f"model {model.model_id}: {where} says weights {tags.get(WEIGHTS_TAG)!s:.16},"
+                f" its files say {digest[:16]}"
+            )
+    if not run.data.tags.get("tunix.dataset_digest"):
+        raise IntegrityError(f"run {run.info.run_id} does not say what data it was trained on")
+    return digest
+
+
+def promote(
+    client: MlflowClient,
+    model: LoggedModel,
+    name: str,
+    *,
+    thresholds: Mapping[str, float],
+    dataset: str | None,
+) -> Promotion:
+    """Register as `challenger`, and move `champion` if the gate is passed.
+
+    Weights that the registry has under this name are not registered twice.
+
+    Args:
+        client: reaches store and registry.
+        model: the logged model.
+        name: the registered model.
+        thresholds: metric without its `eval/` -> the least value that passes.
+        dataset: key of the dataset to judge on; None: the one last evaluated on.
+
+    Raises:
+        IntegrityError: nothing was registered.
+        Refused: the version stays `challenger`, and its tag `tunix.promotion` says why.
+    """
+    digest = check_integrity(client, model)
+    try:
+        version = _register(client, model, name, digest)
+        client.set_registered_model_alias(name, CHALLENGER, version.version)
+        before = _alias(client, name, CHAMPION)
+    except MlflowException as error:
+        raise TrackingError(f"registry, model {name!r}: {store.one_line(error)}") from error
+    reason = _judge(client, model, before, thresholds, dataset)
+    if reason is not None:
+        verdict = f"refused: {reason}"
+        client.set_model_version_tag(name, version.version, VERDICT_TAG, verdict)
+        raise Refused(f"{name} version {version.version} is not promoted: {reason}")
+    if before is not None and before.version == version.version:
+        return Promotion(name, version.version, "was champion already", False)
+    verdict = f"promoted over version {before.version}" if before else "promoted, the first"
+    client.set_model_version_tag(name, version.version, VERDICT_TAG, verdict)
+    client.set_registered_model_alias(name, CHAMPION, version.version)
+    return Promotion(name, version.version, verdict, True)
+
+
+def _judge(
+    client: MlflowClient,
+    model: LoggedModel,
+    champion: ModelVersion | None,
+    thresholds: Mapping[str, float],
+    dataset: str | None,
+) -> str | None:
+    """Why the gate stays shut; None: it opens."""
+    if not thresholds:
+        return "promotion.thresholds is empty; name at least one metric"
+    judged_on = _latest_dataset(model, dataset)
+    if judged_on is None:
+        where = f" on {dataset}" if dataset else ""
+        return f"it was never evaluated{where}; run `tunix-mlflow evaluate`"
+    mine = _metrics(model, judged_on)
+    for metric, least in sorted(thresholds.items()):
+        if metric not in mine:
+            return f"eval/{metric} was not measured on {judged_on[0]}"
+        if not mine[metric] >= least:
+            return f"eval/{metric} is {mine[metric]:.4f} on {judged_on[0]}, required {least:.4f}"
+    if champion is None:
+        return None
+    other = resolve(client, f"models:/{champion.name}/{champion.version}")
+    theirs = _metrics(other, judged_on)
+    for metric in sorted(thresholds):
+        if metric not in theirs:
+            return (
+                f"champion version {champion.version} has no eval/{metric} on {judged_on[0]}"
+                f" ({judged_on[1][:12]}); evaluate models:/{champion.name}@{CHAMPION} on it first"
+            )
+        if mine[metric] < theirs[metric]:
+            return (
+                f"eval/{metric} is {mine[metric]:.4f} on {judged_on[0]}, and champion version"
+                f" {champion.version} has {theirs[metric]:.4f}"
+            )
+    return None
+
+
+def _metrics(model: LoggedModel, dataset: tuple[str, str]) -> dict[str, float]:
+    """Latest value of each `eval/` metric on the dataset of this name and digest."""
+    latest: dict[str, Any] = {}
+    for metric in model.metrics or []:
+        if (metric.dataset_name, metric.dataset_digest) != dataset:
+            continue
+        key = metric.key.removeprefix("eval/")
+        if key not in latest or metric.timestamp >= latest[key].timestamp:
+            latest[key] = metric
+    return {key: metric.value for key, metric in latest.items()}
+
+
+def _latest_dataset(model: LoggedModel, key: str | None) -> tuple[str, str] | None:
+    found = [
+        m
+        for m in model.metrics or []
+        if m.dataset_digest and (key is None or str(m.dataset_name).startswith(f"{key}/"))
+    ]
+    if not found:
+        return None
+    last = max(found, key=lambda m: m.timestamp)
+    return str(last.dataset_name), str(last.dataset_digest)
+
+
+def _register(client: MlflowClient, model: LoggedModel, name: str, digest: str) -> ModelVersion:
+    try:
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name)
+    for version in client.search_model_versions(f"name = '{name}'"):
+        if version.tags.get(WEIGHTS_TAG) == digest:
+            return version
+    return client.create_model_version(
+        name,
+        source=f"models:/{model.model_id}",
+        run_id=model.source_run_id,
+        model_id=model.model_id,
+        tags={WEIGHTS_TAG: digest},
+    )
+
+
+def _alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    version = client.get_registered_model(name).aliases.get(alias)
+    return client.get_model_version(name, version) if version else None
+
+
+def _model_id(client: MlflowClient, path: str) -> str:
+    if path.startswith("m-"):
+        return path
+    name, at, alias = path.partition("@")
+    if at:
+        version = client.get_model_version_by_alias(name, alias)
+    else:
+        name, _, number = path.rpartition("/")
+        version = client.get_model_version(name, number)
+    # ModelVersion.model_id is not filled in; the source is models:/m-...
+    source = str(version.source)
+    if not source.startswith("models:/m-"):
+        raise TrackingError(f"{name} version {version.version} is not a logged model: {source}")
+    return source.removeprefix("models:/")
