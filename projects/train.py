@@ -108,13 +108,14 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
         if held_out:
             run.log_dataset(manifest, config.evaluation.split, usage="evaluation")
         run.log_note(note.training(config, manifest, run.run_id, run.link))
-        run.log_figures(
+        run.write_scalars(
+            0,
             {
                 "data/fill": rows.fill,
                 "data/truncated": rows.truncated,
                 "data/dropped": rows.dropped,
                 "model/parameters": count,
-            }
+            },
         )
         checkpoints = Checkpoints(
             run.folder / "checkpoints",

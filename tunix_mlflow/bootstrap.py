@@ -110,6 +110,10 @@ def prepare(config: Config, recorded: Mapping[str, str] | None = None) -> None:
             " start a new process"
         )
     os.environ.update(wanted)
+
+
+def _calm() -> None:
+    """Defaults for libraries that read them when they are imported."""
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "MLFLOW_LOGGING_LEVEL": "WARNING"}
     # MLflow's own retries would hold a run for minutes when a server is gone.
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
@@ -125,6 +129,7 @@ def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     that no session took over gets the message in its tag `tunix.error`.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    _calm()
     try:
         main(argv)
         return 0

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -208,22 +209,32 @@ def load(source: str | Path | None, overrides: Mapping[str, str], presets: Path)
         tree = _read(path, ())
     for key, text in overrides.items():
         _set(tree, key, text)
-    return resolve(tree, where)
+    return resolve(tree, where, overrides)
 
 
-def resolve(tree: Mapping[str, Any], where: str) -> Config:
+def resolve(tree: Mapping[str, Any], where: str, overrides: Iterable[str] = ()) -> Config:
     """Turn a plain tree into a validated Config.
 
+    Args:
+        tree: nested keys and values.
+        where: what the tree was read from.
+        overrides: dotted keys that came from the command line instead.
+
     Raises:
-        ConfigError: naming `where` and the dotted key.
+        ConfigError: naming the dotted key and where it was given.
     """
-    _reject_unknown(Config, tree, "", where)
+
+    def given(key: str) -> str:
+        return "on the command line" if key in overrides else f"in {where}"
+
+    _reject_unknown(Config, tree, "", given)
     try:
         # Not strict: YAML reads 1e-3 as text, and overrides are text.
         config = msgspec.convert(tree, Config, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{_at_key(str(error), tree)} (in {where})") from error
-    _check_relations(config, where)
+        key, message = _explain(str(error), tree)
+        raise ConfigError(f"{message} ({given(key)})") from error
+    _check_relations(config)
     return config
 
 
@@ -317,55 +328,60 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
     node[last] = text
 
 
-def _reject_unknown(kind: type[Struct], tree: Mapping[str, Any], prefix: str, where: str) -> None:
+def _reject_unknown(
+    kind: type[Struct], tree: Mapping[str, Any], prefix: str, given: Callable[[str], str]
+) -> None:
     fields = typing.get_type_hints(kind)
     for key, value in tree.items():
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
-            raise ConfigError(f"unknown key {prefix}{key} (in {where}); {hint}")
+            raise ConfigError(f"unknown key {prefix}{key} ({given(prefix + str(key))}); {hint}")
         inner = fields[key]
         if isinstance(inner, type) and issubclass(inner, Struct):
             if not isinstance(value, dict):
-                raise ConfigError(f"{prefix}{key} (in {where}) must be a section of keys")
-            _reject_unknown(inner, value, f"{prefix}{key}.", where)
+                raise ConfigError(
+                    f"{prefix}{key} ({given(prefix + key)}) must be a section of keys"
+                )
+            _reject_unknown(inner, value, f"{prefix}{key}.", given)
 
 
-def _at_key(message: str, tree: Mapping[str, Any]) -> str:
-    """`Expected int - at `$.a.b`` -> `a.b: expected int, got 'x'`."""
+def _explain(message: str, tree: Mapping[str, Any]) -> tuple[str, str]:
+    """msgspec's message -> the dotted key, and `a.b: expected int, got 'x'`."""
     text, _, path = message.partition(" - at ")
     key = path.strip("`").removeprefix("$.")
     value: Any = tree
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    text = text[:1].lower() + text[1:].replace("`", "")
-    return f"{key}: {text}, got {value!r}" if key else text
+    text = (text[:1].lower() + text[1:]).replace("`", "").partition(", got ")[0]
+    return key, f"{key}: {text}, got {value!r}"
 
 
-def _check_relations(config: Config, where: str) -> None:
+def _check_relations(config: Config) -> None:
+    for key, value in flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}: expected a finite number, got {value}")
     model, training = config.model, config.training
     if model.heads % model.kv_heads:
         raise ConfigError(
             f"model.heads={model.heads} must be a multiple of model.kv_heads={model.kv_heads}"
-            f" (in {where})"
         )
     if model.head_dim is None and model.width % model.heads:
         raise ConfigError(
             f"model.width={model.width} must be a multiple of model.heads={model.heads},"
-            f" or set model.head_dim (in {where})"
+            f" or set model.head_dim"
         )
     if (model.head_dim or model.width // model.heads) % 2:
-        raise ConfigError(f"the width of one head must be even: set model.head_dim (in {where})")
+        raise ConfigError("the width of one head must be even: set model.head_dim")
     if training.microbatch_size and training.batch_size % training.microbatch_size:
         raise ConfigError(
             f"training.batch_size={training.batch_size} must be a multiple of"
-            f" training.microbatch_size={training.microbatch_size} (in {where})"
+            f" training.microbatch_size={training.microbatch_size}"
         )
     device, _, index = config.device.partition(":")
     if device not in ("auto", "cpu", "gpu", "tpu") or (
         ":" in config.device and not index.isdigit()
     ):
         raise ConfigError(
-            f"device: expected auto, cpu, gpu or tpu with an optional :index,"
-            f" got {config.device!r} (in {where})"
+            f"device: expected auto, cpu, gpu or tpu with an optional :index, got {config.device!r}"
         )

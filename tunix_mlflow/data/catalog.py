@@ -241,44 +241,40 @@ def verify(path: Path, key: str, snapshot: Sequence[Member] | None) -> Report:
         manifest = _find(con, key)
         if manifest is None:
             raise DatasetError(not_found(key, path))
+        members = con.execute(
+            "SELECT position, digest, split FROM members WHERE key = ? ORDER BY position", [key]
+        ).fetchall()
         stored = con.execute(
-            """SELECT m.position, m.digest, m.split, e.digest, e.id, e.prompt_digest, e.split,
-                      e.meta, e.canonical
-               FROM members m LEFT JOIN examples e ON e.digest = m.digest
-               WHERE m.key = ? ORDER BY m.position""",
+            """SELECT digest, id, prompt_digest, split, meta, canonical FROM examples
+               WHERE digest IN (SELECT digest FROM members WHERE key = ?)""",
             [key],
         ).fetchall()
-    missing: list[str] = []
-    changed: list[str] = []
-    positions: dict[int, str] = {}
-    extra: list[str] = []
-    examples: Counter[str] = Counter()
-    members: Counter[tuple[int, str]] = Counter()
-    for position, digest, _, found, *rest in stored:
-        members[(position, digest)] += 1
-        if positions.setdefault(position, digest) != digest or not 0 <= position < manifest.count:
-            extra.append(digest)
-        if found is None:
-            missing.append(digest)
-            continue
-        examples[digest] += 1
-        if not _holds(digest, *rest):
-            changed.append(digest)
-    duplicated = [digest for digest, count in examples.items() if count > 1]
-    seen = {Member(digest, split) for _, digest, split, *_ in stored}
+    rows = [Row(*row) for row in stored]
+    examples = Counter(row.digest for row in rows)
+    have = {digest: split for _, digest, split in members}
+    named = Counter(digest for _, digest, _ in members)
+    duplicated = [d for d in have if examples[d] > 1 or named[d] > 1]
+    changed = [row.digest for row in rows if not _holds(row)]
+    missing = [d for d in have if not examples[d]]
     notes: list[str] = []
     if snapshot is not None:
         known = {m.digest: m.split for m in snapshot}
-        have = {m.digest: m.split for m in seen}
         missing += [d for d in known if d not in have]
-        extra += [d for d in have if d not in known]
+        extra = [d for d in have if d not in known]
         drifted = [d for d in have if d in known and known[d] != have[d]]
         notes += [f"{canonical.id_of(d)} moved to split {have[d]}" for d in drifted[:3]]
-    report = Report(_once(missing), _once(extra), _once(changed), _once(duplicated), notes)
-    if report.ok and manifests.dataset_digest(seen) != manifest.digest:
-        report.notes.append(f"the members' digest is not the manifest's {manifest.digest[:12]}")
-    if report.ok and manifests.split_digests(sorted(seen)) != manifest.splits:
-        report.notes.append("the splits are not the manifest's")
+    else:
+        # Without it, what stands in a place that is taken, or that there is none of.
+        places = Counter(position for position, _, _ in members)
+        extra = [d for p, d, _ in members if places[p] > 1 or not 0 <= p < manifest.count]
+        extra = [d for d in extra if named[d] == 1]
+    report = Report(missing, extra, _once(changed), duplicated, notes)
+    if report.ok:
+        now = [Member(digest, split) for digest, split in have.items()]
+        if manifests.dataset_digest(now) != manifest.digest:
+            notes.append(f"the members' digest is not the manifest's {manifest.digest[:12]}")
+        elif manifests.split_digests(now) != manifest.splits:
+            notes.append("the splits are not the manifest's")
     return report
 
 
@@ -294,17 +290,11 @@ def not_found(key: str, path: Path) -> str:
     )
 
 
-def _holds(
-    digest: str,
-    id_: str,
-    prompt: str,
-    split: str | None,
-    meta: str,
-    text: str,
-) -> bool:
-    if canonical.digest(text.encode("utf-8")) != digest:
+def _holds(row: Row) -> bool:
+    """Whether the canonical text has the row's digest, and every column is what it says."""
+    if canonical.digest(row.canonical.encode("utf-8")) != row.digest:
         return False
-    return row_of(from_canonical(text)) == Row(digest, id_, prompt, split, meta, text)
+    return row_of(from_canonical(row.canonical)) == row
 
 
 def _once(digests: list[str]) -> list[str]:

@@ -1,0 +1,142 @@
+"""Real parts for every test: a state root, a tracking store, a server, processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("NPROC", "2")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+# One small decoder for all: a second to compile, a few milliseconds a step.
+TINY = {
+    "model.layers": "1",
+    "model.width": "16",
+    "model.heads": "2",
+    "model.kv_heads": "1",
+    "model.mlp_width": "32",
+    "training.steps": "4",
+    "training.batch_size": "4",
+    "training.eval_every_steps": "2",
+    "training.save_every_steps": "2",
+    "evaluation.samples": "2",
+    "evaluation.max_new_tokens": "4",
+    "tracking.system_metrics": "false",
+}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state root of its own for every test, and an empty current folder."""
+    for name in [n for n in os.environ if n.startswith("MLFLOW_") and "LOGGING" not in n]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TUNIX_MLFLOW_HOME", str(tmp_path / "home"))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated MLflow database, made once: the migrations take seconds."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def store(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A fresh SQLite tracking store that this process and its children use."""
+    import mlflow
+
+    path = tmp_path / "store" / "mlflow.db"
+    path.parent.mkdir()
+    shutil.copy(empty_database, path)
+    uri = f"sqlite:///{path}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    yield uri
+    while mlflow.active_run():
+        mlflow.end_run()
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program of the environment, by name, in the test's empty folder."""
+
+    def run(
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = 240,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(BIN / arguments[0]), *arguments[1:]],
+            cwd=cwd or tmp_path / "cwd",
+            env=environment(env),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a child process."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, **(extra or {})}
+
+
+def tiny(**more: str) -> dict[str, str]:
+    """The tiny configuration as overrides."""
+    return {**TINY, **{key.replace("__", "."): value for key, value in more.items()}}
+
+
+def as_arguments(overrides: Mapping[str, str]) -> list[str]:
+    """`key=value` words for our command line."""
+    return [f"{key}={value}" for key, value in overrides.items()]
+
+
+def as_parameters(overrides: Mapping[str, str]) -> list[str]:
+    """`-P key=value` words for `mlflow run`."""
+    return [word for key, value in overrides.items() for word in ("-P", f"{key}={value}")]
+
+
+def last_json(output: str) -> dict[str, Any]:
+    """The JSON on the last line of a stage's stdout."""
+    found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return found
+
+
+def write_traces(path: Path, count: int, *, start: int = 0, split: str | None = None) -> Path:
+    """A JSONL file of small distinct traces."""
+    with path.open("w", encoding="utf-8") as out:
+        for n in range(start, start + count):
+            line: dict[str, Any] = {
+                "prompt": f"Double {n}",
+                "steps": [{"type": "calculation", "content": f"{n}+{n}"}],
+                "answer": str(2 * n),
+                "meta": {"parity": "even" if n % 2 == 0 else "odd", "n": n},
+            }
+            if split:
+                line["split"] = split
+            out.write(json.dumps(line) + "\n")
+    return path

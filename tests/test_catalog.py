@@ -1,0 +1,326 @@
+"""The catalog: what is stored is what the manifest says, or it is named."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import duckdb
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import write_traces
+from tunix_mlflow import state
+from tunix_mlflow.data import canonical, catalog, datasets, migrations, snapshot
+from tunix_mlflow.data.examples import ReasoningTrace
+from tunix_mlflow.data.manifest import Candidate, Selection, assign_splits, parse_key
+from tunix_mlflow.errors import DatasetError, IntegrityError, Refused
+
+
+@pytest.fixture
+def doubles(tmp_path: Path) -> str:
+    """A dataset of 40 traces."""
+    datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 40), "doubles-v1")
+    return "doubles-v1"
+
+
+def tamper(*statements: str) -> None:
+    con = duckdb.connect(str(state.catalog_path()))
+    for statement in statements:
+        con.execute(statement)
+    con.close()
+
+
+def first_member(key: str) -> str:
+    with catalog.connect(state.catalog_path(), write=False) as con:
+        rows = con.execute(
+            "SELECT digest FROM members WHERE key = ? ORDER BY position", [key]
+        ).fetchall()
+    return str(rows[0][0])
+
+
+TAMPERINGS = {
+    "missing": "DELETE FROM examples WHERE digest = '{d}'",
+    "changed": "UPDATE examples SET canonical = replace(canonical, 'Double', 'Triple')"
+    " WHERE digest = '{d}'",
+    "changed (a typed column)": "UPDATE examples SET meta = '{{}}' WHERE digest = '{d}'",
+    "duplicated": "INSERT INTO examples SELECT * FROM examples WHERE digest = '{d}'",
+    "duplicated (as a member)": "INSERT INTO members SELECT * FROM members WHERE digest = '{d}'",
+    "missing (from the members)": "DELETE FROM members WHERE digest = '{d}'",
+    "extra": "INSERT INTO members SELECT 'doubles-v1', 40, digest, 'train' FROM examples"
+    " WHERE canonical LIKE '%Double 99\"%'",
+    "extra (in another's place)": "INSERT INTO members SELECT 'doubles-v1', 3, digest, 'train'"
+    " FROM examples WHERE canonical LIKE '%Double 99\"%'",
+}
+
+
+@pytest.mark.parametrize("kind", TAMPERINGS)
+@pytest.mark.parametrize("with_snapshot", [True, False])
+def test_verify_names_what_was_done(
+    doubles: str, tmp_path: Path, kind: str, with_snapshot: bool
+) -> None:
+    """A deleted, edited, duplicated or added trace is named by id, and training is refused."""
+    datasets.ingest(write_traces(tmp_path / "other.jsonl", 1, start=99), "other-v1")
+    assert datasets.verify(doubles).ok
+    digest = first_member(doubles)
+    if not with_snapshot:
+        snapshot.path_of(datasets.get(doubles).digest).unlink()
+    tamper(TAMPERINGS[kind].format(d=digest))
+    report = datasets.verify(doubles)
+    assert not report.ok
+    named = getattr(report, kind.split()[0])
+    if kind.startswith("extra"):
+        digest = first_member("other-v1")
+    if kind == "missing (from the members)" and not with_snapshot:
+        assert report.notes  # the digest is wrong; who is missing only the snapshot knows
+    else:
+        assert digest in named
+        assert canonical.id_of(digest) in report.summary()
+    with pytest.raises(Refused, match="not what its manifest says"):
+        datasets.ready(doubles, print)
+
+
+def test_a_key_is_immutable(doubles: str, tmp_path: Path) -> None:
+    """The same file again is identical; another one under the key is refused by digest."""
+    same = datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 40), doubles)
+    assert not same.created
+    digest = datasets.get(doubles).digest
+    with pytest.raises(DatasetError, match=f"{digest[:16]}.*new version"):
+        datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 41), doubles)
+    assert datasets.get(doubles).digest == digest
+    assert datasets.verify(doubles).ok
+
+
+def test_ingest_keeps_duplicates_once(tmp_path: Path) -> None:
+    """The same trace twice is one row, and the statistics say so."""
+    path = write_traces(tmp_path / "a.jsonl", 5)
+    path.write_text(path.read_text() * 2)
+    manifest = datasets.ingest(path, "twice-v1").manifest
+    assert manifest.count == 5
+    assert manifest.stats["duplicates_dropped"] == 5
+
+
+GOOD = '{"prompt": "p", "steps": [{"content": "s"}], "answer": "a"}'
+BAD_LINES = {
+    "{": "not a reasoning trace",
+    "": "empty line",
+    "[]": "Expected `object`",
+    "null": "Expected `object`",
+    '{"prompt": "p", "answer": "a"}': "steps",
+    '{"prompt": "p", "steps": [], "answer": "a"}': r"\$.steps",
+    '{"prompt": "", "steps": [{"content": "s"}], "answer": "a"}': r"\$.prompt",
+    '{"prompt": "p", "steps": [{"content": 5}], "answer": "a"}': r"\$.steps\[0\].content",
+    '{"prompt": "p", "steps": [{"i": 3, "content": "s"}], "answer": "a"}': r"steps\[0\].i is 3",
+    '{"prompt": "p", "steps": [{"content": "s"}], "answer": "a", "x": 1}': "unknown field",
+    '{"prompt": "p", "prompt": "q", "steps": [{"content": "s"}], "answer": "a"}': "duplicate key",
+    '{"prompt": "p", "steps": [{"content": "s"}], "answer": "a", "meta": {"v": NaN}}': "NaN",
+    '{"prompt": "\\ud800", "steps": [{"content": "s"}], "answer": "a"}': "surrogate",
+    '{"prompt": "a\\u0000", "steps": [{"content": "s"}], "answer": "a"}': "NUL",
+    '{"prompt": "p", "steps": [{"content": "s"}], "answer": "a", "split": "../x"}': r"\$.split",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_line_is_named_and_nothing_is_stored(tmp_path: Path, line: str) -> None:
+    """File, line number and field are in the message; the good lines before it are not kept."""
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    with pytest.raises(DatasetError, match=BAD_LINES[line]) as caught:
+        datasets.ingest(path, "bad-v1")
+    assert f"{path}:2:" in str(caught.value)
+    assert catalog.listing(state.catalog_path()) == []
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}\n", b"\xef\xbb\xbf{}\n", b"", b"x" * 1_100_000])
+def test_a_file_that_is_no_jsonl(tmp_path: Path, content: bytes) -> None:
+    """Binary, marked, empty and endless files are one line each."""
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=str(path)):
+        datasets.ingest(path, "bad-v1")
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.binary(max_size=60)
+    | st.text(max_size=60).map(lambda s: s.encode("utf-8", "surrogatepass"))
+    | st.dictionaries(
+        st.sampled_from(["prompt", "steps", "answer", "split", "meta", "x"]),
+        st.recursive(
+            st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.sampled_from(["i", "type", "content"]), inner, max_size=3)
+            ),
+            max_leaves=5,
+        ),
+    ).map(lambda d: json.dumps(d).encode())
+)
+def test_any_line_is_read_or_refused(tmp_path: Path, line: bytes) -> None:
+    """No bytes make anything but traces or a DatasetError."""
+    from tunix_mlflow.data.examples import read_traces
+
+    path = tmp_path / "fuzz.jsonl"
+    path.write_bytes(line + b"\n")
+    try:
+        rows = [catalog.row_of(trace.example()) for trace in read_traces(path)]
+    except DatasetError as error:
+        assert "\n" not in str(error)
+        return
+    assert all(isinstance(row.canonical, str) for row in rows)
+
+
+def test_export_reads_back_to_the_same_digest(doubles: str, tmp_path: Path) -> None:
+    """export and ingest are inverse: splits aside, which the file now states itself."""
+    manifest = datasets.seed("column-addition-v1", num_traces=300, name="sums-v1").manifest
+    assert datasets.export("sums-v1", tmp_path / "out.jsonl") == 300
+    again = datasets.ingest(tmp_path / "out.jsonl", "again-v1").manifest
+    assert again.digest == manifest.digest
+    assert again.splits == manifest.splits
+
+
+def test_build_filters_limits_and_selects(doubles: str) -> None:
+    """Filters match value and type; latest is newest first; random is a function of its seed."""
+    even = datasets.build("even-v1", Selection(filters={"parity": "even"})).manifest
+    assert even.count == 20
+    one = datasets.build("one-v1", Selection(filters={"n": 7})).manifest
+    assert one.count == 1
+    with pytest.raises(DatasetError, match="no example"):
+        datasets.build("none-v1", Selection(filters={"n": "7"}))
+    latest = datasets.build("latest-v1", Selection(limit=3)).manifest
+    prompts = {e.prompt for e in snapshot.read(latest.digest)}
+    assert prompts == {"Double 37", "Double 38", "Double 39"}
+
+    def chosen(key: str, seed: int) -> str:
+        return datasets.build(key, Selection(order="random", seed=seed, limit=10)).manifest.digest
+
+    assert chosen("r1-v1", 1) == chosen("r1-v2", 1) != chosen("r2-v1", 2)
+
+
+@pytest.mark.parametrize("key", ["a'b", 'a"b', "", "$.n", "a.b", "x" * 200, "n\x00", "é"])
+def test_a_filter_key_is_a_plain_word(doubles: str, key: str) -> None:
+    """Nothing but a word reaches the JSON path."""
+    with pytest.raises(DatasetError, match="filter key"):
+        datasets.build("x-v1", Selection(filters={key: "1"}))
+
+
+@pytest.mark.parametrize("value", ["' OR 1=1 --", "\\", '"', "%", "\ud800", 2**60, None, [1]])
+def test_a_filter_value_is_only_compared(doubles: str, value: object) -> None:
+    """No value is anything but a value."""
+    with pytest.raises(DatasetError, match=r"no example|filter n"):
+        datasets.build("x-v1", Selection(filters={"n": value}))
+
+
+@pytest.mark.parametrize("key", ["golden", "golden-2", "-v1", "Golden-v1", "a/b-v1", "a-v1-", ""])
+def test_a_key_is_name_and_version(key: str) -> None:
+    """Anything else is refused before the catalog is opened."""
+    with pytest.raises(DatasetError, match="not a dataset key"):
+        datasets.get(key)
+
+
+@given(st.from_regex(r"[a-z0-9][a-z0-9_.-]{0,20}", fullmatch=True), st.integers(0, 999))
+def test_a_key_splits_one_way(name: str, version: int) -> None:
+    """Whatever dashes the name has."""
+    assert parse_key(f"{name}-v{version}") == (name, f"v{version}")
+
+
+@given(st.lists(st.sampled_from(["p", "q", "r", "s"]), min_size=1), st.floats(0, 0.99))
+def test_no_prompt_stands_in_two_splits(prompts: list[str], fraction: float) -> None:
+    """Examples that share a prompt share the split, whatever the fraction."""
+    candidates = [
+        Candidate(canonical.digest(f"{i}".encode()), canonical.digest(p.encode()), None)
+        for i, p in enumerate(prompts)
+    ]
+    members = assign_splits(candidates, fraction)
+    by_prompt: dict[str, set[str]] = {}
+    for candidate, member in zip(candidates, members, strict=True):
+        by_prompt.setdefault(candidate.prompt_digest, set()).add(member.split)
+    assert all(len(splits) == 1 for splits in by_prompt.values())
+
+
+def test_a_corrupt_catalog_is_one_line(home: Path) -> None:
+    """The file is named; nothing is overwritten."""
+    home.mkdir()
+    state.catalog_path().write_bytes(b"this is no database" * 500)
+    with pytest.raises(DatasetError, match=r"catalog.duckdb cannot be used"):
+        datasets.get("golden-v1")
+    with pytest.raises(DatasetError, match=r"catalog.duckdb cannot be used"):
+        datasets.seed("golden-v1")
+    assert state.catalog_path().read_bytes().startswith(b"this is no database")
+
+
+def test_a_newer_catalog_is_refused(doubles: str) -> None:
+    """Migrations go forward only."""
+    tamper("INSERT INTO migrations VALUES (99, 'm099_from_the_future')")
+    with pytest.raises(DatasetError, match="newer version"):
+        datasets.get(doubles)
+    with pytest.raises(DatasetError, match="newer version"):
+        datasets.seed("golden-v1")
+
+
+def test_migrations_are_recorded_in_order(doubles: str) -> None:
+    """What is applied is exactly the list."""
+    with catalog.connect(state.catalog_path(), write=False) as con:
+        assert migrations.applied(con) == [m.__name__ for m in migrations.MIGRATIONS]
+
+
+def test_a_damaged_snapshot_is_refused(doubles: str) -> None:
+    """Training reads nothing whose digest is wrong."""
+    digest = datasets.get(doubles).digest
+    path = snapshot.path_of(digest)
+    other = snapshot.path_of(datasets.seed("golden-v1").manifest.digest)
+    good = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    with pytest.raises(IntegrityError, match="damaged"):
+        snapshot.read(digest)
+    path.write_bytes(good[:-20])
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        snapshot.read(digest)
+
+
+def test_readers_and_writers_take_turns(doubles: str, tmp_path: Path) -> None:
+    """Four readers and two writers at once: no error, nothing lost."""
+    errors: list[BaseException] = []
+
+    def attempt(work: object) -> None:
+        try:
+            assert callable(work)
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    def write(n: int) -> None:
+        for i in range(3):
+            path = write_traces(tmp_path / f"{n}-{i}.jsonl", 5, start=1000 * n + 10 * i)
+            datasets.ingest(path, f"w{n}-v{i}")
+
+    def read() -> None:
+        for _ in range(10):
+            assert datasets.get(doubles).count == 40
+
+    works = [lambda n=n: write(n) for n in range(2)] + [read] * 4
+    threads = [threading.Thread(target=attempt, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(catalog.listing(state.catalog_path())) == 7
+
+
+def test_null_meta_is_absent() -> None:
+    """A null that a format invents changes no digest."""
+    step = [{"i": 0, "type": "t", "content": "c"}]
+    import msgspec
+
+    def digest(meta: dict[str, object]) -> str:
+        trace = msgspec.convert(
+            {"prompt": "p", "steps": step, "answer": "a", "meta": meta}, ReasoningTrace
+        )
+        return catalog.row_of(trace.example()).digest
+
+    assert digest({"a": 1, "b": None}) == digest({"a": 1}) == digest({"a": 1.0})

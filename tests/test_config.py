@@ -1,0 +1,137 @@
+"""Configuration: files, overrides, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import ROOT
+from tunix_mlflow import bootstrap
+from tunix_mlflow import config as configs
+from tunix_mlflow.errors import ConfigError
+
+PRESETS = ROOT / "projects" / "configs"
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*.yaml")))
+def test_presets_are_valid(preset: str) -> None:
+    """Every preset loads, by its name."""
+    assert configs.load(preset, {}, PRESETS).dataset
+
+
+def test_overrides_come_last_and_extends_first(tmp_path: Path) -> None:
+    """base < file < command line."""
+    (tmp_path / "base.yaml").write_text("seed: 1\ntraining: {steps: 10, batch_size: 2}\n")
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\ntraining: {steps: 20}\n")
+    config = configs.load(
+        tmp_path / "top.yaml", {"optimizer.learning_rate": "1e-3", "seed": "7"}, PRESETS
+    )
+    assert (config.seed, config.training.steps, config.training.batch_size) == (7, 20, 2)
+    assert config.optimizer.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"training.stepz": "1"}, "unknown key training.stepz (on the command line); did you"),
+        ({"nonsense": "1"}, "unknown key nonsense"),
+        ({"training.steps": "many"}, "training.steps: expected int, got 'many'"),
+        ({"training.steps": "0"}, "training.steps: expected int >= 1, got '0'"),
+        ({"training": "5"}, "training (on the command line) must be a section"),
+        ({"optimizer.learning_rate": "inf"}, "optimizer.learning_rate: expected a finite"),
+        ({"optimizer.learning_rate": "nan"}, "optimizer.learning_rate: expected float > 0.0"),
+        ({"optimizer.name": "sgd"}, "optimizer.name: invalid enum value"),
+        ({"model.heads": "3"}, "model.heads=3 must be a multiple of model.kv_heads=2"),
+        ({"training.microbatch_size": "3"}, "must be a multiple of training.microbatch_size=3"),
+        ({"device": "gpu:x"}, "device: expected auto, cpu, gpu or tpu"),
+        ({"device": "cuda"}, "device: expected auto, cpu, gpu or tpu"),
+    ],
+)
+def test_errors_name_the_key(overrides: dict[str, str], expected: str) -> None:
+    """A wrong value is one line that names the key and what was given."""
+    with pytest.raises(ConfigError) as caught:
+        configs.load("golden-v2", overrides, PRESETS)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [", "cannot be read as YAML"),
+        ("- 1", "must hold a mapping"),
+        ("1: 2", "must hold a mapping"),
+        ("extends: self.yaml", "extends itself"),
+        ("extends: [a]", "must name one file"),
+        ("extends: absent.yaml", "no configuration"),
+        ("seed: -1", "seed: expected int >= 0"),
+        ("training: {steps: 1.5}", "training.steps: expected int"),
+        ("!!python/object/apply:os.system ['true']", "cannot be read as YAML"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, expected: str) -> None:
+    """A wrong file is named, and never executed."""
+    path = tmp_path / "self.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected) as caught:
+        configs.load(path, {}, PRESETS)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_configuration_lists_the_presets() -> None:
+    """A typo in the preset's name shows the names there are."""
+    with pytest.raises(ConfigError, match="column-addition, golden-v2"):
+        configs.load("golden", {}, PRESETS)
+
+
+def test_json_round_trip_and_digest() -> None:
+    """config.json reads back to the same configuration; the digest sees every key."""
+    config = configs.load("column-addition", {}, PRESETS)
+    assert configs.from_json(configs.to_json(config), "test") == config
+    other = configs.load("column-addition", {"seed": "1"}, PRESETS)
+    assert configs.digest(other) != configs.digest(config)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["golden-v2", "training.steps=3", "dataset=x-v1"],
+        ["--config", "golden-v2", "--training.steps", "3", "--dataset", "x-v1"],
+        ["--training.steps=3", "dataset=x-v1", "--config=golden-v2"],
+    ],
+)
+def test_three_spellings_of_a_command_line(argv: list[str]) -> None:
+    """Our own words and those that `mlflow run` hands on mean the same."""
+    arguments = bootstrap.parse(argv)
+    assert arguments.config == "golden-v2"
+    assert arguments.overrides == {"training.steps": "3", "dataset": "x-v1"}
+
+
+@given(
+    st.lists(
+        st.text(max_size=20)
+        | st.sampled_from(["--", "--a", "a=1", "=", "--=", "seed=1", "training.steps=", "--seed"])
+    )
+)
+def test_any_command_line_is_read_or_refused(argv: list[str]) -> None:
+    """No words make anything but a configuration or a ConfigError of one line."""
+    try:
+        bootstrap.parse(argv).load("golden-v2")
+    except ConfigError as error:
+        assert str(error)
+
+
+@given(
+    st.sampled_from(sorted(configs.flatten(configs.Config()))) | st.text(max_size=12),
+    st.text(max_size=12) | st.floats().map(str) | st.integers().map(str),
+)
+def test_any_override_is_read_or_refused(key: str, value: str) -> None:
+    """No value makes anything but a valid configuration or a ConfigError."""
+    try:
+        config = configs.load(None, {key: value}, PRESETS)
+    except ConfigError:
+        return
+    assert configs.from_json(configs.to_json(config), "test") == config
