@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ import pytest
 
 os.environ.setdefault("NPROC", "2")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+# One compilation cache for this process and all its children.
+_CACHE = tempfile.TemporaryDirectory(prefix="tunix-jax-cache-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

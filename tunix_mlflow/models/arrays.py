@@ -77,7 +77,8 @@ def seal(folder: Path, content: Mapping[str, Any]) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    text = json.dumps({**content, "files": files}, sort_keys=True, indent=1)
+    body = {**content, "files": files}
+    text = json.dumps({**body, "digest": _digest(body)}, sort_keys=True, indent=1)
     temporary = folder / f".{MANIFEST}.tmp"
     with temporary.open("w", encoding="utf-8") as out:
         out.write(text)
@@ -97,9 +98,12 @@ def check(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        written = manifest.pop("digest")
         files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{folder / MANIFEST} is missing or damaged") from error
+    if written != _digest(manifest):
+        raise IntegrityError(f"{folder / MANIFEST} is damaged")
     present = {
         path.relative_to(folder).as_posix(): path
         for path in folder.rglob("*")
@@ -114,6 +118,10 @@ def check(folder: Path) -> dict[str, Any]:
         if size != files[name]["size"] or _sha256(present[name]) != files[name]["sha256"]:
             raise IntegrityError(f"{folder / name} is not what was written")
     return manifest
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

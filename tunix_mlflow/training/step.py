@@ -86,7 +86,7 @@ def train_step(
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = StepMetrics(loss / count, optax.global_norm(grads), count)
+    metrics = StepMetrics(loss / count, optax.tree.norm(grads), count)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

@@ -1,0 +1,219 @@
+"""From examples to rows of tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunix_mlflow.config import DataConfig
+from tunix_mlflow.data import batches, chat
+from tunix_mlflow.data.examples import Example, Message, reasoning_trace
+from tunix_mlflow.data.packing import pack
+from tunix_mlflow.data.tokenizer import MARKERS, ByteTokenizer
+from tunix_mlflow.errors import DatasetError
+from tunix_mlflow.evaluation import answers
+
+TOKENIZER = ByteTokenizer()
+
+
+def examples(count: int) -> list[Example]:
+    return [
+        reasoning_trace(f"Say {'x' * (n % 7)}{n}", [("t", f"it is {n}")], str(n)).example()
+        for n in range(count)
+    ]
+
+
+def rows(count: int = 30, length: int = 64, **data: object) -> batches.TokenRows:
+    config = DataConfig(**data)  # type: ignore[arg-type]
+    return batches.tokenize(examples(count), TOKENIZER, config, length)
+
+
+@given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 80))
+def test_packing_places_every_item_once(lengths: list[int], capacity: int) -> None:
+    """No item is lost, doubled or cut, and no row is over-full."""
+    packed = pack(lengths, capacity)
+    assert Counter(i for row in packed for i in row) == Counter(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= capacity for row in packed)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=200))
+def test_packing_is_close_to_the_least(lengths: list[int]) -> None:
+    """Best fit decreasing needs at most 11/9 of the fewest rows, and one more (Johnson 1973)."""
+    packed = pack(lengths, 50)
+    assert len(packed) <= -(-sum(lengths) // 50) * 11 / 9 + 4
+
+
+def test_packing_refuses_what_does_not_fit() -> None:
+    """The caller decides about long examples, not the packer."""
+    with pytest.raises(ValueError, match="item 1 has 51"):
+        pack([3, 51], 50)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_text_round_trips_and_cannot_imitate_a_marker(text: str) -> None:
+    """Bytes in, bytes out; a marker's spelling in a text stays text."""
+    for spelled in (text, f"{text}<eos><answer>"):
+        ids, _ = TOKENIZER.encode([chat.Segment(spelled, False, True)])
+        assert all(int(i) >= 16 for i in ids)
+        assert TOKENIZER.decode(ids) == spelled
+
+
+def test_rendered_example() -> None:
+    """The template, spelled out; what is trained on begins after <assistant>."""
+    example = reasoning_trace("2+2?", [("a", "s1"), ("b", "s2")], "4").example()
+    ids, trained = TOKENIZER.encode(chat.render(example, include_steps=True))
+    assert TOKENIZER.decode(ids) == "<bos><user>2+2?<assistant>s1\ns2<answer>4<eos>"
+    assert TOKENIZER.decode(ids[trained]) == "s1\ns2<answer>4<eos>"
+    ids, trained = TOKENIZER.encode(chat.render(example, include_steps=False))
+    assert TOKENIZER.decode(ids[trained]) == "<answer>4<eos>"
+    prompt, mask = TOKENIZER.encode(chat.render_prompt(example))
+    assert TOKENIZER.decode(prompt) == "<bos><user>2+2?<assistant>"
+    assert not mask.any()
+
+
+def test_conversation_marks() -> None:
+    """Many turns: assistant turns are trained on unless marked, others never."""
+    example = Example(
+        messages=(
+            Message(role="system", content="S"),
+            Message(role="user", content="U1"),
+            Message(role="assistant", content="A1", trained=False),
+            Message(role="user", content="U2"),
+            Message(role="assistant", content="A2"),
+        )
+    )
+    ids, trained = TOKENIZER.encode(chat.render(example, include_steps=True))
+    expected = "<bos><system>S<user>U1<assistant>A1<eos><user>U2<assistant>A2<eos>"
+    assert TOKENIZER.decode(ids) == expected
+    assert TOKENIZER.decode(ids[trained]) == "A2<eos>"
+
+
+def test_markers_keep_their_ids() -> None:
+    """A trained model depends on them."""
+    assert MARKERS == (
+        "<pad>",
+        "<bos>",
+        "<eos>",
+        "<answer>",
+        "<system>",
+        "<user>",
+        "<assistant>",
+        "<tool>",
+    )
+    assert TOKENIZER.vocab_size == 272
+
+
+def test_a_row_is_its_examples_shifted_by_one() -> None:
+    """Tokens, targets, positions, segments and mask of a packed row agree with the examples."""
+    data = rows()
+    assert max(len(row) for row in data.rows) > 1
+    for numbers in data.rows:
+        batch = batches.assemble(data, [numbers])
+        for segment, number in enumerate(numbers, start=1):
+            here = batch.segments[0] == segment
+            ids, trained = data.ids[number], data.trained[number]
+            assert np.array_equal(batch.tokens[0][here], ids[:-1])
+            assert np.array_equal(batch.targets[0][here], ids[1:])
+            assert np.array_equal(batch.positions[0][here], np.arange(len(ids) - 1))
+            assert np.array_equal(batch.loss_mask[0][here], trained[1:])
+        assert not batch.loss_mask[0][batch.segments[0] == 0].any()
+
+
+def test_a_batch_is_a_function_of_seed_and_step() -> None:
+    """A fresh stream gives the same batch at any step; another seed another order."""
+    data = rows()
+    one = batches.TrainBatches(data, batch_size=4, seed=3)
+    seen = [one.at(step) for step in range(12)]
+    other = batches.TrainBatches(data, batch_size=4, seed=3)
+    for step in (11, 0, 7):
+        assert all(np.array_equal(a, b) for a, b in zip(other.at(step), seen[step], strict=True))
+    different = batches.TrainBatches(data, batch_size=4, seed=4).at(0)
+    assert not np.array_equal(different.tokens, seen[0].tokens)
+
+
+def test_batch_order_is_frozen() -> None:
+    """The order of the first epoch for seed 0: a resumed run must find it again."""
+    stream = batches.TrainBatches(rows(), batch_size=1, seed=0)
+    order = [int(i) for i in stream._order(0)[:8]]
+    assert order == [0, 2, 11, 9, 1, 8, 5, 4]
+
+
+def test_an_epoch_has_every_row_once() -> None:
+    """Across batch borders too."""
+    data = rows()
+    stream = batches.TrainBatches(data, batch_size=1, seed=5)
+    count = len(data.rows)
+    for epoch in range(3):
+        seen = Counter(stream.at(epoch * count + i).tokens.tobytes() for i in range(count))
+        assert set(seen.values()) == {1}
+        assert len(seen) == count
+
+
+def test_eval_batches_have_every_row_once() -> None:
+    """The last one is filled up with rows that count nothing."""
+    data = rows()
+    parts = list(batches.eval_batches(data, 4))
+    assert sum(int((b.segments > 0).sum()) for b in parts) == data.tokens
+    assert {b.tokens.shape for b in parts} == {(4, 64)}
+
+
+def test_overlong_examples_are_the_users_choice() -> None:
+    """Refused by default with the length that would do; cut or dropped on request, counted."""
+    with pytest.raises(DatasetError, match=r"30 of 30 .* the longest needs \d+"):
+        rows(length=16)
+    assert rows(length=16, overlong="truncate").truncated == 30
+    needed = batches.longest(examples(30), TOKENIZER, True)
+    assert rows(length=needed - 1, overlong="drop").dropped >= 1
+    assert rows(length=needed).dropped == 0
+
+
+def test_nothing_to_train_on_is_an_error() -> None:
+    """Data without one trained token never reaches a step."""
+    silent = Example(
+        messages=(
+            Message(role="user", content="u"),
+            Message(role="assistant", content="a", trained=False),
+        )
+    )
+    with pytest.raises(DatasetError, match="none of the 1 examples has a token to train on"):
+        batches.tokenize([silent], TOKENIZER, DataConfig(), 64)
+    mixed = batches.tokenize([silent, *examples(1)], TOKENIZER, DataConfig(packing=False), 64)
+    stream = batches.TrainBatches(mixed, batch_size=1, seed=0)
+    with pytest.raises(DatasetError, match="the batch of step"):
+        [stream.at(step) for step in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("1+1=2<answer>2", "2"),
+        ("a<answer> 2 <eos>junk", "2"),
+        ("<answer>1<answer>2", "2"),
+        ("no marker", None),
+        ("", None),
+        ("<answer>", ""),
+    ],
+)
+def test_answers_are_what_follows_the_last_marker(text: str, answer: str | None) -> None:
+    """And nothing else is ever an answer."""
+    assert answers.extract(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("predicted", "expected", "match"),
+    [
+        ("4", "4", True),
+        ("  Normalize   Whitespace ", "normalize whitespace", True),
+        ("PARIS", "Paris", True),
+        ("44", "4", False),
+        ("", "4", False),
+        (None, "", False),
+    ],
+)
+def test_exact_match(predicted: str | None, expected: str, match: bool) -> None:
+    """Case and white space do not count; everything else does."""
+    assert answers.exact_match(predicted, expected) is match

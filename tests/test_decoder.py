@@ -1,0 +1,231 @@
+"""The decoder and generation, against plain computations."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from tunix_mlflow.config import DataConfig, ModelConfig, OptimizerConfig
+from tunix_mlflow.data import batches
+from tunix_mlflow.data.batches import Batch
+from tunix_mlflow.data.examples import reasoning_trace
+from tunix_mlflow.data.tokenizer import ByteTokenizer
+from tunix_mlflow.models import decoder, generation
+from tunix_mlflow.training import optimizer as optimizers
+from tunix_mlflow.training import step
+from tunix_mlflow.training.losses import token_losses
+
+SHAPES = {
+    "grouped, tied": ModelConfig(layers=2, width=16, heads=4, kv_heads=2, mlp_width=24),
+    "one head, untied": ModelConfig(
+        layers=1, width=12, heads=1, kv_heads=1, mlp_width=8, tie_embeddings=False
+    ),
+    "odd head width": ModelConfig(
+        layers=2, width=10, heads=3, kv_heads=1, head_dim=6, mlp_width=20
+    ),
+}
+VOCAB = 40
+
+
+@pytest.fixture(params=SHAPES)
+def model(request: pytest.FixtureRequest) -> tuple[decoder.Graph, decoder.Params]:
+    return decoder.build(SHAPES[request.param], VOCAB, seed=1)
+
+
+LENGTH = 64  # one shape, compiled once a model
+
+
+@partial(jax.jit, static_argnames="graph")
+def forward(
+    graph: decoder.Graph,
+    params: decoder.Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+) -> jax.Array:
+    mask = decoder.segment_mask(segments[None])
+    return nnx.merge(graph, params)(tokens[None], positions[None], mask)[0][0]
+
+
+def logits(graph: decoder.Graph, params: decoder.Params, *examples: np.ndarray) -> np.ndarray:
+    """Logits of the examples in one row, without a cache: [sum of lengths, vocab]."""
+    tokens, positions, segments = (np.zeros(LENGTH, np.int32) for _ in range(3))
+    start = 0
+    for number, ids in enumerate(examples, start=1):
+        here = slice(start, start + len(ids))
+        tokens[here], positions[here], segments[here] = ids, np.arange(len(ids)), number
+        start += len(ids)
+    return np.asarray(forward(graph, params, tokens, positions, segments))[:start]
+
+
+def test_the_future_is_not_seen(model: tuple[decoder.Graph, decoder.Params]) -> None:
+    """Changing a later token leaves earlier logits as they were, bit for bit."""
+    tokens = np.arange(10, dtype=np.int32) + 3
+    before = logits(*model, tokens)
+    tokens[7] = 30
+    after = logits(*model, tokens)
+    assert np.array_equal(before[:7], after[:7])
+    assert not np.array_equal(before[7:], after[7:])
+
+
+def test_packed_examples_do_not_see_each_other(
+    model: tuple[decoder.Graph, decoder.Params],
+) -> None:
+    """Neighbours in a row change nothing: exactly zero leaks through the mask."""
+    rng = np.random.default_rng(0)
+    first, second, other = (rng.integers(1, VOCAB, n).astype(np.int32) for n in (6, 9, 6))
+
+    packed = logits(*model, first, second)
+    assert np.array_equal(packed[6:], logits(*model, other, second)[6:])
+    assert np.allclose(packed[6:], logits(*model, second), atol=1e-5)
+    assert np.allclose(packed[:6], logits(*model, first), atol=1e-5)
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance() -> None:
+    """Scores of rotated pairs depend on the distance between positions alone."""
+    rng = np.random.default_rng(1)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+
+    def score(i: int, j: int) -> float:
+        a = decoder.rotate(q, jnp.asarray([[i]]), 10_000.0)
+        b = decoder.rotate(k, jnp.asarray([[j]]), 10_000.0)
+        assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(q), rel=1e-6)
+        return float(jnp.sum(a * b))
+
+    assert score(5, 2) == pytest.approx(score(105, 102), abs=1e-4)
+    assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-4)
+
+
+def test_cached_generation_is_greedy_decoding(
+    model: tuple[decoder.Graph, decoder.Params],
+) -> None:
+    """The cache, the left padding and the batch change no token."""
+    graph, params = model
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(1, VOCAB, n).astype(np.int32) for n in (3, 11, 34, 1)]
+    made = generation.generate(graph, params, prompts, max_new_tokens=12, eos_id=0, pad_id=0)
+    for prompt, found in zip(prompts, made, strict=True):
+        tokens = list(prompt)
+        for _ in range(12):
+            token = int(np.argmax(logits(graph, params, np.asarray(tokens, np.int32))[-1]))
+            if token == 0:
+                break
+            tokens.append(token)
+        assert list(found) == tokens[len(prompt) :]
+
+
+def test_generation_stops_at_the_end_of_sequence() -> None:
+    """Nothing follows the token that ends, and it is not returned."""
+    graph, params = decoder.build(SHAPES["grouped, tied"], VOCAB, seed=1)
+    prompt = np.asarray([5, 6, 7], np.int32)
+    free = generation.generate(graph, params, [prompt], max_new_tokens=8, eos_id=39, pad_id=0)[0]
+    stop = int(free[3])
+    cut = generation.generate(graph, params, [prompt], max_new_tokens=8, eos_id=stop, pad_id=0)[0]
+    assert list(cut) == list(free)[: list(free).index(stop)]
+
+
+def test_the_seed_makes_the_parameters() -> None:
+    """Same seed same bits, another seed others."""
+    config = SHAPES["grouped, tied"]
+    a, b, c = (jax.tree.leaves(decoder.build(config, VOCAB, s)[1]) for s in (0, 0, 1))
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not all(np.array_equal(x, y) for x, y in zip(a, c, strict=True))
+
+
+@pytest.fixture
+def data() -> batches.TokenRows:
+    examples = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 9)]
+    return batches.tokenize(examples, ByteTokenizer(), DataConfig(), 64)
+
+
+def test_loss_is_that_of_the_trained_tokens(data: batches.TokenRows) -> None:
+    """The masked mean equals one computed token by token without packing."""
+    graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
+    total, count = step.eval_step(params, batches.assemble(data, data.rows), graph=graph)
+    expected, tokens = 0.0, 0
+    for ids, trained in zip(data.ids, data.trained, strict=True):
+        raw = logits(graph, params, ids[:-1]).astype(np.float64)
+        found = raw - np.log(np.sum(np.exp(raw), axis=-1, keepdims=True))
+        for place in np.flatnonzero(trained[1:]):
+            expected -= float(found[place, ids[1:][place]])
+            tokens += 1
+    assert int(count) == tokens
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
+def gradients(data: batches.TokenRows, rows: list[list[int]]) -> decoder.Params:
+    graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
+
+    def mean(params: decoder.Params) -> jax.Array:
+        total, count = token_losses(graph, params, batches.assemble(data, rows))
+        return total / count
+
+    return jax.jit(jax.grad(mean))(params)
+
+
+def test_packing_changes_no_gradient(data: batches.TokenRows) -> None:
+    """The gradient of packed rows is that of the same examples one a row."""
+    one_each = [[i] for i in range(len(data.ids))]
+    pairs = zip(
+        jax.tree.leaves(gradients(data, data.rows)),
+        jax.tree.leaves(gradients(data, one_each)),
+        strict=True,
+    )
+    assert all(np.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("name", "microbatches"), [("adamw", 2), ("muon", 4)])
+def test_microbatches_change_no_update(
+    data: batches.TokenRows, name: str, microbatches: int
+) -> None:
+    """Parts of unequal token counts give the update of the whole batch."""
+
+    def after(parts: int) -> tuple[step.TrainState, step.StepMetrics]:
+        graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
+        rule = optimizers.build(OptimizerConfig(name=name, warmup_steps=0), 10)  # type: ignore[arg-type]
+        batch = batches.assemble(data, [[i] for i in range(8)])
+        return step.train_step(
+            step.init_state(params, rule), batch, graph=graph, optimizer=rule, microbatches=parts
+        )
+
+    (whole, m1), (split, m2) = after(1), after(microbatches)
+    assert float(m1.loss) == pytest.approx(float(m2.loss), rel=1e-5)
+    assert float(m1.trained_tokens) == float(m2.trained_tokens)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(split.params), strict=True):
+        assert np.allclose(a, b, atol=2e-3 if name == "muon" else 1e-4)
+
+
+def test_muon_takes_the_hidden_matrices_alone() -> None:
+    """Embedding and norms are AdamW's; both kinds move."""
+    _, params = decoder.build(SHAPES["grouped, tied"], VOCAB, 0)
+    rule = optimizers.build(OptimizerConfig(name="muon", warmup_steps=0), 10)
+    state = jax.jit(rule.init)(params)
+    text = str(jax.tree_util.tree_structure(state))
+    assert "MuonState" in text
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = jax.jit(rule.update)(grads, state, params)
+    moved = optax.apply_updates(params, updates)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(moved), strict=True):
+        assert not np.array_equal(a, b)
+
+
+def test_schedule_warms_up_and_decays() -> None:
+    """From near 0 over the peak to the final fraction."""
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=10, final_fraction=0.1)
+    rates = optimizers.learning_rates(config, 100)
+    assert rates[0] == 0.0
+    assert rates[10] == pytest.approx(0.1)
+    assert rates[-1] == pytest.approx(0.01, rel=0.05)
+    assert np.all(np.diff(rates[10:]) <= 0)
+
+
+def test_batch_is_a_pytree() -> None:
+    """jit sees five arrays."""
+    arrays = [np.zeros((1, 2), np.int32)] * 4 + [np.zeros((1, 2), np.bool_)]
+    assert len(jax.tree.leaves(Batch(*arrays))) == 5

@@ -1,0 +1,198 @@
+"""The run session: what it records, and the status however the block ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+
+from tunix_mlflow import config as configs
+from tunix_mlflow import session, state
+from tunix_mlflow.config import Config, TrackingConfig
+from tunix_mlflow.data import datasets
+from tunix_mlflow.errors import ConfigError, Interrupted, TrackingError
+from tunix_mlflow.tracking import runs
+from tunix_mlflow.tracking import store as links
+
+QUIET = Config(tracking=TrackingConfig(system_metrics=False))
+
+
+def test_a_finished_run_has_everything(store: str) -> None:
+    """Parameters, tags, metrics, inputs with distinct digests, artifacts, note, status."""
+    manifest = datasets.seed("golden-v2").manifest
+    with session(QUIET, stage="train") as run:
+        run.write_scalars(1, {"train/loss": 2.0, "train/tokens": 3})
+        for split in manifest.splits:
+            run.log_dataset(manifest, split, usage="training")
+        run.log_note("# Hello")
+        run.log_table({"prompt": ["a"], "text": ["b"]}, "t.json")
+        assert run.log_summary(1)["final_loss"] == 2.0
+    found = MlflowClient().get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params["optimizer.learning_rate"] == "0.001"
+    assert found.data.tags["tunix.config_digest"] == configs.digest(QUIET)
+    assert found.data.tags["mlflow.note.content"] == "# Hello"
+    assert found.data.metrics["train/loss"] == 2.0
+    assert found.data.metrics["total_steps"] == 1
+    inputs = found.inputs.dataset_inputs
+    assert {i.dataset.name for i in inputs} == {"golden-v2/train", "golden-v2/test"}
+    assert len({i.dataset.digest for i in inputs}) == 2
+    stored = json.loads(
+        Path(
+            mlflow.artifacts.download_artifacts(run_id=run.run_id, artifact_path="config.json")
+        ).read_text()
+    )
+    assert stored["optimizer"]["learning_rate"] == 0.001
+    experiment = MlflowClient().get_experiment(run.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_the_dataset_source_gives_the_very_rows_back(store: str) -> None:
+    """Through MLflow's own way: run -> input -> source -> load."""
+    manifest = datasets.seed("golden-v2").manifest
+    with session(QUIET, stage="train") as run:
+        run.log_dataset(manifest, "test", usage="evaluation")
+    (given,) = MlflowClient().get_run(run.run_id).inputs.dataset_inputs
+    source = mlflow.data.get_source(given.dataset)
+    rows = source.load()
+    assert len(rows) == manifest.splits["test"].count
+    assert all(row.meta["golden"] == "v2" for row in rows)
+    assert json.loads(given.dataset.profile)["dataset_digest"] == manifest.digest
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ConfigError("no such thing"), "FAILED", "no such thing"),
+        (ValueError("bug\nwith lines"), "FAILED", "bug with lines"),
+        (SystemExit(3), "FAILED", "3"),
+        (Interrupted(signal.SIGTERM), "KILLED", "interrupted by SIGTERM"),
+        (KeyboardInterrupt(), "KILLED", "interrupted by SIGINT"),
+    ],
+)
+def test_every_way_out_sets_the_status(
+    store: str, error: BaseException, status: str, message: str
+) -> None:
+    """And the message, and the metrics written before, and nothing stays active."""
+    with pytest.raises(type(error)), session(QUIET, stage="train") as run:
+        run.write_scalars(1, {"train/loss": 5.0})
+        raise error
+    found = MlflowClient().get_run(run.run_id)
+    assert (found.info.status, found.data.tags["tunix.error"]) == (status, message)
+    assert found.data.metrics["train/loss"] == 5.0
+    assert mlflow.active_run() is None
+
+
+def test_children_are_linked(store: str) -> None:
+    """A session inside a session is its child; both end."""
+    with session(QUIET, stage="main") as outer, session(QUIET, stage="train") as inner:
+        pass
+    child = MlflowClient().get_run(inner.run_id)
+    assert child.data.tags["mlflow.parentRunId"] == outer.run_id
+    assert child.info.status == MlflowClient().get_run(outer.run_id).info.status == "FINISHED"
+
+
+def test_the_context_plugin_is_silent_outside(store: str) -> None:
+    """Other people's runs get none of our tags; runs inside a session do."""
+    with mlflow.start_run() as before:
+        pass
+    with session(QUIET, stage="train"), mlflow.start_run(nested=True) as inside:
+        pass
+    with mlflow.start_run() as after:
+        pass
+    client = MlflowClient()
+
+    def ours(run_id: str) -> set[str]:
+        return {k for k in client.get_run(run_id).data.tags if k.startswith("tunix.")}
+
+    assert ours(before.info.run_id) == ours(after.info.run_id) == set()
+    assert "tunix.stage" in ours(inside.info.run_id)
+
+
+def test_launched_by_mlflow_run(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that `mlflow run` made is taken over; parameters that it logged stay as they are."""
+    client = MlflowClient()
+    made = client.create_run("0").info.run_id
+    client.log_param(made, "dataset", "'as the shell quoted it'")
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    with session(QUIET, stage="train") as run:
+        assert run.run_id == made
+    found = client.get_run(made)
+    assert found.data.params["dataset"] == "'as the shell quoted it'"
+    assert found.data.tags["tunix.stage"] == "train"
+
+
+def test_an_unreachable_server_is_said_at_once(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """In seconds, in one line, with nothing written; offline mode records all the same."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri = f"http://user:secret@127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    start = time.monotonic()
+    with (
+        pytest.raises(TrackingError, match=r"does not answer.*offline=true") as caught,
+        session(QUIET, stage="train"),
+    ):
+        raise AssertionError
+    assert time.monotonic() - start < 20
+    assert "secret" not in str(caught.value)
+    assert not (home / "runs").exists()
+    offline = Config(tracking=TrackingConfig(offline=True, system_metrics=False))
+    try:
+        with session(offline, stage="train") as run:
+            run.write_scalars(1, {"train/loss": 1.0})
+        found = MlflowClient(state.offline_tracking_uri()).get_run(run.run_id)
+        assert found.info.status == "FINISHED"
+        assert found.data.metrics["train/loss"] == 1.0
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+        mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+
+
+def test_another_dataset_is_refused_before_the_run_is_touched(store: str) -> None:
+    """Going on with a run under another digest names it, and the run stays as it was."""
+    with session(QUIET, stage="train", tags={"tunix.dataset_digest": "a" * 64}) as run:
+        pass
+    with (
+        pytest.raises(TrackingError, match="another dataset_digest"),
+        session(QUIET, stage="train", run_id=run.run_id, tags={"tunix.dataset_digest": "b" * 64}),
+    ):
+        raise AssertionError
+    found = MlflowClient().get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["tunix.dataset_digest"] == "a" * 64
+
+
+def test_what_cannot_be_resumed(store: str) -> None:
+    """No run, another's run, a finished one: one line each."""
+    with pytest.raises(TrackingError, match="there is no run"):
+        runs.to_resume("0" * 32)
+    with mlflow.start_run() as other:
+        pass
+    with pytest.raises(TrackingError, match="not a training run of ours"):
+        runs.to_resume(other.info.run_id)
+    with session(QUIET, stage="train") as run:
+        pass
+    with pytest.raises(TrackingError, match="has finished"):
+        runs.to_resume(run.run_id)
+
+
+def test_links_open_the_training_view(store: str) -> None:
+    """A fresh browser would hide runs and registry otherwise."""
+    with session(QUIET, stage="train") as run:
+        assert run.link.endswith("?workflowType=machine_learning")
+        assert run.run_id in run.link
+
+
+def test_credentials_stay_out_of_links() -> None:
+    """An address with user and password is shown without them."""
+    link = links.run_link("1", base="https://me:secret@example.org/mlflow")
+    assert link.startswith("https://example.org/mlflow/#/experiments/1")
