@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mlflow.entities import LoggedModel
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -108,27 +107,28 @@ def promote(
     digest = check_integrity(client, model)
     try:
         version = _register(client, model, name, digest)
-        client.set_registered_model_alias(name, CHALLENGER, version.version)
-        before = _alias(client, name, CHAMPION)
+        client.set_registered_model_alias(name, CHALLENGER, version)
+        before = _aliased(client, name, CHAMPION)
     except MlflowException as error:
         raise TrackingError(f"registry, model {name!r}: {store.one_line(error)}") from error
-    reason = _judge(client, model, before, thresholds, dataset)
+    reason = _judge(client, model, name, before, thresholds, dataset)
     if reason is not None:
         verdict = f"refused: {reason}"
-        client.set_model_version_tag(name, version.version, VERDICT_TAG, verdict)
-        raise Refused(f"{name} version {version.version} is not promoted: {reason}")
-    if before is not None and before.version == version.version:
-        return Promotion(name, version.version, "was champion already", False)
-    verdict = f"promoted over version {before.version}" if before else "promoted, the first"
-    client.set_model_version_tag(name, version.version, VERDICT_TAG, verdict)
-    client.set_registered_model_alias(name, CHAMPION, version.version)
-    return Promotion(name, version.version, verdict, True)
+        client.set_model_version_tag(name, version, VERDICT_TAG, verdict)
+        raise Refused(f"{name} version {version} is not promoted: {reason}")
+    if before == version:
+        return Promotion(name, version, "was champion already", False)
+    verdict = f"promoted over version {before}" if before else "promoted, the first"
+    client.set_model_version_tag(name, version, VERDICT_TAG, verdict)
+    client.set_registered_model_alias(name, CHAMPION, version)
+    return Promotion(name, version, verdict, True)
 
 
 def _judge(
     client: MlflowClient,
     model: LoggedModel,
-    champion: ModelVersion | None,
+    name: str,
+    champion: str | None,
     thresholds: Mapping[str, float],
     dataset: str | None,
 ) -> str | None:
@@ -147,18 +147,18 @@ def _judge(
             return f"eval/{metric} is {mine[metric]:.4f} on {judged_on[0]}, required {least:.4f}"
     if champion is None:
         return None
-    other = resolve(client, f"models:/{champion.name}/{champion.version}")
+    other = resolve(client, f"models:/{name}/{champion}")
     theirs = _metrics(other, judged_on)
     for metric in sorted(thresholds):
         if metric not in theirs:
             return (
-                f"champion version {champion.version} has no eval/{metric} on {judged_on[0]}"
-                f" ({judged_on[1][:12]}); evaluate models:/{champion.name}@{CHAMPION} on it first"
+                f"champion version {champion} has no eval/{metric} on {judged_on[0]}"
+                f" ({judged_on[1][:12]}); evaluate models:/{name}@{CHAMPION} on it first"
             )
         if mine[metric] < theirs[metric]:
             return (
                 f"eval/{metric} is {mine[metric]:.4f} on {judged_on[0]}, and champion version"
-                f" {champion.version} has {theirs[metric]:.4f}"
+                f" {champion} has {theirs[metric]:.4f}"
             )
     return None
 
@@ -187,26 +187,28 @@ def _latest_dataset(model: LoggedModel, key: str | None) -> tuple[str, str] | No
     return str(last.dataset_name), str(last.dataset_digest)
 
 
-def _register(client: MlflowClient, model: LoggedModel, name: str, digest: str) -> ModelVersion:
+def _register(client: MlflowClient, model: LoggedModel, name: str, digest: str) -> str:
+    """The version with these weights; made if there is none."""
     try:
         client.get_registered_model(name)
     except MlflowException:
         client.create_registered_model(name)
     for version in client.search_model_versions(f"name = '{name}'"):
         if version.tags.get(WEIGHTS_TAG) == digest:
-            return version
-    return client.create_model_version(
+            return str(version.version)
+    made = client.create_model_version(
         name,
         source=f"models:/{model.model_id}",
         run_id=model.source_run_id,
         model_id=model.model_id,
         tags={WEIGHTS_TAG: digest},
     )
+    return str(made.version)
 
 
-def _alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+def _aliased(client: MlflowClient, name: str, alias: str) -> str | None:
     version = client.get_registered_model(name).aliases.get(alias)
-    return client.get_model_version(name, version) if version else None
+    return None if version is None else str(version)
 
 
 def _model_id(client: MlflowClient, path: str) -> str:

@@ -1,0 +1,271 @@
+"""The stages, in this process: a model through evaluation and the gate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+from mlflow.tracking import MlflowClient
+
+from projects import evaluate as evaluating
+from projects import promote as promoting
+from projects import train as training
+from tests.conftest import ROOT, tiny, write_traces
+from tunix_mlflow import config as configs
+from tunix_mlflow.config import Config
+from tunix_mlflow.data import datasets
+from tunix_mlflow.errors import (
+    ConfigError,
+    DatasetError,
+    IntegrityError,
+    Refused,
+    TrackingError,
+)
+from tunix_mlflow.models import arrays, bundle
+from tunix_mlflow.tracking import flavor, registry
+
+
+def config(**more: str) -> Config:
+    more = {"dataset": "doubles-v1", "promotion__model": "doubles", **more}
+    return configs.load(None, tiny(**more), ROOT / "projects" / "configs")
+
+
+@pytest.fixture
+def doubles(tmp_path: Path) -> str:
+    datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 60), "doubles-v1")
+    return "doubles-v1"
+
+
+@pytest.fixture
+def trained(store: str, doubles: str) -> training.Trained:
+    return training.train(config())
+
+
+def log_score(model_id: str, value: float, dataset: str = "doubles-v1") -> None:
+    """Put an evaluation's figure on a logged model, as `evaluate` does."""
+    from tunix_mlflow.tracking.dataset import TunixDataset
+    from tunix_mlflow.tracking.session import session
+
+    entity = TunixDataset(datasets.get(dataset), "test")._to_mlflow_entity()
+    with session(config(), stage="evaluate") as run:
+        run.log_figures(
+            {"eval/exact_match": value}, model_id=model_id, dataset=(entity.name, entity.digest)
+        )
+
+
+def champion(name: str = "doubles") -> str | None:
+    found = MlflowClient().get_registered_model(name).aliases.get("champion")
+    return None if found is None else str(found)
+
+
+def test_training_records_what_a_run_needs(trained: training.Trained) -> None:
+    """Inputs, digests, the six figures, held-out figures, checkpoints, table, note, model."""
+    client = MlflowClient()
+    run = client.get_run(trained.run_id)
+    assert run.info.status == "FINISHED"
+    assert {i.dataset.name for i in run.inputs.dataset_inputs} == {
+        "doubles-v1/train",
+        "doubles-v1/test",
+    }
+    for tag in ("dataset", "tokenizer", "template", "config", "weights"):
+        assert len(run.data.tags[f"tunix.{tag}_digest"]) == 64
+    for tag in ("jax", "device_kind", "nproc", "version"):
+        assert run.data.tags[f"tunix.{tag}"]
+    figures = """final_loss best_loss total_steps total_tokens avg_throughput wall_time
+        train/loss train/grad_norm train/learning_rate eval/loss eval/exact_match
+        perf/tokens_per_sec perf/step_time_ms"""
+    for figure in figures.split():
+        assert figure in run.data.metrics, figure
+    assert "resume" in run.data.tags["mlflow.note.content"]
+    paths = {f.path for f in client.list_artifacts(trained.run_id)}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "generations"} <= paths
+    kept = [f.path for f in client.list_artifacts(trained.run_id, "checkpoints")]
+    assert kept == ["checkpoints/00000002", "checkpoints/00000004"]
+    fetched = client.download_artifacts(trained.run_id, kept[-1])
+    assert arrays.check(Path(fetched))["step"] == 4
+    model = client.get_logged_model(trained.model_id)
+    assert model.source_run_id == trained.run_id
+    assert model.tags["tunix.weights_digest"] == run.data.tags["tunix.weights_digest"]
+
+
+def test_the_flavor_holds_no_code(trained: training.Trained, tmp_path: Path) -> None:
+    """Orbax and JSON only; signature and example; the same answers natively and by pyfunc."""
+    uri = f"models:/{trained.model_id}"
+    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+    assert not [p for p in folder.rglob("*") if p.suffix in (".py", ".pkl", ".pickle", ".pyc")]
+    info = mlflow.models.get_model_info(uri)
+    assert info.signature.inputs.input_names() == ["prompt"]
+    assert info.saved_input_example_info is not None
+    assert "tunix-mlflow" in (folder / "requirements.txt").read_text()
+    prompts = ["Double 3", "Double 44"]
+    model = mlflow.pyfunc.load_model(uri)
+    answers = model.predict(pd.DataFrame({"prompt": prompts}), params={"max_new_tokens": 5})
+    assert list(answers.columns) == ["text", "answer"]
+    native = flavor.load_model(uri).complete([bundle.prompt(p) for p in prompts], 5)
+    assert list(answers["text"]) == native
+    assert len(model.predict(pd.DataFrame({"prompt": []}, dtype=str))) == 0
+
+
+def test_a_damaged_model_does_not_load(trained: training.Trained) -> None:
+    """One bit in any file of the bundle, and loading refuses, naming the file."""
+    model = MlflowClient().get_logged_model(trained.model_id)
+    folder = Path(model.artifact_location.removeprefix("file://")) / "bundle"
+    files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
+    assert len(files) > 4
+    for path in files:
+        good = path.read_bytes()
+        bad = bytearray(good)
+        bad[len(bad) // 2] ^= 1
+        path.write_bytes(bad)
+        with pytest.raises(IntegrityError):
+            flavor.load_model(f"models:/{trained.model_id}")
+        path.write_bytes(good)
+    assert flavor.load_model(f"models:/{trained.model_id}")
+
+
+def test_evaluation_is_tied_to_model_and_dataset(trained: training.Trained) -> None:
+    """The figure with its interval stands on the logged model, under the dataset's digest."""
+    scored = evaluating.evaluate(config(), trained.run_id)
+    assert scored.model_id == trained.model_id
+    assert scored.low <= scored.exact_match <= scored.high
+    client = MlflowClient()
+    found = [
+        m
+        for m in client.get_logged_model(trained.model_id).metrics
+        if m.key == "eval/exact_match" and m.dataset_digest
+    ]
+    assert [m.dataset_name for m in found] == ["doubles-v1/test"]
+    run = client.get_run(scored.run_id)
+    assert run.inputs.model_inputs[0].model_id == trained.model_id
+    table = client.download_artifacts(scored.run_id, "examples.json")
+    assert len(json.loads(Path(table).read_text())["data"]) == scored.examples
+    with pytest.raises(DatasetError, match="no example with an answer in split 'dev'"):
+        evaluating.evaluate(config(evaluation__split="dev"), trained.run_id)
+
+
+def test_the_gate(trained: training.Trained) -> None:
+    """Not evaluated, below the threshold, the first champion, equal weights, a regression."""
+    least = {"promotion__thresholds__exact_match": "0.8"}
+    with pytest.raises(Refused, match="never evaluated"):
+        promoting.promote(config(**least), trained.run_id)
+    assert champion() is None
+    log_score(trained.model_id, 0.5)
+    with pytest.raises(Refused, match=r"eval/exact_match is 0.5000 .* required 0.8000"):
+        promoting.promote(config(**least), trained.run_id)
+    client = MlflowClient()
+    registered = client.get_registered_model("doubles")
+    aliases = {alias: str(version) for alias, version in registered.aliases.items()}
+    assert aliases == {"challenger": "1"}
+    assert "refused" in client.get_model_version("doubles", "1").tags["tunix.promotion"]
+    log_score(trained.model_id, 0.9)
+    done = promoting.promote(config(**least), trained.run_id)
+    assert (done.version, done.changed, champion()) == ("1", True, "1")
+    again = promoting.promote(config(**least), f"models:/{trained.model_id}")
+    assert (again.version, again.changed) == ("1", False)
+
+    other = training.train(config(seed="1"))
+    log_score(other.model_id, 0.85)
+    with pytest.raises(Refused, match=r"champion version 1 has 0\.9000"):
+        promoting.promote(config(**least), other.run_id)
+    assert champion() == "1"
+    log_score(other.model_id, 0.95)
+    assert promoting.promote(config(**least), other.run_id).version == "2"
+    assert champion() == "2"
+    assert len(client.search_model_versions("name = 'doubles'")) == 2
+    failed = client.search_runs(
+        [client.get_run(trained.run_id).info.experiment_id],
+        "tags.`tunix.stage` = 'promote' and attributes.status = 'FAILED'",
+    )
+    assert all("not promoted" in run.data.tags["tunix.error"] for run in failed)
+    assert len(failed) == 3
+
+
+def test_a_champion_without_the_figure_must_be_measured_first(
+    trained: training.Trained, tmp_path: Path
+) -> None:
+    """A new model is never compared with a figure of other data."""
+    log_score(trained.model_id, 0.9)
+    promoting.promote(config(), trained.run_id)
+    datasets.ingest(write_traces(tmp_path / "more.jsonl", 90), "doubles-v2")
+    other = training.train(config(seed="2"))
+    log_score(other.model_id, 1.0, "doubles-v2")
+    with pytest.raises(Refused, match="evaluate models:/doubles@champion on it first"):
+        promoting.promote(config(dataset="doubles-v2"), other.run_id)
+    log_score(trained.model_id, 0.7, "doubles-v2")
+    assert promoting.promote(config(dataset="doubles-v2"), other.run_id).version == "2"
+
+
+@pytest.mark.parametrize("what", ["run not finished", "other weights", "damaged", "no data digest"])
+def test_integrity_comes_before_registration(trained: training.Trained, what: str) -> None:
+    """What is not whole is refused, and the registry does not even hear of it."""
+    client = MlflowClient()
+    log_score(trained.model_id, 1.0)
+    if what == "run not finished":
+        client.set_terminated(trained.run_id, "KILLED")
+    elif what == "other weights":
+        client.set_tag(trained.run_id, "tunix.weights_digest", "0" * 64)
+    elif what == "no data digest":
+        client.delete_tag(trained.run_id, "tunix.dataset_digest")
+    else:
+        location = client.get_logged_model(trained.model_id).artifact_location
+        shutil.rmtree(Path(location.removeprefix("file://")) / "bundle" / "params" / "d")
+    with pytest.raises(IntegrityError):
+        promoting.promote(config(), trained.run_id)
+    assert client.search_registered_models() == []
+
+
+def test_models_of_others_are_refused(store: str, doubles: str) -> None:
+    """An external model and one of another flavor never pass the gate."""
+    client = MlflowClient()
+    with mlflow.start_run() as run:
+        external = mlflow.create_external_model(name="external")
+    with pytest.raises((IntegrityError, TrackingError)):
+        promoting.promote(config(), f"models:/{external.model_id}")
+    with pytest.raises(TrackingError, match="has logged no model"):
+        registry.resolve(client, run.info.run_id)
+    for nothing in ("models:/absent@champion", "models:/absent/1", "m-0", "0" * 32, "models:/"):
+        with pytest.raises(TrackingError, match="there is no model"):
+            registry.resolve(client, nothing)
+    assert client.search_registered_models() == []
+
+
+def test_equal_runs_have_equal_weights(trained: training.Trained) -> None:
+    """The same configuration on the same data gives the same bits."""
+    again = training.train(config())
+    client = MlflowClient()
+    digests = {
+        client.get_run(r).data.tags["tunix.weights_digest"] for r in (trained.run_id, again.run_id)
+    }
+    assert len(digests) == 1
+
+
+def test_nothing_held_out_is_said(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A dataset without a test split trains, without held-out figures."""
+    path = write_traces(tmp_path / "all.jsonl", 20, split="train")
+    datasets.ingest(path, "all-v1")
+    trained = training.train(config(dataset="all-v1"))
+    assert "nothing is held out" in capsys.readouterr().err
+    assert not any(key.startswith("eval/") for key in trained.figures)
+
+
+def test_bad_input_starts_no_run(store: str, doubles: str) -> None:
+    """An absent dataset, split or key is found before MLflow hears of a run."""
+    for change, error in (
+        ({"dataset": "absent-v1"}, DatasetError),
+        ({"data__train_split": "nope"}, DatasetError),
+        ({"data__sequence_length": "16"}, DatasetError),
+        ({"dataset": "Absent"}, DatasetError),
+    ):
+        with pytest.raises(error):
+            training.train(config(**change))
+    with pytest.raises(ConfigError, match="dataset is missing"):
+        training.train(Config())
+    client = MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    assert client.search_runs(experiments) == []
