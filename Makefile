@@ -25,7 +25,7 @@ demo: venv  ## seed, train, evaluate, register and promote a model in ./.demo
 	$(BIN)/tunix-mlflow demo
 
 test: venv  ## the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: venv  ## style and types
 	$(BIN)/ruff check .

@@ -54,13 +54,14 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
     from tunix_mlflow.evaluation import scoring
     from tunix_mlflow.models import bundle as bundles
     from tunix_mlflow.models import decoder
-    from tunix_mlflow.tracking import flavor, note
+    from tunix_mlflow.tracking import flavor, note, store
     from tunix_mlflow.tracking.session import session
     from tunix_mlflow.training import devices, loop, optimizer, step
     from tunix_mlflow.training.checkpoint import Checkpoints
 
     if config.dataset is None:
         raise ConfigError("dataset is missing; give dataset=KEY, or seed or ingest one")
+    store.connect(config.tracking)  # a dead server is said before any work
     manifest = datasets.ready(config.dataset, console.say)
     device = devices.use(config.device)
 

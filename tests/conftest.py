@@ -16,11 +16,13 @@ import pytest
 
 os.environ.setdefault("NPROC", "2")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # One compilation cache for this process and all its children.
 _CACHE = tempfile.TemporaryDirectory(prefix="tunix-jax-cache-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+KEPT = {"MLFLOW_LOGGING_LEVEL", "MLFLOW_DISABLE_TELEMETRY"}
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
@@ -44,7 +46,7 @@ TINY = {
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A state root of its own for every test, and an empty current folder."""
-    for name in [n for n in os.environ if n.startswith("MLFLOW_") and "LOGGING" not in n]:
+    for name in [n for n in os.environ if n.startswith("MLFLOW_") and n not in KEPT]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("TUNIX_MLFLOW_HOME", str(tmp_path / "home"))
     (tmp_path / "cwd").mkdir()

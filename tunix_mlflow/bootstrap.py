@@ -115,6 +115,9 @@ def prepare(config: Config, recorded: Mapping[str, str] | None = None) -> None:
 def _calm() -> None:
     """Defaults for libraries that read them when they are imported."""
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "MLFLOW_LOGGING_LEVEL": "WARNING"}
+    quiet["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is for the result
+    quiet["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    quiet["MLFLOW_DISABLE_TELEMETRY"] = "true"  # it writes into the user's home, and calls out
     # MLflow's own retries would hold a run for minutes when a server is gone.
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
     for name, value in {**quiet, **patience}.items():

@@ -48,6 +48,11 @@ def compilation_cache() -> Path:
     return root() / "cache" / "jax"
 
 
+def temporary_dir() -> Path:
+    """Where short-lived copies go, such as a model that is being checked."""
+    return root() / "tmp"
+
+
 def project_root() -> Path:
     """The folder with MLproject, projects/ and seeds/: the checkout, or the wheel's copy."""
     package = Path(__file__).resolve().parent

@@ -7,6 +7,9 @@ a model's requirements name this version.
 from __future__ import annotations
 
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +22,7 @@ from mlflow.models.utils import _save_example
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-from tunix_mlflow import __version__
+from tunix_mlflow import __version__, state
 from tunix_mlflow.errors import IntegrityError, TrackingError
 from tunix_mlflow.tracking import store
 
@@ -114,24 +117,29 @@ def log_model(
     return model_id
 
 
-def download(model_uri: str) -> tuple[Path, dict[str, Any]]:
-    """Fetch a model of this flavor.
+@contextmanager
+def fetched(model_uri: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A copy of a model of this flavor, below the state root, for the length of a block.
 
-    Returns:
+    Yields:
         Its bundle folder, and the flavor's entry of the MLmodel file.
 
     Raises:
         TrackingError: if it cannot be fetched.
         IntegrityError: if it is of another flavor.
     """
-    try:
-        folder = Path(_download_artifact_from_uri(model_uri))
-        flavors = Model.load(str(folder / MLMODEL_FILE_NAME)).flavors
-    except (MlflowException, OSError) as error:
-        raise TrackingError(f"cannot load {model_uri}: {store.one_line(error)}") from error
-    if FLAVOR not in flavors:
-        raise IntegrityError(f"{model_uri} is not a tunix_mlflow model but {', '.join(flavors)}")
-    return folder / flavors[FLAVOR]["data"], dict(flavors[FLAVOR])
+    place = state.temporary_dir()
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
+        try:
+            folder = Path(_download_artifact_from_uri(model_uri, output_path=scratch))
+            flavors = Model.load(str(folder / MLMODEL_FILE_NAME)).flavors
+        except (MlflowException, OSError) as error:
+            raise TrackingError(f"cannot load {model_uri}: {store.one_line(error)}") from error
+        if FLAVOR not in flavors:
+            names = ", ".join(flavors)
+            raise IntegrityError(f"{model_uri} is not a tunix_mlflow model but {names}")
+        yield folder / flavors[FLAVOR]["data"], dict(flavors[FLAVOR])
 
 
 def load_model(model_uri: str) -> Bundle:
@@ -143,8 +151,8 @@ def load_model(model_uri: str) -> Bundle:
     """
     from tunix_mlflow.models import bundle as bundles
 
-    folder, _ = download(model_uri)
-    return bundles.load(folder)
+    with fetched(model_uri) as (folder, _):
+        return bundles.load(folder)
 
 
 class _Pyfunc:

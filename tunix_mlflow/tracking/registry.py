@@ -67,9 +67,9 @@ def check_integrity(client: MlflowClient, model: LoggedModel) -> str:
     if run is None or run.info.status != "FINISHED":
         what = "no run" if run is None else f"run {run.info.run_id}, which is {run.info.status}"
         raise IntegrityError(f"model {model.model_id} comes from {what}; it must be FINISHED")
-    folder, entry = flavor.download(f"models:/{model.model_id}")
-    arrays.check(folder)
-    digest = str(entry["weights_digest"])
+    with flavor.fetched(f"models:/{model.model_id}") as (folder, entry):
+        arrays.check(folder)
+        digest = str(entry["weights_digest"])
     for where, tags in (("the logged model", model.tags), ("its run", run.data.tags)):
         if tags.get(WEIGHTS_TAG) != digest:
             raise IntegrityError(

@@ -36,9 +36,12 @@ def connect(config: TrackingConfig) -> MlflowClient:
     try:
         client.search_experiments(max_results=1)
     except Exception as error:  # SQLAlchemy's and the HTTP client's errors share no base
-        raise TrackingError(f"cannot use the MLflow store {_public(uri)}: {one_line(error)}") from (
-            error
-        )
+        hint = ""
+        if "401" in str(error) or "403" in str(error):
+            hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: "
+        raise TrackingError(
+            f"cannot use the MLflow store {_public(uri)}: {hint}{one_line(error)}"
+        ) from error
     return client
 
 
