@@ -172,7 +172,7 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
             run_id=run.run_id,
             step=last,
             prompts=[example.prompt for example in (held_out or examples)[:3]],
-            tags=weights | {"tunix.dataset_digest": manifest.digest},
+            tags=weights | {name: tags[name] for name in ("tunix.dataset", "tunix.dataset_digest")},
         )
         run.set_tags(weights)
         run.log_file(run.folder / "metrics.jsonl")

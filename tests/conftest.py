@@ -43,6 +43,14 @@ TINY = {
 }
 
 
+LONG = ("test_server.py", "test_mlproject.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: (*LONG, item.path.name).index(item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A state root of its own for every test, and an empty current folder."""

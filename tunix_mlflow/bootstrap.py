@@ -141,6 +141,8 @@ def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     except TunixError as error:
         return _report(error)
     except BrokenPipeError:
+        # Whoever read has seen enough; do not complain again when stdout is closed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         traceback.print_exc()

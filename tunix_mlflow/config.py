@@ -173,7 +173,7 @@ class BenchmarkConfig(_Section, frozen=True):
 class Config(_Section, frozen=True):
     """One run's whole configuration."""
 
-    seed: NonNegative = 0
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
     """Seeds the parameters and the order of batches."""
     dataset: str | None = None
     """Key of a manifest, name-version."""

@@ -6,7 +6,9 @@ This file loads click alone, so that --help is quick.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -14,6 +16,7 @@ import click
 from tunix_mlflow import __version__, bootstrap
 from tunix_mlflow.cli import launch
 from tunix_mlflow.cli.datasets import datasets
+from tunix_mlflow.errors import InputError, Interrupted
 
 _ARGUMENTS = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
 
@@ -103,8 +106,7 @@ def demo(arguments: tuple[str, ...]) -> None:
     try:
         place.mkdir(exist_ok=True)
     except OSError as error:
-        print(f"tunix-mlflow: error: cannot create {place}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(f"cannot create {place}: {error.strerror}") from error
     for name in [n for n in os.environ if n.startswith(("MLFLOW_", "TUNIX_MLFLOW_"))]:
         del os.environ[name]
     os.environ["TUNIX_MLFLOW_HOME"] = str(place / "state")
@@ -114,6 +116,16 @@ def demo(arguments: tuple[str, ...]) -> None:
 
 def main() -> None:
     """The console script."""
-    sys.exit(
-        bootstrap.execute(lambda argv: cli.main(list(argv), standalone_mode=True), sys.argv[1:])
-    )
+    sys.exit(bootstrap.execute(_run, sys.argv[1:]))
+
+
+def _run(argv: Sequence[str]) -> None:
+    try:
+        # Not standalone, so that click's own complaints are one line too.
+        cli.main(list(argv), prog_name="tunix-mlflow", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+    except click.ClickException as error:
+        raise InputError(f"{error.format_message()} See `tunix-mlflow --help`") from error
+    except click.Abort as error:
+        raise Interrupted(signal.SIGINT) from error

@@ -5,6 +5,7 @@ Training reads snapshots only, so it never holds the catalog open.
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,7 +25,13 @@ FILE = "examples.parquet"
 
 
 def path_of(digest: str) -> Path:
-    """The Parquet file of the dataset with this digest."""
+    """The Parquet file of the dataset with this digest.
+
+    Raises:
+        DatasetError: if it is not 64 hex digits; a digest may come from anywhere.
+    """
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise DatasetError(f"{digest[:80]!r} is not a dataset digest: expected 64 hex digits")
     return state.snapshot_dir(digest) / FILE
 
 

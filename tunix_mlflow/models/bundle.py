@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import msgspec
 import numpy as np
-from flax import nnx
 
 from tunix_mlflow.config import ModelConfig
 from tunix_mlflow.data import chat
@@ -99,10 +98,7 @@ def load(folder: Path) -> Bundle:
             f" and this version has another {tokenizer.name}"
         )
     config = msgspec.convert(info["model"], ModelConfig)
-    model = nnx.eval_shape(
-        lambda: decoder.Decoder(config, tokenizer.vocab_size, rngs=nnx.Rngs(params=0))
-    )
-    graph, target = nnx.split(model, nnx.Param)
+    graph, target = decoder.shape(config, tokenizer.vocab_size)
     params = arrays.read(folder / _PARAMS, target)
     if weights_digest(params) != info["weights_digest"]:
         raise IntegrityError(f"the weights in {folder} do not have the digest in {_INFO}")

@@ -8,6 +8,7 @@ heads, D head width, W model width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -190,9 +191,21 @@ def segment_mask(segments: jax.Array) -> jax.Array:
 
 def build(config: ModelConfig, vocab_size: int, seed: int) -> tuple[Graph, Params]:
     """A freshly initialised model, split into its static graph and its parameters."""
-    model = Decoder(config, vocab_size, rngs=nnx.Rngs(params=seed))
+    return shape(config, vocab_size)[0], _init(config, vocab_size, jax.random.key(seed))
+
+
+def shape(config: ModelConfig, vocab_size: int) -> tuple[Graph, Params]:
+    """The static graph, and shapes and types in place of parameters; nothing is computed."""
+    model = nnx.eval_shape(lambda: Decoder(config, vocab_size, rngs=nnx.Rngs(params=0)))
     graph, params = nnx.split(model, nnx.Param)
     return graph, params
+
+
+@partial(jax.jit, static_argnames=("config", "vocab_size"))
+def _init(config: ModelConfig, vocab_size: int, key: jax.Array) -> Params:
+    model = Decoder(config, vocab_size, rngs=nnx.Rngs(params=key))
+    params: Params = nnx.split(model, nnx.Param)[1]
+    return params
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> list[LayerCache]:

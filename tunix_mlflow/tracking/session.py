@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from filelock import FileLock, Timeout
 from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -230,7 +231,9 @@ def session(
     }
     try:
         if run_id is not None:
-            _check_same(client.get_run(run_id).data.tags, own, run_id)
+            stored = client.get_run(run_id).data.tags
+            _check_idle(run_id)
+            _check_same(stored, own, run_id)
         if run_id is None:
             outer = mlflow.active_run()
             experiment = (
@@ -254,6 +257,8 @@ def session(
     monitor: SystemMetricsMonitor | None = None
     context.enter(own)
     status = "FAILED"
+    lock = _lock(run.run_id)
+    lock.acquire(timeout=0)
     try:
         _describe(run, config, own)
         if config.tracking.system_metrics:
@@ -279,6 +284,24 @@ def session(
         if monitor is not None:
             monitor.finish()
         _end(run, status)
+        lock.release()
+
+
+def _lock(run_id: str) -> FileLock:
+    # The system lets go of it when the process dies, however it dies.
+    folder = state.run_dir(run_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "lock")
+
+
+def _check_idle(run_id: str) -> None:
+    try:
+        with _lock(run_id).acquire(timeout=0):
+            pass
+    except Timeout as error:
+        raise TrackingError(
+            f"run {run_id} is open in another process on this machine; wait for it or end it"
+        ) from error
 
 
 def _check_same(stored: Mapping[str, str], now: Mapping[str, str], run_id: str) -> None:
@@ -291,7 +314,6 @@ def _check_same(stored: Mapping[str, str], now: Mapping[str, str], run_id: str) 
 
 
 def _describe(run: RunSession, config: Config, tags: Mapping[str, str]) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.json").write_bytes(configs.to_json(config))
     (run.folder / "environment.json").write_text(
         json.dumps({name: os.environ.get(name, "") for name in ("NPROC", "XLA_FLAGS")})

@@ -34,6 +34,7 @@ class StepMetrics(NamedTuple):
     trained_tokens: jax.Array
 
 
+@partial(jax.jit, static_argnames="optimizer")
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
