@@ -8,10 +8,10 @@ endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test lint format lock wheel clean
+.PHONY: help venv demo test test-install lint format lock wheel clean
 
 help:  ## show the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 venv: $(STAMP)  ## the environment, from requirements.lock
 
@@ -26,6 +26,9 @@ demo: venv  ## seed, train, evaluate, register and promote a model in ./.demo
 
 test: venv  ## the tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-install: venv  ## the tests that build environments: uv, and the wheel in an empty one
+	$(BIN)/python -m pytest -q -m install tests/test_install.py
 
 lint: venv  ## style and types
 	$(BIN)/ruff check .

@@ -97,12 +97,9 @@ def evaluate(config: Config, model: str) -> Evaluated:
 
 def main(argv: Sequence[str]) -> None:
     """Parse, evaluate, print."""
-    arguments = bootstrap.parse(argv, OWN)
+    arguments = bootstrap.parse(argv, OWN, positional="model")
     model = arguments.stage.get("model")
-    if model is None and arguments.config:
-        # `tunix-mlflow evaluate MODEL` names the model, not a configuration.
-        model, arguments = arguments.config, arguments._replace(config=None)
-    if model is None:
+    if not model:
         raise ConfigError("model is missing; give a run id or a models:/ URI")
     config = arguments.load()
     bootstrap.prepare(config)

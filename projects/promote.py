@@ -59,12 +59,9 @@ def promote(config: Config, model: str) -> Promotion:
 
 def main(argv: Sequence[str]) -> None:
     """Parse, promote, print."""
-    arguments = bootstrap.parse(argv, OWN)
+    arguments = bootstrap.parse(argv, OWN, positional="model")
     model = arguments.stage.get("model")
-    if model is None and arguments.config:
-        # `tunix-mlflow promote MODEL` names the model, not a configuration.
-        model, arguments = arguments.config, arguments._replace(config=None)
-    if model is None:
+    if not model:
         raise ConfigError("model is missing; give a run id or a models:/ URI")
     config = arguments.load()
     if "name" in arguments.stage:

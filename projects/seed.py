@@ -55,11 +55,7 @@ def seed(
 
 def main(argv: Sequence[str]) -> None:
     """Parse, seed, print."""
-    arguments = bootstrap.parse(argv, OWN)
-    if arguments.config and "dataset" not in arguments.overrides:
-        # `tunix-mlflow seed golden-v2` names the dataset, not a configuration.
-        arguments.overrides["dataset"] = arguments.config
-        arguments = arguments._replace(config=None)
+    arguments = bootstrap.parse(argv, OWN, positional="dataset")
     config = arguments.load()
     bootstrap.prepare(config)
     numbers = {name: _whole(arguments.stage, name) for name in ("num_traces", "number")}

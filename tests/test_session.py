@@ -196,3 +196,26 @@ def test_credentials_stay_out_of_links() -> None:
     """An address with user and password is shown without them."""
     link = links.run_link("1", base="https://me:secret@example.org/mlflow")
     assert link.startswith("https://example.org/mlflow/#/experiments/1")
+
+
+def test_an_upload_that_fails_is_said_and_made_good(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server away at a checkpoint costs neither the run nor the checkpoint."""
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "x").write_text("x")
+    reports: list[str] = []
+    real, calls = MlflowClient.log_artifacts, iter([True])
+
+    def flaky(self: MlflowClient, *words: object) -> None:
+        if next(calls, False):
+            raise ConnectionError("away")
+        real(self, *words)
+
+    monkeypatch.setattr(MlflowClient, "log_artifacts", flaky)
+    with session(QUIET, stage="train", report=reports.append) as run:
+        run.log_folder(tmp_path / "c", "checkpoints/1")
+        assert MlflowClient().list_artifacts(run.run_id, "checkpoints") == []
+    assert "checkpoints/1 was not uploaded (away)" in reports[0]
+    kept = MlflowClient().list_artifacts(run.run_id, "checkpoints/1")
+    assert [f.path for f in kept] == ["checkpoints/1/x"]

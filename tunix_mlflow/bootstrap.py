@@ -37,8 +37,8 @@ class Arguments(NamedTuple):
         return configs.load(self.config or default, self.overrides, presets)
 
 
-def parse(argv: Sequence[str], own: Iterable[str] = ()) -> Arguments:
-    """Read `[CONFIG] key=value --key value --key=value`, in any order.
+def parse(argv: Sequence[str], own: Iterable[str] = (), positional: str = "config") -> Arguments:
+    """Read `[WORD] key=value --key value --key=value`, in any order.
 
     `mlflow run` hands undeclared parameters on as `--key value`, which is why both forms
     are read.
@@ -46,6 +46,7 @@ def parse(argv: Sequence[str], own: Iterable[str] = ()) -> Arguments:
     Args:
         argv: without the program's name.
         own: names that are the stage's and not the configuration's.
+        positional: what a bare word stands for.
 
     Raises:
         ConfigError: naming the argument that makes no sense.
@@ -66,9 +67,9 @@ def parse(argv: Sequence[str], own: Iterable[str] = ()) -> Arguments:
         elif "=" in argument:
             key, _, value = argument.partition("=")
         else:
-            key, value = "config", argument
+            key, value = positional, argument
         if not _KEY.fullmatch(key):
-            raise ConfigError(f"{argument!r} is not key=value, --key value or a configuration")
+            raise ConfigError(f"{argument!r} is not key=value or --key value")
         if key in values and values[key] != value:
             raise ConfigError(f"{key} is given twice: {values[key]!r} and {value!r}")
         values[key] = value
@@ -133,6 +134,7 @@ def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """
     signal.signal(signal.SIGTERM, _interrupt)
     _calm()
+    _anchor_store()
     try:
         main(argv)
         return 0
@@ -148,6 +150,21 @@ def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         traceback.print_exc()
         _tag_launched(f"{type(error).__name__}: {error}")
         return 1
+
+
+def _anchor_store() -> None:
+    """Read a relative `sqlite:///mlflow.db` as the launcher meant it.
+
+    `mlflow run` hands the address on as it is, and starts us in the project's folder.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    path = uri.removeprefix("sqlite:///")
+    if "MLFLOW_RUN_ID" in os.environ and path != uri and not path.startswith("/"):
+        import psutil
+
+        launcher = psutil.Process().parent()
+        if launcher is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{launcher.cwd()}/{path}"
 
 
 def _report(error: TunixError) -> int:

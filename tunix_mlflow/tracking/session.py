@@ -55,6 +55,7 @@ class RunSession:
         self.client, self.run_id, self.experiment_id = client, run_id, experiment
         self.report = report
         self.folder = state.run_dir(run_id)
+        self._late: list[tuple[Path, str]] = []
         self._journal: Journal | None = None
 
     @property
@@ -120,8 +121,18 @@ class RunSession:
         self.client.log_artifact(self.run_id, str(path), folder)
 
     def log_folder(self, path: Path, artifact: str) -> None:
-        """Store a folder's content as an artifact folder."""
-        self.client.log_artifacts(self.run_id, str(path), artifact)
+        """Store a folder's content as an artifact folder.
+
+        A server that does not take it does not stop the run: it is said, and tried again when
+        the session ends. May be called from any one thread.
+        """
+        try:
+            self.client.log_artifacts(self.run_id, str(path), artifact)
+        except Exception as error:  # whatever the client raises, the folder is still there
+            self._late.append((path, artifact))
+            self.report(
+                f"{artifact} was not uploaded ({store.one_line(error)}); trying again later"
+            )
 
     def log_table(self, columns: Mapping[str, Sequence[Any]], artifact: str) -> None:
         """Store a table that the UI shows as one; columns of equal length."""
@@ -191,6 +202,15 @@ class RunSession:
         """
         if self._journal is not None:
             self._journal.close()
+        for path, artifact in self._late:
+            if not path.exists():
+                continue  # a newer checkpoint took its place
+            try:
+                self.client.log_artifacts(self.run_id, str(path), artifact)
+            except Exception as error:
+                raise TrackingError(
+                    f"{artifact} was not uploaded: {store.one_line(error)}; it is in {path}"
+                ) from error
 
     def _ship(self, points: Sequence[Point]) -> None:
         metrics = [Metric(p.key, p.value, p.timestamp, p.step) for p in points]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -98,7 +100,9 @@ def ui_command() -> str | None:
     uri = mlflow.get_tracking_uri()
     if uri.startswith("http"):
         return None
-    return f"mlflow server --backend-store-uri {uri} --port 5000"
+    # In an environment that is not activated, the plain name is not found.
+    program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")
+    return f"{program} server --backend-store-uri {uri} --port 5000"
 
 
 def one_line(error: BaseException) -> str:
