@@ -14,7 +14,7 @@ from typing import Any
 
 from tunix_mlflow import bootstrap
 from tunix_mlflow.config import Config
-from tunix_mlflow.errors import ConfigError
+from tunix_mlflow.errors import ConfigError, DatasetError
 
 from . import console
 
@@ -32,12 +32,16 @@ def bench(config: Config) -> dict[str, Any]:
     from tunix_mlflow.data import batches, datasets, snapshot
     from tunix_mlflow.data.tokenizer import ByteTokenizer
     from tunix_mlflow.models import decoder
+    from tunix_mlflow.tracking import store
     from tunix_mlflow.tracking.session import session
     from tunix_mlflow.training import devices, optimizer, step
 
     if config.dataset is None:
         raise ConfigError("dataset is missing; give dataset=KEY")
+    store.connect(config.tracking)
     manifest = datasets.ready(config.dataset, console.say)
+    if config.data.train_split not in manifest.splits:
+        raise DatasetError(f"dataset {manifest.key} has no split {config.data.train_split!r}")
     device = devices.use(config.device)
     tokenizer = ByteTokenizer()
     examples = snapshot.read(manifest.digest, config.data.train_split)

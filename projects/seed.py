@@ -9,6 +9,7 @@ Seconds. The same dataset twice changes nothing.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -35,10 +36,12 @@ def seed(
         DatasetError: for an unknown seed, or a key that names another dataset.
     """
     from tunix_mlflow.data import datasets
+    from tunix_mlflow.tracking import store
     from tunix_mlflow.tracking.session import session
 
     if config.dataset is None:
         raise ConfigError("dataset is missing; give dataset=KEY, for example golden-v2")
+    store.connect(config.tracking)  # a dead server is said before anything is stored
     built = datasets.seed(config.dataset, num_traces=num_traces, number=number, name=key)
     manifest = built.manifest
     console.say(
@@ -72,8 +75,8 @@ def _whole(arguments: dict[str, str], name: str) -> int | None:
     text = arguments.get(name)
     if text is None:
         return None
-    if not text.isdecimal():
-        raise ConfigError(f"{name}: expected a whole number, got {text!r}")
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ConfigError(f"{name}: expected a whole number below 10^9, got {text!r}")
     return int(text)
 
 

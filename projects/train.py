@@ -56,8 +56,7 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
     from tunix_mlflow.models import decoder
     from tunix_mlflow.tracking import flavor, note, store
     from tunix_mlflow.tracking.session import session
-    from tunix_mlflow.training import devices, loop, optimizer, step
-    from tunix_mlflow.training.checkpoint import Checkpoints
+    from tunix_mlflow.training import checkpoint, devices, loop, optimizer, step
 
     if config.dataset is None:
         raise ConfigError("dataset is missing; give dataset=KEY, or seed or ingest one")
@@ -71,6 +70,12 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
         raise DatasetError(
             f"dataset {manifest.key} has no split {config.data.train_split!r};"
             f" it has {', '.join(manifest.splits)}"
+        )
+    wanted = config.evaluation.split
+    if wanted not in manifest.splits and (len(manifest.splits) > 1 or wanted != "test"):
+        raise DatasetError(
+            f"dataset {manifest.key} has no split {wanted!r} to hold out;"
+            f" it has {', '.join(manifest.splits)}. Set evaluation.split"
         )
     examples = snapshot.read(manifest.digest, config.data.train_split)
     held_out = snapshot.read(manifest.digest, config.evaluation.split)
@@ -118,7 +123,7 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
                 "model/parameters": count,
             },
         )
-        checkpoints = Checkpoints(
+        checkpoints = checkpoint.Checkpoints(
             run.folder / "checkpoints",
             identity | devices.fingerprint(device),
             keep_last=config.checkpoints.keep_last,
@@ -128,6 +133,9 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
                 else None
             ),
         )
+        if resume is not None and config.checkpoints.upload:
+            for folder in checkpoint.steps(checkpoints.folder):  # a kill may have cut one off
+                run.log_folder(folder, f"checkpoints/{folder.name}")
         restored = checkpoints.restore_latest(state, run.report)
         if restored is not None:
             console.say(f"resuming run {run.run_id} after step {restored[0]}")
@@ -218,10 +226,16 @@ def summarize(trained: Trained) -> None:
 
 
 def _with_length(config: Config, needed: int) -> Config:
-    from tunix_mlflow.data.batches import fit_length
+    from tunix_mlflow.data.batches import LONGEST_FIT, fit_length
 
     if config.data.sequence_length is not None:
         return config
+    if needed > LONGEST_FIT:
+        raise DatasetError(
+            f"the longest example of {config.dataset} needs {needed} tokens; attention takes"
+            " memory by the square of that. Set data.sequence_length, and if need be"
+            " data.overlong=truncate or drop"
+        )
     data = msgspec.structs.replace(config.data, sequence_length=fit_length(needed))
     return msgspec.structs.replace(config, data=data)
 

@@ -187,20 +187,32 @@ def test_nothing_to_train_on_is_an_error() -> None:
         [stream.at(step) for step in range(2)]
 
 
+def ids_of(*pieces: str) -> list[int]:
+    """Pieces that are a marker's spelling become that marker; the others are text."""
+    found, _ = TOKENIZER.encode([chat.Segment(p, p in MARKERS, True) for p in pieces])
+    return [int(i) for i in found]
+
+
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("pieces", "answer"),
     [
-        ("1+1=2<answer>2", "2"),
-        ("a<answer> 2 <eos>junk", "2"),
-        ("<answer>1<answer>2", "2"),
-        ("no marker", None),
-        ("", None),
-        ("<answer>", ""),
+        (["1+1=2", "<answer>", "2"], "2"),
+        (["a", "<answer>", " 2 ", "<eos>", "junk"], "2"),
+        (["<answer>", "1", "<answer>", "2"], "2"),
+        (["<eos>", "<answer>", "3"], "3"),
+        (["no marker"], None),
+        ([], None),
+        (["<answer>"], ""),
+        (["text that says <answer>4"], None),
+        (
+            ["<answer>", "wrap it in <answer> tags, then <eos>."],
+            "wrap it in <answer> tags, then <eos>.",
+        ),
     ],
 )
-def test_answers_are_what_follows_the_last_marker(text: str, answer: str | None) -> None:
-    """And nothing else is ever an answer."""
-    assert answers.extract(text) == answer
+def test_answers_are_what_follows_the_last_marker(pieces: list[str], answer: str | None) -> None:
+    """And nothing else is ever an answer; text that spells a marker is text."""
+    assert TOKENIZER.answer(ids_of(*pieces)) == answer
 
 
 @pytest.mark.parametrize(

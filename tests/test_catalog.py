@@ -49,6 +49,9 @@ TAMPERINGS = {
     "duplicated": "INSERT INTO examples SELECT * FROM examples WHERE digest = '{d}'",
     "duplicated (as a member)": "INSERT INTO members SELECT * FROM members WHERE digest = '{d}'",
     "missing (from the members)": "DELETE FROM members WHERE digest = '{d}'",
+    "notes (count)": "UPDATE manifests SET"
+    " document = replace(document, '\"count\":40', '\"count\":7')",
+    "notes (positions)": "UPDATE members SET position = position + 1000",
     "extra": "INSERT INTO members SELECT 'doubles-v1', 40, digest, 'train' FROM examples"
     " WHERE canonical LIKE '%Double 99\"%'",
     "extra (in another's place)": "INSERT INTO members SELECT 'doubles-v1', 3, digest, 'train'"
@@ -71,6 +74,9 @@ def test_verify_names_what_was_done(
     report = datasets.verify(doubles)
     assert not report.ok
     named = getattr(report, kind.split()[0])
+    if kind.startswith("notes"):
+        assert report.notes or report.extra
+        return
     if kind.startswith("extra"):
         digest = first_member("other-v1")
     if kind == "missing (from the members)" and not with_snapshot:
@@ -119,6 +125,11 @@ BAD_LINES = {
     '{"prompt": "\\ud800", "steps": [{"content": "s"}], "answer": "a"}': "surrogate",
     '{"prompt": "a\\u0000", "steps": [{"content": "s"}], "answer": "a"}': "NUL",
     '{"prompt": "p", "steps": [{"content": "s"}], "answer": "a", "split": "../x"}': r"\$.split",
+    '{"prompt": "p", "steps": [{"content": "s"}], "answer": "a", "split": "x\\n"}': r"\$.split",
+    '{"prompt": "p", "steps": [{"content": "s"}], "answer": "a", "meta": {"m": '
+    + "[" * 900
+    + "]" * 900
+    + "}}": "not a reasoning trace",
 }
 
 
@@ -262,6 +273,17 @@ def test_a_newer_catalog_is_refused(doubles: str) -> None:
         datasets.seed("golden-v1")
 
 
+def test_another_programs_database_is_left_alone(home: Path) -> None:
+    """It is not migrated, and not called old."""
+    home.mkdir()
+    con = duckdb.connect(str(state.catalog_path()))
+    con.execute("CREATE TABLE theirs AS SELECT 1 AS x")
+    con.close()
+    for call in (lambda: datasets.get("golden-v1"), lambda: datasets.seed("golden-v1")):
+        with pytest.raises(DatasetError, match="another program"):
+            call()
+
+
 def test_migrations_are_recorded_in_order(doubles: str) -> None:
     """What is applied is exactly the list."""
     with catalog.connect(state.catalog_path(), write=False) as con:
@@ -324,3 +346,12 @@ def test_null_meta_is_absent() -> None:
         return catalog.row_of(trace.example()).digest
 
     assert digest({"a": 1, "b": None}) == digest({"a": 1}) == digest({"a": 1.0})
+
+
+def test_export_leaves_nothing_half_written(doubles: str, tmp_path: Path) -> None:
+    """A folder, or a place that is not there, is one line."""
+    (tmp_path / "out").mkdir()
+    for target in (tmp_path / "out", tmp_path / "absent" / "x.jsonl"):
+        with pytest.raises(DatasetError, match="cannot write"):
+            datasets.export(doubles, target)
+    assert not list(tmp_path.glob(".*"))

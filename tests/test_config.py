@@ -47,6 +47,9 @@ def test_overrides_come_last_and_extends_first(tmp_path: Path) -> None:
         ({"model.heads": "3"}, "model.heads=3 must be a multiple of model.kv_heads=2"),
         ({"training.microbatch_size": "3"}, "must be a multiple of training.microbatch_size=3"),
         ({"device": "gpu:x"}, "device: expected auto, cpu, gpu or tpu"),
+        ({"device": "cpu:\u00b2"}, "device: expected auto, cpu, gpu or tpu"),
+        ({"promotion.thresholds.f@1": "0.5"}, "promotion.thresholds"),
+        ({"training.steps": "null"}, "training.steps: expected int, got None"),
         ({"device": "cuda"}, "device: expected auto, cpu, gpu or tpu"),
     ],
 )
@@ -67,6 +70,8 @@ def test_errors_name_the_key(overrides: dict[str, str], expected: str) -> None:
         ("extends: self.yaml", "extends itself"),
         ("extends: [a]", "must name one file"),
         ("extends: absent.yaml", "no configuration"),
+        ("training: {steps: 5}\ntraining: {batch_size: 4}", "the key 'training' is given twice"),
+        ("{a: " * 3000, "cannot be read as YAML"),
         ("seed: -1", "seed: expected int >= 0"),
         ("training: {steps: 1.5}", "training.steps: expected int"),
         ("!!python/object/apply:os.system ['true']", "cannot be read as YAML"),
@@ -135,3 +140,17 @@ def test_any_override_is_read_or_refused(key: str, value: str) -> None:
     except ConfigError:
         return
     assert configs.from_json(configs.to_json(config), "test") == config
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\x00b", "."])
+def test_a_name_no_file_can_have(name: str) -> None:
+    """Too long, with a NUL, a folder: not a configuration."""
+    with pytest.raises(ConfigError, match="no configuration"):
+        configs.load(name, {}, PRESETS)
+
+
+def test_null_is_none() -> None:
+    """As in YAML."""
+    config = configs.load("column-addition", {"data.sequence_length": "null"}, PRESETS)
+    assert config.data.sequence_length is None
+    assert configs.load(None, {"tracking.experiment": "null"}, PRESETS).tracking.experiment is None

@@ -14,7 +14,7 @@ from tests.conftest import ROOT, as_arguments, as_parameters, last_json, tiny
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = pytest.mark.install
-SMALL = tiny(dataset="golden-v2", evaluation__limit="2", promotion__thresholds__exact_match="0")
+SMALL = tiny(dataset="golden-v2", promotion__thresholds__exact_match="0")
 
 
 def test_uv_builds_the_environment(store: str, command: Command, tmp_path: Path) -> None:

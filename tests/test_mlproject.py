@@ -89,10 +89,13 @@ def test_every_entry_point(store: str, command: Command, project: str, tmp_path:
     assert run.data.params["training.steps"] == "4"
     assert run.data.params["optimizer.name"] == "muon"  # from the preset
 
-    few = {"model": trained["model_id"], "dataset": "golden-v2", "evaluation.limit": "3"}
+    few = {
+        "model": trained["model_id"],
+        "dataset": "golden-v2",
+    }
     done = mlflow_run(command, "evaluate", few | {"evaluation.max_new_tokens": "4"})
     assert done.returncode == 0, done.stderr
-    assert last_json(done.stdout)["examples"] == 3
+    assert last_json(done.stdout)["examples"] == 10
 
     gate = {"model": trained["run_id"], "name": "golden"}
     done = mlflow_run(command, "promote", gate | {"promotion.thresholds.exact_match": "0"})
@@ -119,7 +122,6 @@ def test_main_links_its_stages(store: str, command: Command) -> None:
         dataset="golden-v2",
         promotion__model="golden",
         promotion__thresholds__exact_match="0",
-        evaluation__limit="2",
     )
     done = mlflow_run(command, "main", small)
     assert done.returncode == 0, done.stderr
@@ -261,7 +263,7 @@ def test_demo_keeps_to_itself(command: Command, tmp_path: Path, home: Path) -> N
         "MLFLOW_EXPERIMENT_NAME": "somebody-elses",
         "TUNIX_MLFLOW_HOME": str(tmp_path / "untouched"),
     }
-    small = tiny(dataset="golden-v2", promotion__thresholds__exact_match="0", evaluation__limit="2")
+    small = tiny(dataset="golden-v2", promotion__thresholds__exact_match="0")
     for turn in range(2):
         done = command("tunix-mlflow", "demo", *as_arguments(small), env=elsewhere)
         assert done.returncode == 0, done.stderr

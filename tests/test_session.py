@@ -179,7 +179,7 @@ def test_what_cannot_be_resumed(store: str) -> None:
         pass
     with pytest.raises(TrackingError, match="not a training run of ours"):
         runs.to_resume(other.info.run_id)
-    with session(QUIET, stage="train") as run:
+    with session(QUIET, stage="train", tags={"tunix.dataset_digest": "a" * 64}) as run:
         pass
     with pytest.raises(TrackingError, match="has finished"):
         runs.to_resume(run.run_id)
@@ -215,7 +215,70 @@ def test_an_upload_that_fails_is_said_and_made_good(
     monkeypatch.setattr(MlflowClient, "log_artifacts", flaky)
     with session(QUIET, stage="train", report=reports.append) as run:
         run.log_folder(tmp_path / "c", "checkpoints/1")
-        assert MlflowClient().list_artifacts(run.run_id, "checkpoints") == []
-    assert "checkpoints/1 was not uploaded (away)" in reports[0]
+    assert reports == ["checkpoints/1 was not uploaded: away"]
     kept = MlflowClient().list_artifacts(run.run_id, "checkpoints/1")
     assert [f.path for f in kept] == ["checkpoints/1/x"]
+
+
+def test_a_state_root_that_cannot_be_used_starts_no_run(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line; MLflow hears of nothing."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TUNIX_MLFLOW_HOME", str(tmp_path / "file"))
+    with (
+        pytest.raises(TrackingError, match="cannot use the state root"),
+        session(QUIET, stage="train"),
+    ):
+        raise AssertionError
+    client = MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    assert client.search_runs(experiments) == []
+
+
+def test_an_error_is_not_hidden_by_a_dead_server(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ended the block is raised; that its points did not arrive is only reported."""
+    from tunix_mlflow.tracking import journal
+
+    monkeypatch.setattr(journal, "_DRAIN_SECONDS", 0.5)
+    reports: list[str] = []
+    with (
+        pytest.raises(Interrupted),
+        session(QUIET, stage="train", report=reports.append) as run,
+    ):
+        monkeypatch.setattr(run, "_ship", None)
+        run.write_scalars(1, {"train/loss": 1.0})
+        raise Interrupted(signal.SIGTERM)
+    assert any("did not reach MLflow" in message for message in reports)
+    assert MlflowClient().get_run(run.run_id).info.status == "KILLED"
+
+
+@pytest.mark.parametrize("uri", ["foo://x", "./mlruns", "sqlite:////", "uc:x"])
+def test_a_store_that_cannot_be_used_is_one_line(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever MLFLOW_TRACKING_URI says."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with (
+        pytest.raises(TrackingError, match="cannot use the MLflow store"),
+        session(QUIET, stage="train"),
+    ):
+        raise AssertionError
+
+
+def test_a_loop_of_its_own_may_time_what_it_likes(store: str) -> None:
+    """The summary needs no token counts."""
+    with session(QUIET, stage="train") as run:
+        run.write_scalars(1, {"train/loss": 1.0, "perf/step_time_ms": 3.0})
+        assert run.log_summary(1)["avg_throughput"] == 0.0
+
+
+def test_a_table_is_replaced_not_doubled(store: str) -> None:
+    """A resumed run writes it again."""
+    with session(QUIET, stage="train") as run:
+        for _ in range(2):
+            run.log_table({"prompt": ["a", "b"], "answer": ["1", None]}, "t.json")
+    table = MlflowClient().load_table(run.experiment_id, "t.json", run_ids=[run.run_id])
+    assert list(table["prompt"]) == ["a", "b"]
+    shown = MlflowClient().get_run(run.run_id).data.tags["mlflow.loggedArtifacts"]
+    assert json.loads(shown) == [{"path": "t.json", "type": "table"}]

@@ -106,7 +106,9 @@ def test_the_flavor_holds_no_code(trained: training.Trained, tmp_path: Path) -> 
     answers = model.predict(pd.DataFrame({"prompt": prompts}), params={"max_new_tokens": 5})
     assert list(answers.columns) == ["text", "answer"]
     native = flavor.load_model(uri).complete([bundle.prompt(p) for p in prompts], 5)
-    assert list(answers["text"]) == native
+    assert list(zip(answers["text"], answers["answer"], strict=True)) == native
+    with pytest.raises(mlflow.MlflowException, match="max_new_tokens is -1"):
+        model.predict(pd.DataFrame({"prompt": prompts}), params={"max_new_tokens": -1})
     assert len(model.predict(pd.DataFrame({"prompt": []}, dtype=str))) == 0
 
 
@@ -199,7 +201,10 @@ def test_a_champion_without_the_figure_must_be_measured_first(
     assert promoting.promote(config(dataset="doubles-v2"), other.run_id).version == "2"
 
 
-@pytest.mark.parametrize("what", ["run not finished", "other weights", "damaged", "no data digest"])
+@pytest.mark.parametrize(
+    "what",
+    ["run not finished", "other weights", "damaged", "no data digest", "swapped", "other code"],
+)
 def test_integrity_comes_before_registration(trained: training.Trained, what: str) -> None:
     """What is not whole is refused, and the registry does not even hear of it."""
     client = MlflowClient()
@@ -212,7 +217,17 @@ def test_integrity_comes_before_registration(trained: training.Trained, what: st
         client.delete_tag(trained.run_id, "tunix.dataset_digest")
     else:
         location = client.get_logged_model(trained.model_id).artifact_location
-        shutil.rmtree(Path(location.removeprefix("file://")) / "bundle" / "params" / "d")
+        folder = Path(location.removeprefix("file://"))
+        if what == "damaged":
+            shutil.rmtree(folder / "bundle" / "params" / "d")
+        elif what == "swapped":
+            other = training.train(config(seed="3")).model_id
+            place = client.get_logged_model(other).artifact_location.removeprefix("file://")
+            shutil.rmtree(folder / "bundle")
+            shutil.copytree(Path(place) / "bundle", folder / "bundle")
+        else:
+            text = (folder / "MLmodel").read_text()
+            (folder / "MLmodel").write_text(text.replace("tunix_mlflow.tracking.flavor", "evil"))
     with pytest.raises(IntegrityError):
         promoting.promote(config(), trained.run_id)
     assert client.search_registered_models() == []
@@ -269,3 +284,66 @@ def test_bad_input_starts_no_run(store: str, doubles: str) -> None:
     client = MlflowClient()
     experiments = [e.experiment_id for e in client.search_experiments()]
     assert client.search_runs(experiments) == []
+
+
+def test_only_the_whole_held_out_figure_counts(trained: training.Trained) -> None:
+    """A part of the split, the training split, or another length of answer fool no gate."""
+    for change in (
+        {"evaluation__limit": "1"},
+        {"evaluation__max_new_tokens": "3"},
+        {"evaluation__split": "train", "data__train_split": "test"},
+    ):
+        evaluating.evaluate(config(**change), trained.run_id)
+    least = config(promotion__thresholds__exact_match="0")
+    with pytest.raises(Refused, match="never evaluated"):
+        promoting.promote(least, trained.run_id)
+    evaluating.evaluate(config(), trained.run_id)
+    assert promoting.promote(least, trained.run_id).changed
+
+
+def test_equal_weights_alone_are_not_the_same_model(trained: training.Trained) -> None:
+    """A model that answers at another length is another version, judged by its own figures."""
+    log_score(trained.model_id, 0.9)
+    promoting.promote(config(), trained.run_id)
+    other = training.train(config(evaluation__max_new_tokens="9"))
+    with pytest.raises(Refused, match="version 2 is not promoted: it was never evaluated"):
+        promoting.promote(config(), other.run_id)
+    assert champion() == "1"
+
+
+@pytest.mark.parametrize("name", ["it's", "a/b", "", "x:y", "\n"])
+def test_a_name_that_cannot_be_registered(trained: training.Trained, name: str) -> None:
+    """Refused before the registry hears of it."""
+    client = MlflowClient()
+    model = registry.resolve(client, trained.run_id)
+    with pytest.raises(ConfigError, match="cannot be registered"):
+        registry.promote(client, model, name, thresholds={"exact_match": 0}, dataset=None)
+    assert client.search_registered_models() == []
+
+
+def test_a_split_that_is_not_there_is_not_taken_for_none(store: str, tmp_path: Path) -> None:
+    """A typo in evaluation.split is said; holding out what is trained on is refused."""
+    datasets.ingest(write_traces(tmp_path / "a.jsonl", 30), "doubles-v1")
+    with pytest.raises(DatasetError, match="no split 'tset' to hold out"):
+        training.train(config(evaluation__split="tset"))
+    with pytest.raises(ConfigError, match="nothing would be held out"):
+        config(evaluation__split="train")
+
+
+def test_an_offline_run_is_resumed_offline(
+    store: str, doubles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configuration says where it is recorded; a launcher's run is left alone."""
+    from tunix_mlflow.tracking import runs
+    from tunix_mlflow.tracking.session import session
+
+    launched = MlflowClient().create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched)
+    offline = config(tracking__offline="true")
+    tags = {"tunix.dataset_digest": datasets.get(doubles).digest}
+    with pytest.raises(KeyboardInterrupt), session(offline, stage="train", tags=tags) as run:
+        raise KeyboardInterrupt
+    assert run.run_id != launched
+    found, environment = runs.to_resume(run.run_id)
+    assert found == offline
+    assert set(environment) == {"NPROC", "XLA_FLAGS"}

@@ -210,6 +210,36 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert steps(tmp_path) == []
 
 
+def test_an_update_that_breaks_the_model_is_never_saved(tmp_path: Path) -> None:
+    """The loss before the update was fine; the parameters after it are looked at too."""
+    config = configs.load(
+        None,
+        tiny(
+            training__steps="1",
+            optimizer__name="adamw",
+            optimizer__warmup_steps="0",
+            optimizer__learning_rate="1e38",
+        ),
+        ROOT / "projects" / "configs",
+    )
+    rule = optimizer.build(config.optimizer, 1)
+    _, params = decoder.build(config.model, ByteTokenizer.vocab_size, 0)
+    checkpoints = Checkpoints(tmp_path, {}, keep_last=3)
+    with pytest.raises(TrainingStopped, match="step 1: a parameter is not finite"):
+        loop.fit(
+            config,
+            step.init_state(params, optimizer=rule),
+            batches.TrainBatches(ROWS, batch_size=4, seed=0),
+            graph=GRAPH,
+            optimizer=rule,
+            writers=[],
+            checkpoints=checkpoints,
+            evaluate=None,
+        )
+    checkpoints.close()
+    assert steps(tmp_path) == []
+
+
 def test_a_second_signal_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Insisting, two seconds later, stops at once; at the same moment it is the same wish."""
     with StopRequest() as stop:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -121,7 +122,7 @@ class EvaluationConfig(_Section, frozen=True):
     batch_size: Positive = 64
     """Prompts generated at a time."""
     max_new_tokens: Positive | None = None
-    """Longest completion; null: the longest of the split's own, plus a quarter."""
+    """Longest completion; null: the longest trained on plus a quarter, as the model keeps it."""
     samples: NonNegative = 100
     """Held-out examples that training answers at its end, for its table and exact match."""
 
@@ -153,8 +154,10 @@ class PromotionConfig(_Section, frozen=True):
 
     model: str | None = None
     """Registered model name; null: the dataset's name."""
-    thresholds: dict[str, float] = msgspec.field(default_factory=lambda: {"exact_match": 0.5})
-    """Metric -> the least value that passes, on the evaluated dataset."""
+    thresholds: dict[Annotated[str, Meta(pattern="^[a-z0-9_]{1,100}$")], float] = msgspec.field(
+        default_factory=lambda: {"exact_match": 0.5}
+    )
+    """Metric -> the least value that passes, on the evaluated dataset; replaces the default."""
 
 
 class BenchmarkConfig(_Section, frozen=True):
@@ -242,8 +245,11 @@ def find(source: str | Path, presets: Path) -> Path:
     """The file that `source` names: a path, or a preset's name with or without .yaml."""
     path = Path(source)
     for candidate in (path, presets / path, presets / f"{source}.yaml"):
-        if candidate.is_file():
-            return candidate
+        try:
+            if candidate.is_file():
+                return candidate
+        except (OSError, ValueError):  # a name too long, or with a NUL
+            continue
     names = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
     hint = "" if path.is_absolute() else " (under `mlflow run`, give the absolute path)"
     raise ConfigError(f"no configuration {str(source)!r}: not a file{hint}, nor one of {names}")
@@ -291,8 +297,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path} extends itself; remove one `extends:`")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} cannot be read as YAML: {reason}") from error
     if tree is None:
@@ -308,6 +314,23 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(base, tree)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe subset, without keys that are given twice."""
+
+
+def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} is given twice", node.start_mark
+            )
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
@@ -319,13 +342,14 @@ def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set(tree: dict[str, Any], key: str, text: str) -> None:
+    # `null` is none, as in YAML.
     node = tree
     *parents, last = key.split(".")
     for part in parents:
         inner = node.get(part)
         node[part] = inner = dict(inner) if isinstance(inner, dict) else {}
         node = inner
-    node[last] = text
+    node[last] = None if text == "null" else text
 
 
 def _reject_unknown(
@@ -378,9 +402,14 @@ def _check_relations(config: Config) -> None:
             f"training.batch_size={training.batch_size} must be a multiple of"
             f" training.microbatch_size={training.microbatch_size}"
         )
+    if config.data.train_split == config.evaluation.split:
+        raise ConfigError(
+            f"evaluation.split is data.train_split, {config.data.train_split!r}:"
+            " nothing would be held out"
+        )
     device, _, index = config.device.partition(":")
     if device not in ("auto", "cpu", "gpu", "tpu") or (
-        ":" in config.device and not index.isdigit()
+        ":" in config.device and not re.fullmatch("[0-9]{1,4}", index)
     ):
         raise ConfigError(
             f"device: expected auto, cpu, gpu or tpu with an optional :index, got {config.device!r}"

@@ -45,7 +45,7 @@ def list_(as_json: bool) -> None:
 @datasets.command()
 @click.argument("key")
 @click.option("--limit", type=click.IntRange(1), default=3, help="Examples shown.")
-@click.option("--mask", is_flag=True, help="Show the tokens, [trained] ones in brackets.")
+@click.option("--mask", is_flag=True, help="Show the tokens, and which are trained on.")
 @click.option("--answer-only", is_flag=True, help="With --mask: as with data.include_steps=false.")
 @_json
 def show(key: str, limit: int, mask: bool, answer_only: bool, as_json: bool) -> None:

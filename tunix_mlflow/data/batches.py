@@ -17,6 +17,7 @@ from tunix_mlflow.data.tokenizer import ByteTokenizer
 from tunix_mlflow.errors import DatasetError
 
 _ROUND_TO = 128
+LONGEST_FIT = 4096  # row tokens that are chosen without being asked for
 
 
 class Batch(NamedTuple):

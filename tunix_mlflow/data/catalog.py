@@ -91,7 +91,7 @@ def row_of(example: Example) -> Row:
             meta,
             text,
         )
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"an example cannot be stored: {error}") from error
 
 
@@ -265,13 +265,19 @@ def verify(path: Path, key: str, snapshot: Sequence[Member] | None) -> Report:
         notes += [f"{canonical.id_of(d)} moved to split {have[d]}" for d in drifted[:3]]
     else:
         # Without it, what stands in a place that is taken, or that there is none of.
-        places = Counter(position for position, _, _ in members)
-        extra = [d for p, d, _ in members if places[p] > 1 or not 0 <= p < manifest.count]
+        taken = Counter(position for position, _, _ in members)
+        extra = [d for p, d, _ in members if taken[p] > 1 or not 0 <= p < manifest.count]
         extra = [d for d in extra if named[d] == 1]
     report = Report(missing, extra, _once(changed), duplicated, notes)
     if report.ok:
         now = [Member(digest, split) for digest, split in have.items()]
-        if manifests.dataset_digest(now) != manifest.digest:
+        counted = sum(split.count for split in manifest.splits.values())
+        places = sorted(position for position, _, _ in members)
+        if manifest.key != key or not manifest.count == counted == len(members):
+            notes.append("the manifest's own key and counts do not agree with its members")
+        elif places != list(range(manifest.count)):
+            notes.append("the members' positions are not 0, 1, 2, ...")
+        elif manifests.dataset_digest(now) != manifest.digest:
             notes.append(f"the members' digest is not the manifest's {manifest.digest[:12]}")
         elif manifests.split_digests(now) != manifest.splits:
             notes.append("the splits are not the manifest's")
@@ -308,7 +314,7 @@ def _open(path: Path, write: bool) -> duckdb.DuckDBPyConnection:
             return duckdb.connect(str(path), read_only=not write)
         except duckdb.IOException as error:
             # Another program may hold the file without our lock, a notebook for instance.
-            if "lock" not in str(error).lower() or time.monotonic() > deadline:
+            if "could not set lock" not in str(error).lower() or time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +71,8 @@ def ingest(path: Path, key: str, *, test_fraction: float = TEST_FRACTION) -> Bui
     if not rows:
         raise DatasetError(f"{path} holds no traces")
     content = canonical.set_digest("tunix-source-v1", (r.digest for r in rows))
-    request = {"ingest": path.name, "content": content, "test_fraction": test_fraction}
+    name = path.name.encode("utf-8", "replace").decode()
+    request = {"ingest": name, "content": content, "test_fraction": test_fraction}
     return _store(key, request, rows)
 
 
@@ -145,12 +145,13 @@ def export(key: str, path: Path) -> int:
         lines.append(examples.to_trace_line(examples.from_canonical(text)) + b"\n")
     if len(lines) != manifest.count:
         raise Refused(f"dataset {key} is damaged; see `tunix-mlflow datasets verify {key}`")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as out:
+        with part.open("wb") as out:
             out.writelines(lines)
-        Path(name).replace(path)
+        part.replace(path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise DatasetError(f"cannot write {path}: {error.strerror}") from error
     return len(lines)
 

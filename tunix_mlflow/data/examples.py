@@ -59,7 +59,7 @@ class ReasoningTrace(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     prompt: Text
     steps: Annotated[tuple[Step, ...], Meta(min_length=1, max_length=1_000)]
     answer: Text
-    split: Annotated[str, Meta(pattern="^[a-z][a-z0-9_-]{0,31}$")] | None = None
+    split: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}\Z")] | None = None
     meta: dict[str, Any] = {}
 
     def example(self) -> Example:
@@ -163,7 +163,7 @@ def _parse_line(raw: bytes, where: str) -> ReasoningTrace:
         _number_steps(tree)
         trace = msgspec.convert(tree, ReasoningTrace)
         canonical.encode(tree)
-    except (ValueError, msgspec.ValidationError) as error:
+    except (ValueError, RecursionError, msgspec.ValidationError) as error:
         message = " ".join(str(error).split())
         raise DatasetError(f"{where}: not a reasoning trace: {message}") from error
     for expected, step in enumerate(trace.steps):

@@ -25,7 +25,7 @@ class Selection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Meta key -> the value it must have."""
     order: Literal["latest", "random"] = "latest"
     """latest: ingest order, newest first. random: by sha256 of seed and digest."""
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0, lt=2**53)] = 0
     """For random."""
     limit: Annotated[int, Meta(ge=1, le=10_000_000)] | None = None
     """At most so many examples."""

@@ -64,6 +64,9 @@ def check(con: duckdb.DuckDBPyConnection, path: object) -> list[str]:
         DatasetError: if the file is newer than this version, or is another program's.
     """
     have = applied(con)
+    tables = con.execute("SELECT table_name FROM information_schema.tables").fetchall()
+    if tables and not have:
+        raise DatasetError(f"{path} is a database of another program; name another state root")
     known = [m.__name__ for m in MIGRATIONS]
     if have != known[: len(have)]:
         raise DatasetError(

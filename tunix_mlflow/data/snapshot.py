@@ -36,21 +36,30 @@ def path_of(digest: str) -> Path:
 
 
 def write(manifest: Manifest, table: pa.Table) -> Path:
-    """Write the snapshot, once per digest: a folder appears whole or not at all."""
-    folder = state.snapshot_dir(manifest.digest)
-    if not (folder / FILE).is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
-        try:
+    """Write the snapshot, once per digest: a folder appears whole or not at all.
+
+    Raises:
+        DatasetError: if the snapshot root cannot be written to.
+    """
+    file = path_of(manifest.digest)
+    if file.is_file():
+        return file
+    try:
+        file.parent.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent.parent, prefix=".making-") as scratch:
+            made = Path(scratch) / "made"
+            made.mkdir()
             pq.write_table(table, made / FILE, compression="zstd")
-            if folder.exists():
-                shutil.rmtree(folder)  # a folder without the file: somebody emptied it
-            made.rename(folder)
-        except OSError:
-            shutil.rmtree(made, ignore_errors=True)
-            if not (folder / FILE).is_file():  # else another process was first
-                raise
-    return folder / FILE
+            if file.parent.exists() and not file.is_file():
+                shutil.rmtree(file.parent)  # somebody emptied it
+            try:
+                made.rename(file.parent)
+            except OSError:
+                if not file.is_file():  # else another process was first
+                    raise
+    except OSError as error:
+        raise DatasetError(f"cannot write the snapshot {file}: {error.strerror}") from error
+    return file
 
 
 def members(digest: str) -> list[Member] | None:

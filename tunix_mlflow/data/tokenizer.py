@@ -46,6 +46,22 @@ class ByteTokenizer:
             trained.extend([segment.trained] * len(part))
         return np.array(ids, np.int32), np.array(trained, np.bool_)
 
+    def answer(self, ids: Sequence[int] | npt.NDArray[np.int32]) -> str | None:
+        """The answer in a completion: what follows the last answer marker, stripped.
+
+        The marker is looked for as an id, so that an answer may spell it as text.
+
+        Returns:
+            None when the completion never came to an answer.
+        """
+        numbers = [int(i) for i in ids]
+        marker = self._ids[ANSWER]
+        if marker not in numbers:
+            return None
+        start = len(numbers) - numbers[::-1].index(marker)
+        stop = numbers.index(self.eos_id, start) if self.eos_id in numbers[start:] else None
+        return self.decode(numbers[start:stop]).strip()
+
     def decode(self, ids: Sequence[int] | npt.NDArray[np.int32]) -> str:
         """Text, with markers spelled out and broken UTF-8 replaced by U+FFFD."""
         parts: list[str] = []

@@ -1,20 +1,6 @@
-"""From generated text to an answer, and from two answers to a match."""
+"""When two answers are the same."""
 
 from __future__ import annotations
-
-from tunix_mlflow.data.chat import ANSWER, EOS
-
-
-def extract(text: str) -> str | None:
-    """The answer in a completion: what follows the last answer marker, up to the end.
-
-    Returns:
-        The stripped answer, or None when the completion never came to one.
-    """
-    _, marker, answer = text.rpartition(ANSWER)
-    if not marker:
-        return None
-    return answer.partition(EOS)[0].strip()
 
 
 def normalize(answer: str) -> str:

@@ -1,4 +1,4 @@
-"""Scores a split: generate, extract, compare, aggregate."""
+"""Scores a split: generate, compare, aggregate."""
 
 from __future__ import annotations
 
@@ -56,22 +56,25 @@ def scorable(examples: Sequence[Example], limit: int | None) -> list[Example]:
 
 def score(
     examples: Sequence[Example],
-    generate: Callable[[Sequence[Example]], list[str]],
+    generate: Callable[[Sequence[Example]], list[tuple[str, str | None]]],
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Judged]:
-    """Generate for every example, `batch_size` at a time, and compare the answers."""
+    """Compare answers with what was expected, `batch_size` examples at a time.
+
+    Args:
+        examples: with an answer.
+        generate: text and answer for each of the examples it is given.
+        batch_size: how many it is given at a time.
+        progress: told how many are done.
+    """
     judged: list[Judged] = []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
-        for example, text in zip(part, generate(part), strict=True):
+        for example, (text, answer) in zip(part, generate(part), strict=True):
             expected = example.answer or ""
-            answer = answers.extract(text)
-            judged.append(
-                Judged(
-                    example.prompt, expected, answer, answers.exact_match(answer, expected), text
-                )
-            )
+            correct = answers.exact_match(answer, expected)
+            judged.append(Judged(example.prompt, expected, answer, correct, text))
         progress(len(judged))
     return judged
 

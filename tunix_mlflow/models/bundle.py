@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from tunix_mlflow.config import ModelConfig
-from tunix_mlflow.data import chat
+from tunix_mlflow.data import canonical, chat
 from tunix_mlflow.data.examples import Example, Message
 from tunix_mlflow.data.tokenizer import ByteTokenizer
 from tunix_mlflow.errors import IntegrityError
@@ -38,8 +38,10 @@ class Bundle(NamedTuple):
     tokenizer: ByteTokenizer
     max_new_tokens: int  # the default length of a completion
 
-    def complete(self, examples: Sequence[Example], max_new_tokens: int | None = None) -> list[str]:
-        """Greedy completions of the prompts of `examples`."""
+    def complete(
+        self, examples: Sequence[Example], max_new_tokens: int | None = None
+    ) -> list[tuple[str, str | None]]:
+        """Greedy completions of the prompts of `examples`: text, and the answer in it."""
         prompts = [self.tokenizer.encode(chat.render_prompt(e))[0] for e in examples]
         made = generation.generate(
             self.graph,
@@ -49,7 +51,7 @@ class Bundle(NamedTuple):
             eos_id=self.tokenizer.eos_id,
             pad_id=self.tokenizer.pad_id,
         )
-        return [self.tokenizer.decode(ids) for ids in made]
+        return [(self.tokenizer.decode(ids), self.tokenizer.answer(ids)) for ids in made]
 
 
 def prompt(text: str) -> Example:
@@ -67,11 +69,9 @@ def weights_digest(params: Params) -> str:
     return hasher.hexdigest()
 
 
-def save(bundle: Bundle, folder: Path) -> None:
-    """Write the folder; it must not exist."""
-    folder.mkdir(parents=True)
-    arrays.write(folder / _PARAMS, bundle.params)
-    info = {
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """What bundle.json says; it decides, with the code, every answer of the model."""
+    return {
         "format": 1,
         "model": msgspec.to_builtins(bundle.config),
         "tokenizer": {"name": bundle.tokenizer.name, "digest": bundle.tokenizer.digest},
@@ -79,7 +79,18 @@ def save(bundle: Bundle, folder: Path) -> None:
         "parameters": decoder.parameter_count(bundle.params),
         "weights_digest": weights_digest(bundle.params),
     }
-    (folder / _INFO).write_text(json.dumps(info, indent=1, sort_keys=True))
+
+
+def model_digest(bundle: Bundle) -> str:
+    """sha256 (64 hex) of :func:`describe`: equal models, equal digest."""
+    return canonical.digest(canonical.encode(describe(bundle)))
+
+
+def save(bundle: Bundle, folder: Path) -> None:
+    """Write the folder; it must not exist."""
+    folder.mkdir(parents=True)
+    arrays.write(folder / _PARAMS, bundle.params)
+    (folder / _INFO).write_text(json.dumps(describe(bundle), indent=1, sort_keys=True))
     arrays.seal(folder, {"format": 1})
 
 

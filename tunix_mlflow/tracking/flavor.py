@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from tunix_mlflow.models.bundle import Bundle
 
 FLAVOR = "tunix_mlflow"
+MAX_NEW_TOKENS = 8192
 _DATA = "bundle"
+_LOADER = "tunix_mlflow.tracking.flavor"
+_ROWS = 64  # prompts generated at a time
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "prompt")]),
@@ -72,7 +75,7 @@ def save_model(
     _save_example(model, input_example, path)
     pyfunc.add_to_model(
         model,
-        loader_module="tunix_mlflow.tracking.flavor",
+        loader_module=_LOADER,
         data=_DATA,
         python_env="python_env.yaml",
     )
@@ -118,15 +121,15 @@ def log_model(
 
 
 @contextmanager
-def fetched(model_uri: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+def fetched(model_uri: str) -> Iterator[Path]:
     """A copy of a model of this flavor, below the state root, for the length of a block.
 
     Yields:
-        Its bundle folder, and the flavor's entry of the MLmodel file.
+        Its bundle folder.
 
     Raises:
         TrackingError: if it cannot be fetched.
-        IntegrityError: if it is of another flavor.
+        IntegrityError: if it is of another flavor, or would be served by other code.
     """
     place = state.temporary_dir()
     place.mkdir(parents=True, exist_ok=True)
@@ -139,7 +142,10 @@ def fetched(model_uri: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         if FLAVOR not in flavors:
             names = ", ".join(flavors)
             raise IntegrityError(f"{model_uri} is not a tunix_mlflow model but {names}")
-        yield folder / flavors[FLAVOR]["data"], dict(flavors[FLAVOR])
+        served = flavors.get("python_function", {})
+        if served.get("loader_module") != _LOADER or "code" in served:
+            raise IntegrityError(f"{model_uri} would be served by code that is not tunix_mlflow's")
+        yield folder / _DATA
 
 
 def load_model(model_uri: str) -> Bundle:
@@ -151,7 +157,7 @@ def load_model(model_uri: str) -> Bundle:
     """
     from tunix_mlflow.models import bundle as bundles
 
-    with fetched(model_uri) as (folder, _):
+    with fetched(model_uri) as folder:
         return bundles.load(folder)
 
 
@@ -163,15 +169,21 @@ class _Pyfunc:
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Text and extracted answer for each row of the column `prompt`."""
-        from tunix_mlflow.evaluation import answers
         from tunix_mlflow.models import bundle as bundles
 
         prompts = list(data["prompt"]) if isinstance(data, pd.DataFrame) else list(data)
         if not prompts:
             return pd.DataFrame({"text": [], "answer": []})
         limit = int((params or {}).get("max_new_tokens") or 0)
-        texts = self._bundle.complete([bundles.prompt(p) for p in prompts], limit or None)
-        return pd.DataFrame({"text": texts, "answer": [answers.extract(t) for t in texts]})
+        if not 0 <= limit <= MAX_NEW_TOKENS:
+            raise MlflowException.invalid_parameter_value(
+                f"max_new_tokens is {limit}; expected 0 (the model's own) to {MAX_NEW_TOKENS}"
+            )
+        made: list[tuple[str, str | None]] = []
+        for start in range(0, len(prompts), _ROWS):
+            part = [bundles.prompt(p) for p in prompts[start : start + _ROWS]]
+            made += self._bundle.complete(part, limit or None)
+        return pd.DataFrame(made, columns=["text", "answer"])
 
 
 def _load_pyfunc(path: str) -> _Pyfunc:

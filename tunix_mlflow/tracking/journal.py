@@ -119,7 +119,7 @@ class Journal:
         if self.unshipped:
             raise TrackingError(
                 f"{self.unshipped} metric points did not reach MLflow; they are in {self.path},"
-                " and `tunix-mlflow resume` ships them"
+                " and are shipped when the run is opened again"
             )
 
     def _put(self, point: Point) -> None:
@@ -220,16 +220,14 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     wall += (last - start) / 1000 if start is not None else 0.0
     if not losses:
         return {}
+    timed = [step for step in milliseconds if step in tokens]
+    spent = sum(milliseconds[step] for step in timed)
     return {
         "final_loss": losses[max(losses)],
         "best_loss": min(losses.values()),
         "total_steps": float(max(losses)),
         "total_tokens": sum(tokens.values()),
-        "avg_throughput": (
-            1000 * sum(tokens[step] for step in milliseconds) / sum(milliseconds.values())
-            if milliseconds
-            else 0.0
-        ),
+        "avg_throughput": 1000 * sum(tokens[s] for s in timed) / spent if spent else 0.0,
         "wall_time": wall,
     }
 

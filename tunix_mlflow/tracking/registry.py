@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,13 +10,15 @@ from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow.errors import IntegrityError, Refused, TrackingError
-from tunix_mlflow.models import arrays
+from tunix_mlflow.errors import ConfigError, IntegrityError, Refused, TrackingError
+from tunix_mlflow.models import bundle as bundles
 from tunix_mlflow.tracking import flavor, store
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 WEIGHTS_TAG = "tunix.weights_digest"
+MODEL_TAG = "tunix.model_digest"
 VERDICT_TAG = "tunix.promotion"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,199}")
 
 
 class Promotion(NamedTuple):
@@ -40,9 +43,11 @@ def resolve(client: MlflowClient, reference: str) -> LoggedModel:
             return client.get_logged_model(reference)
         run = client.get_run(reference.removeprefix("runs:/").partition("/")[0])
         outputs = run.outputs.model_outputs if run.outputs else []
-        if not outputs:
+        models = [client.get_logged_model(output.model_id) for output in outputs]
+        ready = [model for model in models if str(model.status) == "READY"]
+        if not ready:
             raise TrackingError(f"run {reference} has logged no model; train it to its end")
-        return client.get_logged_model(outputs[-1].model_id)
+        return max(ready, key=lambda model: model.creation_timestamp)
     except MlflowException as error:
         raise TrackingError(
             f"there is no model {reference!r}: {store.one_line(error)}; expected a run id,"
@@ -54,7 +59,7 @@ def check_integrity(client: MlflowClient, model: LoggedModel) -> str:
     """Everything about a model that needs no evaluation.
 
     Returns:
-        The digest of its weights.
+        The digest of the whole model.
 
     Raises:
         IntegrityError: naming what is wrong.
@@ -67,9 +72,8 @@ def check_integrity(client: MlflowClient, model: LoggedModel) -> str:
     if run is None or run.info.status != "FINISHED":
         what = "no run" if run is None else f"run {run.info.run_id}, which is {run.info.status}"
         raise IntegrityError(f"model {model.model_id} comes from {what}; it must be FINISHED")
-    with flavor.fetched(f"models:/{model.model_id}") as (folder, entry):
-        arrays.check(folder)
-        digest = str(entry["weights_digest"])
+    bundle = flavor.load_model(f"models:/{model.model_id}")
+    digest = bundles.weights_digest(bundle.params)
     for where, tags in (("the logged model", model.tags), ("its run", run.data.tags)):
         if tags.get(WEIGHTS_TAG) != digest:
             raise IntegrityError(
@@ -78,7 +82,7 @@ def check_integrity(client: MlflowClient, model: LoggedModel) -> str:
             )
     if not run.data.tags.get("tunix.dataset_digest"):
         raise IntegrityError(f"run {run.info.run_id} does not say what data it was trained on")
-    return digest
+    return bundles.model_digest(bundle)
 
 
 def promote(
@@ -91,7 +95,7 @@ def promote(
 ) -> Promotion:
     """Register as `challenger`, and move `champion` if the gate is passed.
 
-    Weights that the registry has under this name are not registered twice.
+    A model that the registry has under this name, bit for bit, is not registered twice.
 
     Args:
         client: reaches store and registry.
@@ -104,6 +108,10 @@ def promote(
         IntegrityError: nothing was registered.
         Refused: the version stays `challenger`, and its tag `tunix.promotion` says why.
     """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} cannot be registered: use letters, digits, '_', '.', '-' and spaces"
+        )
     digest = check_integrity(client, model)
     try:
         version = _register(client, model, name, digest)
@@ -111,7 +119,8 @@ def promote(
         before = _aliased(client, name, CHAMPION)
     except MlflowException as error:
         raise TrackingError(f"registry, model {name!r}: {store.one_line(error)}") from error
-    reason = _judge(client, model, name, before, thresholds, dataset)
+    rival = None if before == version else before  # a model does not regress against itself
+    reason = _judge(client, model, name, rival, thresholds, dataset)
     if reason is not None:
         verdict = f"refused: {reason}"
         client.set_model_version_tag(name, version, VERDICT_TAG, verdict)
@@ -191,17 +200,19 @@ def _register(client: MlflowClient, model: LoggedModel, name: str, digest: str) 
     """The version with these weights; made if there is none."""
     try:
         client.get_registered_model(name)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         client.create_registered_model(name)
     for version in client.search_model_versions(f"name = '{name}'"):
-        if version.tags.get(WEIGHTS_TAG) == digest:
+        if version.tags.get(MODEL_TAG) == digest:
             return str(version.version)
     made = client.create_model_version(
         name,
         source=f"models:/{model.model_id}",
         run_id=model.source_run_id,
         model_id=model.model_id,
-        tags={WEIGHTS_TAG: digest},
+        tags={MODEL_TAG: digest},
     )
     return str(made.version)
 

@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 
 from tunix_mlflow import config as configs
 from tunix_mlflow import state
-from tunix_mlflow.config import Config, TrackingConfig
+from tunix_mlflow.config import Config
 from tunix_mlflow.errors import TrackingError
 from tunix_mlflow.tracking import store
 
@@ -23,19 +23,22 @@ def to_resume(run_id: str) -> tuple[Config, dict[str, str]]:
     Raises:
         TrackingError: if there is no such run, it is no training run, or it has finished.
     """
-    client = store.connect(TrackingConfig())
+    folder = state.run_dir(run_id)
+    local = folder / "config.json"
+    try:
+        found = configs.from_json(local.read_bytes(), str(local)) if local.is_file() else Config()
+    except OSError as error:
+        raise TrackingError(f"cannot read {local}: {error.strerror}") from error
+    client = store.connect(found.tracking)
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
         raise TrackingError(f"there is no run {run_id!r}: {store.one_line(error)}") from error
     stage = run.data.tags.get("tunix.stage")
-    if stage != "train":
-        raise TrackingError(
-            f"run {run_id} is not a training run of ours (stage {stage}); see the UI"
-        )
+    if stage != "train" or "tunix.dataset_digest" not in run.data.tags:
+        raise TrackingError(f"run {run_id} is not a training run of ours; see it in the UI")
     if run.info.status == "FINISHED":
         raise TrackingError(f"run {run_id} has finished; there is nothing to resume")
-    folder = state.run_dir(run_id)
     with tempfile.TemporaryDirectory() as fetched:
         texts = []
         for name in ("config.json", "environment.json"):

@@ -1,7 +1,7 @@
 """A run session: everything that a training loop, ours or another, records in MLflow.
 
     with session(config, stage="train") as run:
-        run.log_dataset(manifest, "train", context="training")
+        run.log_dataset(manifest, "train", usage="training")
         for step in ...:
             run.write_scalars(step, {"train/loss": loss})
 
@@ -16,7 +16,9 @@ import os
 import platform
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,8 @@ class RunSession:
         self.client, self.run_id, self.experiment_id = client, run_id, experiment
         self.report = report
         self.folder = state.run_dir(run_id)
-        self._late: list[tuple[Path, str]] = []
+        self._uploader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
+        self._uploads: list[tuple[Path, str, Future[bool]]] = []
         self._journal: Journal | None = None
 
     @property
@@ -121,22 +124,29 @@ class RunSession:
         self.client.log_artifact(self.run_id, str(path), folder)
 
     def log_folder(self, path: Path, artifact: str) -> None:
-        """Store a folder's content as an artifact folder.
+        """Store a folder's content as an artifact folder, in the background.
 
         A server that does not take it does not stop the run: it is said, and tried again when
-        the session ends. May be called from any one thread.
+        the session ends.
         """
-        try:
-            self.client.log_artifacts(self.run_id, str(path), artifact)
-        except Exception as error:  # whatever the client raises, the folder is still there
-            self._late.append((path, artifact))
-            self.report(
-                f"{artifact} was not uploaded ({store.one_line(error)}); trying again later"
-            )
+        self._uploads.append((path, artifact, self._uploader.submit(self._upload, path, artifact)))
 
     def log_table(self, columns: Mapping[str, Sequence[Any]], artifact: str) -> None:
-        """Store a table that the UI shows as one; columns of equal length."""
-        self.client.log_table(self.run_id, {k: list(v) for k, v in columns.items()}, artifact)
+        """Store a table that the UI shows as one; it replaces one of the same name.
+
+        Args:
+            columns: name -> values, all of equal length.
+            artifact: path that ends in .json.
+        """
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        table = {"columns": list(columns), "data": rows}
+        self.client.log_text(self.run_id, json.dumps(table, ensure_ascii=False), artifact)
+        # The UI finds tables by this tag, which MLflow's own log_table sets too.
+        tag = "mlflow.loggedArtifacts"
+        shown = json.loads(self.client.get_run(self.run_id).data.tags.get(tag, "[]"))
+        entry = {"path": artifact, "type": "table"}
+        if entry not in shown:
+            self.client.set_tag(self.run_id, tag, json.dumps([*shown, entry]))
 
     def log_note(self, markdown: str) -> None:
         """Write the description on the run's page."""
@@ -194,23 +204,37 @@ class RunSession:
             ],
         )
 
-    def close(self) -> None:
+    def close(self, *, quietly: bool = False) -> None:
         """Ship what is left.
+
+        Args:
+            quietly: report what cannot be shipped, in place of raising.
 
         Raises:
             TrackingError: if it cannot be shipped.
         """
-        if self._journal is not None:
-            self._journal.close()
-        for path, artifact in self._late:
-            if not path.exists():
-                continue  # a newer checkpoint took its place
-            try:
-                self.client.log_artifacts(self.run_id, str(path), artifact)
-            except Exception as error:
-                raise TrackingError(
-                    f"{artifact} was not uploaded: {store.one_line(error)}; it is in {path}"
-                ) from error
+        try:
+            if self._journal is not None:
+                self._journal.close()
+            self._uploader.shutdown(wait=True)
+            for path, artifact, upload in self._uploads:
+                if upload.result() or not path.exists():
+                    continue  # it is there, or a newer checkpoint took its place
+                if not self._upload(path, artifact):
+                    raise TrackingError(f"{artifact} was not uploaded; it is in {path}")
+        except TrackingError as error:
+            if not quietly:
+                raise
+            self.report(str(error))
+
+    def _upload(self, path: Path, artifact: str) -> bool:
+        try:
+            self.client.log_artifacts(self.run_id, str(path), artifact)
+        except Exception as error:  # whatever the client raises, the folder is still there
+            if path.exists():
+                self.report(f"{artifact} was not uploaded: {store.one_line(error)}")
+            return False
+        return True
 
     def _ship(self, points: Sequence[Point]) -> None:
         metrics = [Metric(p.key, p.value, p.timestamp, p.step) for p in points]
@@ -240,8 +264,9 @@ def session(
         TrackingError: if MLflow cannot be reached, or there is no such run.
     """
     client = store.connect(config.tracking)
-    launched = None if mlflow.active_run() else os.environ.pop("MLFLOW_RUN_ID", None)
-    run_id = run_id or launched
+    _check_state_root()
+    if run_id is None and mlflow.active_run() is None and not config.tracking.offline:
+        run_id = os.environ.pop("MLFLOW_RUN_ID", None)
     own = {
         "tunix.stage": stage,
         "tunix.version": __version__,
@@ -249,37 +274,20 @@ def session(
         "tunix.python": platform.python_version(),
         **(tags or {}),
     }
+    lock = _lock(run_id) if run_id else None
     try:
-        if run_id is not None:
-            stored = client.get_run(run_id).data.tags
-            _check_idle(run_id)
-            _check_same(stored, own, run_id)
-        if run_id is None:
-            outer = mlflow.active_run()
-            experiment = (
-                outer.info.experiment_id
-                if outer is not None
-                else store.experiment_id(client, config.tracking)
-            )
-            context.enter(own)
-            try:
-                name = config.tracking.run_name or _run_name(config, stage)
-                active = mlflow.start_run(
-                    experiment_id=experiment, run_name=name, nested=outer is not None
-                )
-            finally:
-                context.leave()
-        else:
-            active = mlflow.start_run(run_id=run_id, nested=True)
-    except MlflowException as error:
-        raise TrackingError(f"cannot start the run: {store.one_line(error)}") from error
+        active = _start(client, config, run_id, own, stage)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
     run = RunSession(client, active.info.run_id, active.info.experiment_id, report)
     monitor: SystemMetricsMonitor | None = None
-    context.enter(own)
     status = "FAILED"
-    lock = _lock(run.run_id)
-    lock.acquire(timeout=0)
+    context.enter(own)
     try:
+        if lock is None:
+            lock = _lock(run.run_id)
         _describe(run, config, own)
         if config.tracking.system_metrics:
             monitor = SystemMetricsMonitor(
@@ -288,8 +296,10 @@ def session(
             monitor.start()
         try:
             yield run
-        finally:
-            run.close()
+        except BaseException:
+            run.close(quietly=True)  # what ended the block is the news
+            raise
+        run.close()
         status = "FINISHED"
     except (Interrupted, KeyboardInterrupt) as error:
         status = "KILLED"
@@ -300,28 +310,84 @@ def session(
         _tag_error(run, store.one_line(error))
         raise
     finally:
-        context.leave()
-        if monitor is not None:
-            monitor.finish()
-        _end(run, status)
-        lock.release()
+        with _undisturbed():
+            context.leave()
+            _end(run, status)
+            if monitor is not None:
+                monitor.finish()
+            if lock is not None:
+                lock.release()
+
+
+def _start(
+    client: MlflowClient, config: Config, run_id: str | None, tags: dict[str, str], stage: str
+) -> mlflow.ActiveRun:
+    try:
+        if run_id is not None:
+            _check_same(client.get_run(run_id).data.tags, tags, run_id)
+            return mlflow.start_run(run_id=run_id, nested=True)
+        outer = mlflow.active_run()
+        experiment = (
+            outer.info.experiment_id
+            if outer is not None
+            else store.experiment_id(client, config.tracking)
+        )
+        context.enter(tags)
+        # A launcher's run is on a server and cannot go on in the offline store. MLflow would
+        # take it up; afterwards the variable is back, so that an error still finds the run.
+        launched = os.environ.pop("MLFLOW_RUN_ID", None)
+        try:
+            name = config.tracking.run_name or _run_name(config, stage)
+            return mlflow.start_run(
+                experiment_id=experiment, run_name=name, nested=outer is not None
+            )
+        finally:
+            context.leave()
+            if launched is not None:
+                os.environ["MLFLOW_RUN_ID"] = launched
+    except MlflowException as error:
+        raise TrackingError(f"cannot start the run: {store.one_line(error)}") from error
+
+
+def _check_state_root() -> None:
+    try:
+        state.root().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrackingError(
+            f"cannot use the state root {state.root()}: {error.strerror};"
+            f" set {state.HOME_VARIABLE} to another folder"
+        ) from error
 
 
 def _lock(run_id: str) -> FileLock:
-    # The system lets go of it when the process dies, however it dies.
+    """The lock of a run's folder; the system drops it with the process, however it dies."""
     folder = state.run_dir(run_id)
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / "lock")
-
-
-def _check_idle(run_id: str) -> None:
     try:
-        with _lock(run_id).acquire(timeout=0):
-            pass
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock")
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise TrackingError(
             f"run {run_id} is open in another process on this machine; wait for it or end it"
         ) from error
+    except OSError as error:
+        raise TrackingError(f"cannot write to {folder}: {error.strerror}") from error
+    return lock
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No second signal keeps a run from getting its status."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _check_same(stored: Mapping[str, str], now: Mapping[str, str], run_id: str) -> None:

@@ -34,8 +34,10 @@ def connect(config: TrackingConfig) -> MlflowClient:
     uri = mlflow.get_tracking_uri()
     if uri.startswith(("http://", "https://")):
         _probe(uri)
-    client = MlflowClient()
+    elif uri.startswith("sqlite:///") and Path(uri.removeprefix("sqlite:///")).is_dir():
+        raise TrackingError(f"cannot use the MLflow store {uri}: it is a folder, not a database")
     try:
+        client = MlflowClient()
         client.search_experiments(max_results=1)
     except Exception as error:  # SQLAlchemy's and the HTTP client's errors share no base
         hint = ""
@@ -102,7 +104,7 @@ def ui_command() -> str | None:
         return None
     # In an environment that is not activated, the plain name is not found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")
-    return f"{program} server --backend-store-uri {uri} --port 5000"
+    return f"{program} server --backend-store-uri {_public(uri)} --port 5000"
 
 
 def one_line(error: BaseException) -> str:
@@ -129,6 +131,8 @@ def _probe(uri: str) -> None:
 
     try:
         requests.get(f"{uri.rstrip('/')}/health", timeout=_PROBE_SECONDS)
+    except requests.exceptions.SSLError:
+        pass  # it is there; whether its certificate will do is for MLflow's settings to say
     except requests.RequestException as error:
         raise TrackingError(
             f"the MLflow server {_public(uri)} does not answer ({type(error).__name__}); start it,"

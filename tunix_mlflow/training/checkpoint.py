@@ -53,11 +53,15 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Start writing; returns when the arrays are copied, before they are on disk.
 
+        A step that is sealed already is left as it is.
+
         Raises:
             CheckpointError: if the save before this one failed, for example on a full disk.
         """
         self.wait()
         folder = self.folder / f"{step:08d}"
+        if (folder / arrays.MANIFEST).exists():
+            return  # sealed already; what is safe is never written again
         try:
             if folder.exists():
                 shutil.rmtree(folder)  # what a killed save left

@@ -18,7 +18,7 @@ from tunix_mlflow.models.decoder import Graph, Params
 from tunix_mlflow.training import optimizer as optimizers
 from tunix_mlflow.training.checkpoint import Checkpoints
 from tunix_mlflow.training.signals import StopRequest
-from tunix_mlflow.training.step import StepMetrics, TrainState, eval_step, train_step
+from tunix_mlflow.training.step import StepMetrics, TrainState, eval_step, is_finite, train_step
 from tunix_mlflow.training.writers import MetricWriter
 
 
@@ -63,12 +63,13 @@ def fit(
         The last state; its checkpoint is sealed.
 
     Raises:
-        TrainingStopped: when a loss is not finite, naming the step.
+        TrainingStopped: when a loss or a parameter is not finite, naming the step.
         Interrupted: after SIGINT or SIGTERM; the state was saved first.
     """
     training = config.training
     microbatches = training.batch_size // (training.microbatch_size or training.batch_size)
     rates = optimizers.learning_rates(config.optimizer, training.steps)
+    remedy = "lower optimizer.learning_rate"
     flight: _Flight | None = None
     first = int(state.step)
     clock = time.perf_counter()
@@ -84,7 +85,7 @@ def fit(
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingStopped(
                 f"step {landed.step}: train/loss is {loss} and train/grad_norm {grad_norm};"
-                " lower optimizer.learning_rate, or resume from the last checkpoint"
+                f" {remedy}"
             )
         scalars = {
             "train/loss": loss,
@@ -101,6 +102,8 @@ def fit(
             writer.write_scalars(landed.step, scalars)
 
     def save(step: int) -> None:
+        if not bool(is_finite(state.params)):
+            raise TrainingStopped(f"step {step}: a parameter is not finite; {remedy}")
         for writer in writers:
             writer.flush()
         checkpoints.save(step, state)
@@ -117,6 +120,9 @@ def fit(
             if evaluate is not None and _due(done, training.eval_every_steps, training.steps):
                 land()
                 held_out = evaluate(state)
+                bad = [key for key, value in held_out.items() if not math.isfinite(value)]
+                if bad:
+                    raise TrainingStopped(f"step {done}: {bad[0]} is not finite; {remedy}")
                 for writer in writers:
                     writer.write_scalars(done, held_out)
                 clock = time.perf_counter()

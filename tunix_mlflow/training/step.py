@@ -91,6 +91,12 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
+@jax.jit
+def is_finite(params: Params) -> jax.Array:
+    """Whether every parameter is a number, as a bool scalar."""
+    return jnp.isfinite(optax.tree.norm(params))
+
+
 @partial(jax.jit, static_argnames="graph")
 def eval_step(params: Params, batch: Batch, *, graph: Graph) -> tuple[jax.Array, jax.Array]:
     """Summed loss and trained tokens of one held-out batch; the caller divides once."""
