@@ -35,11 +35,17 @@ class TrainingProgress:
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Show loss, tokens a second and time left."""
-        names = {"train/loss": "loss", "eval/loss": "held-out loss", "perf/tokens_per_sec": "tok/s"}
+        names = {"train/loss": "loss", "perf/tokens_per_sec": "tok/s"}
         for key, name in names.items():
             if key in scalars:
                 value = scalars[key]
                 self._shown[name] = f"{value:,.0f}" if name == "tok/s" else f"{value:.4f}"
+        if "eval/loss" in scalars:
+            message = f"step {step}: held-out loss {scalars['eval/loss']:.4f}"
+            if self._bar is None:
+                say(message)
+            else:
+                self._bar.write(message, file=sys.stderr)
         if self._bar is not None:
             self._bar.set_postfix(self._shown, refresh=False)
             self._bar.update(step - self._bar.n)

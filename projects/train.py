@@ -32,6 +32,7 @@ class Trained(NamedTuple):
 
     run_id: str
     link: str
+    ui: str | None  # the command that opens the UI on a local store
     model_id: str
     manifest: Manifest
     figures: dict[str, float]
@@ -110,6 +111,7 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
     tags |= {"tunix.dataset": manifest.key}
 
     with session(config, stage="train", run_id=resume, tags=tags) as run:
+        console.say(f"run {run.run_id}: {run.link}")
         run.log_dataset(manifest, config.data.train_split, usage="training")
         if held_out:
             run.log_dataset(manifest, config.evaluation.split, usage="evaluation")
@@ -150,6 +152,7 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
             return loop.held_out_loss(graph, state.params, parts)
 
         try:
+            console.say(f"if it is interrupted: tunix-mlflow resume {run.run_id}")
             state = loop.fit(
                 config,
                 state,
@@ -185,7 +188,7 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
         run.set_tags(weights)
         run.log_file(run.folder / "metrics.jsonl")
         figures |= run.last("eval/loss")
-        return Trained(run.run_id, run.link, model_id, manifest, figures)
+        return Trained(run.run_id, run.link, store.ui_command(), model_id, manifest, figures)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -204,6 +207,8 @@ def main(argv: Sequence[str]) -> None:
         bootstrap.prepare(config, environment)
     trained = train(config, resume=resume)
     summarize(trained)
+    if trained.ui:
+        console.say(f"to look at it: {trained.ui}")
     console.result(
         run_id=trained.run_id,
         model_id=trained.model_id,

@@ -355,3 +355,23 @@ def test_export_leaves_nothing_half_written(doubles: str, tmp_path: Path) -> Non
         with pytest.raises(DatasetError, match="cannot write"):
             datasets.export(doubles, target)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_prompt_keeps_to_one_split(tmp_path: Path) -> None:
+    """Own splits that disagree are refused by id; an example without one joins its prompt's."""
+    path = tmp_path / "leak.jsonl"
+    line = {"prompt": "p", "steps": [{"content": "s"}], "answer": "a"}
+    lines = [line | {"split": "train"}, line | {"split": "test", "answer": "b"}]
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    with pytest.raises(DatasetError, match="same prompt stands in the splits 'train' and 'test'"):
+        datasets.ingest(path, "leak-v1")
+    lines = [line, line | {"split": "test", "answer": "b"}, line | {"prompt": "other"}]
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    splits = datasets.ingest(path, "joined-v1").manifest.splits
+    assert {name: split.count for name, split in splits.items()} == {"test": 2, "train": 1}
+
+
+def test_the_name_of_a_file_is_no_part_of_a_dataset(tmp_path: Path) -> None:
+    """The same traces from another file are identical to what is there."""
+    datasets.ingest(write_traces(tmp_path / "a.jsonl", 9), "same-v1")
+    assert not datasets.ingest(write_traces(tmp_path / "b.jsonl", 9), "same-v1").created

@@ -38,6 +38,7 @@ def test_overrides_come_last_and_extends_first(tmp_path: Path) -> None:
     [
         ({"training.stepz": "1"}, "unknown key training.stepz (on the command line); did you"),
         ({"nonsense": "1"}, "unknown key nonsense"),
+        ({"trainning.steps": "1"}, "unknown key trainning (on the command line); did you mean"),
         ({"training.steps": "many"}, "training.steps: expected int, got 'many'"),
         ({"training.steps": "0"}, "training.steps: expected int >= 1, got '0'"),
         ({"training": "5"}, "training (on the command line) must be a section"),
@@ -98,6 +99,13 @@ def test_json_round_trip_and_digest() -> None:
     assert configs.from_json(configs.to_json(config), "test") == config
     other = configs.load("column-addition", {"seed": "1"}, PRESETS)
     assert configs.digest(other) != configs.digest(config)
+
+
+def test_a_preset_can_be_extended(tmp_path: Path) -> None:
+    """By its name, where no file of that name lies beside."""
+    (tmp_path / "mine.yaml").write_text("extends: golden-v2\nseed: 5\n")
+    config = configs.load(tmp_path / "mine.yaml", {}, PRESETS)
+    assert (config.seed, config.dataset) == (5, "golden-v2")
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,7 @@ def test_killed_and_resumed_is_bit_identical(store: str, command: Command, home:
 
     resumed, reference = client.get_run(folder.name), client.get_run(whole)
     assert resumed.info.status == "FINISHED"
+    assert "tunix.error" not in resumed.data.tags
     digests = {r.data.tags["tunix.weights_digest"] for r in (resumed, reference)}
     assert len(digests) == 1
     assert history(folder.name) == history(whole)
@@ -250,6 +251,8 @@ def test_interrupt_ends_the_run_killed(store: str, home: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130, err
+    assert f"tunix-mlflow resume {folder.name}" in err
+    assert "error: interrupted by SIGINT" in err
     run = MlflowClient().get_run(folder.name)
     assert run.info.status == "KILLED"
     assert run.data.tags["tunix.error"] == "interrupted by SIGINT"

@@ -6,6 +6,7 @@ import rule's test holds this.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -121,6 +122,7 @@ def _calm() -> None:
     quiet["MLFLOW_DISABLE_TELEMETRY"] = "true"  # it writes into the user's home, and calls out
     # MLflow's own retries would hold a run for minutes when a server is gone.
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line a retry
     for name, value in {**quiet, **patience}.items():
         os.environ.setdefault(name, value)
 

@@ -209,7 +209,7 @@ def load(source: str | Path | None, overrides: Mapping[str, str], presets: Path)
     if source is not None:
         path = find(source, presets)
         where = str(path)
-        tree = _read(path, ())
+        tree = _read(path, presets, ())
     for key, text in overrides.items():
         _set(tree, key, text)
     return resolve(tree, where, overrides)
@@ -228,7 +228,8 @@ def resolve(tree: Mapping[str, Any], where: str, overrides: Iterable[str] = ()) 
     """
 
     def given(key: str) -> str:
-        return "on the command line" if key in overrides else f"in {where}"
+        typed = any(o == key or o.startswith(f"{key}.") for o in overrides)
+        return "on the command line" if typed else f"in {where}, or what it extends"
 
     _reject_unknown(Config, tree, "", given)
     try:
@@ -293,7 +294,7 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, presets: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path} extends itself; remove one `extends:`")
     try:
@@ -310,8 +311,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     if not isinstance(parent, str):
         raise ConfigError(f"`extends` in {path} must name one file")
-    base = _read(find(path.parent / parent, path.parent), (*seen, path.resolve()))
-    return _merge(base, tree)
+    beside = path.parent / parent
+    base = beside if beside.is_file() else find(parent, presets)
+    return _merge(_read(base, presets, (*seen, path.resolve())), tree)
 
 
 class _UniqueKeys(yaml.SafeLoader):

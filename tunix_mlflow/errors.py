@@ -6,6 +6,8 @@ the project scripts print it and exit with ``exit_code``; nothing else catches t
 
 from __future__ import annotations
 
+import signal
+
 
 class TunixError(Exception):
     """Base class: something a user can read and act on."""
@@ -57,6 +59,6 @@ class Interrupted(TunixError):
     """A signal asked the process to end; the exit code is 128 + its number."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"interrupted by signal {signum}")
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
         self.signum = signum
         self.exit_code = 128 + signum

@@ -48,7 +48,9 @@ def seed(arguments: tuple[str, ...]) -> None:
 @cli.command(context_settings=_ARGUMENTS)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG] [key=value]...")
 def train(arguments: tuple[str, ...]) -> None:
-    """Train a model; CONFIG is a YAML file or a preset (golden-v2, column-addition).
+    """Train a model; CONFIG is a YAML file or a preset: golden-v2, column-addition.
+
+    Without CONFIG, the model, optimizer and steps are those of golden-v2.
 
     \b
     tunix-mlflow train column-addition training.steps=200 optimizer.learning_rate=5e-3
@@ -91,7 +93,10 @@ def promote(arguments: tuple[str, ...]) -> None:
 @cli.command(context_settings=_ARGUMENTS)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG] [key=value]...")
 def bench(arguments: tuple[str, ...]) -> None:
-    """Measure training throughput on this machine; the last line is JSON."""
+    """Measure training throughput on this machine; the last line is JSON.
+
+    Without CONFIG: column-addition.
+    """
     launch.stage("bench", arguments)
 
 

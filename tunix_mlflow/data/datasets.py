@@ -71,8 +71,7 @@ def ingest(path: Path, key: str, *, test_fraction: float = TEST_FRACTION) -> Bui
     if not rows:
         raise DatasetError(f"{path} holds no traces")
     content = canonical.set_digest("tunix-source-v1", (r.digest for r in rows))
-    name = path.name.encode("utf-8", "replace").decode()
-    request = {"ingest": name, "content": content, "test_fraction": test_fraction}
+    request = {"ingest": "jsonl", "content": content, "test_fraction": test_fraction}
     return _store(key, request, rows)
 
 

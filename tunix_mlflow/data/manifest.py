@@ -102,12 +102,22 @@ def check_selection(selection: Selection) -> None:
 def assign_splits(candidates: Sequence[Candidate], test_fraction: float) -> list[Member]:
     """Give every example its split.
 
-    The data's own splits if any example has one (the others go to train); else by the hash
-    of the prompt, so that no prompt stands in two splits, and a prompt keeps its split when
-    the dataset grows.
+    The data's own splits if any example has one: an example without one joins its prompt's,
+    else train. Without any, by the hash of the prompt, so that a prompt keeps its split when
+    the dataset grows. No prompt ever stands in two splits.
+
+    Raises:
+        DatasetError: if the data itself puts a prompt into two splits.
     """
-    if any(c.split is not None for c in candidates):
-        return [Member(c.digest, c.split or TRAIN) for c in candidates]
+    own: dict[str, str] = {}
+    for c in candidates:
+        if c.split is not None and own.setdefault(c.prompt_digest, c.split) != c.split:
+            raise DatasetError(
+                f"the same prompt stands in the splits {own[c.prompt_digest]!r} and {c.split!r}"
+                f" (example {canonical.id_of(c.digest)}); leave it in one of them"
+            )
+    if own:
+        return [Member(c.digest, own.get(c.prompt_digest, TRAIN)) for c in candidates]
     bound = int(test_fraction * 2**64)
     return [
         Member(c.digest, TEST if int(c.prompt_digest[:16], 16) < bound else TRAIN)

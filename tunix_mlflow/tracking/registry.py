@@ -146,8 +146,11 @@ def _judge(
         return "promotion.thresholds is empty; name at least one metric"
     judged_on = _latest_dataset(model, dataset)
     if judged_on is None:
-        where = f" on {dataset}" if dataset else ""
-        return f"it was never evaluated{where}; run `tunix-mlflow evaluate`"
+        where = f" on the whole of {dataset}" if dataset else ""
+        return (
+            f"it was never evaluated{where}; run"
+            f" `tunix-mlflow evaluate {model.model_id} dataset={dataset or 'KEY'}`"
+        )
     mine = _metrics(model, judged_on)
     for metric, least in sorted(thresholds.items()):
         if metric not in mine:

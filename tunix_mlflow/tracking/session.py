@@ -300,6 +300,8 @@ def session(
             run.close(quietly=True)  # what ended the block is the news
             raise
         run.close()
+        if "tunix.error" in client.get_run(run.run_id).data.tags:
+            client.delete_tag(run.run_id, "tunix.error")  # of a part that was interrupted
         status = "FINISHED"
     except (Interrupted, KeyboardInterrupt) as error:
         status = "KILLED"
