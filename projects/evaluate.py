@@ -125,9 +125,7 @@ def _trained_on(client: MlflowClient, run_id: str | None, dataset: tuple[str, st
 def main(argv: Sequence[str]) -> None:
     """Parse, evaluate, print."""
     arguments = bootstrap.parse(argv, OWN, positional="model")
-    model = arguments.stage.get("model")
-    if not model:
-        raise ConfigError("model is missing; give a run id or a models:/ URI")
+    model = arguments.require("model", "a run id or a models:/ URI")
     config = arguments.load()
     bootstrap.prepare(config)
     console.result(**evaluate(config, model)._asdict())

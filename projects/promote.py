@@ -60,9 +60,7 @@ def promote(config: Config, model: str) -> Promotion:
 def main(argv: Sequence[str]) -> None:
     """Parse, promote, print."""
     arguments = bootstrap.parse(argv, OWN, positional="model")
-    model = arguments.stage.get("model")
-    if not model:
-        raise ConfigError("model is missing; give a run id or a models:/ URI")
+    model = arguments.require("model", "a run id or a models:/ URI")
     config = arguments.load()
     if "name" in arguments.stage:
         promotion = msgspec.structs.replace(config.promotion, model=arguments.stage["name"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow.errors import TrackingError
+from tunix_mlflow.errors import NotShipped, TrackingError
 from tunix_mlflow.tracking import journal
 from tunix_mlflow.tracking.journal import Journal, Point, read, summary
 
@@ -87,7 +87,7 @@ def test_a_server_that_stays_away_is_an_error_with_the_remedy(tmp_path: Path) ->
 
     it = Journal(tmp_path / "metrics.jsonl", ship, lambda _: None)
     it.write_scalars(1, {"train/loss": 2.0})
-    with pytest.raises(TrackingError, match=r"1 metric points .*metrics.jsonl"):
+    with pytest.raises(NotShipped, match=r"1 metric points .*metrics.jsonl"):
         it.close()
     assert read(tmp_path / "metrics.jsonl")[-1]["metrics"] == {"train/loss": 2.0}
 

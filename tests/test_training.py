@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from tests.conftest import ROOT, tiny
@@ -97,6 +98,25 @@ def fit(
         checkpoints.close()
 
 
+def bare(
+    state: step.TrainState,
+    checkpoints: Checkpoints,
+    config: Config = CONFIG,
+    rule: optax.GradientTransformation = RULE,
+) -> step.TrainState:
+    """The loop with nobody watching."""
+    return loop.fit(
+        config,
+        state,
+        batches.TrainBatches(ROWS, batch_size=4, seed=0),
+        graph=GRAPH,
+        optimizer=rule,
+        writers=[],
+        checkpoints=checkpoints,
+        evaluate=None,
+    )
+
+
 def same(a: step.TrainState, b: step.TrainState) -> bool:
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.array_equal(x, y) for x, y in pairs)
@@ -176,16 +196,7 @@ def test_resuming_without_the_optimizer_is_noticed(
     restored = checkpoints.restore_latest(fresh(), print)
     assert restored is not None
     lost = restored[1]._replace(opt_state=fresh().opt_state)
-    state = loop.fit(
-        CONFIG,
-        lost,
-        batches.TrainBatches(ROWS, batch_size=4, seed=0),
-        graph=GRAPH,
-        optimizer=RULE,
-        writers=[],
-        checkpoints=checkpoints,
-        evaluate=None,
-    )
+    state = bare(lost, checkpoints)
     checkpoints.close()
     assert not same(state, whole[0])
 
@@ -196,16 +207,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     params = jax.tree.map(lambda x: x * np.nan, state.params)
     checkpoints = Checkpoints(tmp_path, {}, keep_last=3)
     with pytest.raises(TrainingStopped, match="step 1: train/loss is nan"):
-        loop.fit(
-            CONFIG,
-            state._replace(params=params),
-            batches.TrainBatches(ROWS, batch_size=4, seed=0),
-            graph=GRAPH,
-            optimizer=RULE,
-            writers=[],
-            checkpoints=checkpoints,
-            evaluate=None,
-        )
+        bare(state._replace(params=params), checkpoints)
     checkpoints.close()
     assert steps(tmp_path) == []
 
@@ -226,16 +228,7 @@ def test_an_update_that_breaks_the_model_is_never_saved(tmp_path: Path) -> None:
     _, params = decoder.build(config.model, ByteTokenizer.vocab_size, 0)
     checkpoints = Checkpoints(tmp_path, {}, keep_last=3)
     with pytest.raises(TrainingStopped, match="step 1: a parameter is not finite"):
-        loop.fit(
-            config,
-            step.init_state(params, optimizer=rule),
-            batches.TrainBatches(ROWS, batch_size=4, seed=0),
-            graph=GRAPH,
-            optimizer=rule,
-            writers=[],
-            checkpoints=checkpoints,
-            evaluate=None,
-        )
+        bare(step.init_state(params, optimizer=rule), checkpoints, config, rule)
     checkpoints.close()
     assert steps(tmp_path) == []
 

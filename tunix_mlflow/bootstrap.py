@@ -32,6 +32,17 @@ class Arguments(NamedTuple):
     stage: dict[str, str]  # the stage's own arguments
     overrides: dict[str, str]  # dotted key -> text
 
+    def require(self, name: str, what: str) -> str:
+        """One of the stage's own arguments.
+
+        Raises:
+            ConfigError: if it is missing, saying what to give.
+        """
+        value = self.stage.get(name)
+        if not value:
+            raise ConfigError(f"{name} is missing; give {what}")
+        return value
+
     def load(self, default: str | None = None) -> Config:
         """The configuration that they mean; `default` is the preset when none is named."""
         presets = state.project_root() / "projects" / "configs"
@@ -131,8 +142,8 @@ def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Run a stage and turn what happens into an exit code.
 
     0; 2 for the user's mistake; 3 for a refusal; 130 and 143 for signals; 1 for anything
-    else, which alone shows a traceback. A run that `mlflow run` made for this process and
-    that no session took over gets the message in its tag `tunix.error`.
+    else, with a traceback unless it is MLflow that failed. A run that `mlflow run` made for this
+    process and that no session took over gets the message in its tag `tunix.error`.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     _calm()
@@ -149,6 +160,9 @@ def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("mlflow", "requests"):
+            # A server that went away; its client's traceback helps nobody.
+            return _report(TunixError(f"MLflow failed: {error}"))
         traceback.print_exc()
         _tag_launched(f"{type(error).__name__}: {error}")
         return 1

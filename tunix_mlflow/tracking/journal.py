@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunix_mlflow.errors import TrackingError
+from tunix_mlflow.errors import NotShipped, TrackingError
 
 COMPARED = ("train/", "eval/")
 BATCH = 1000
@@ -110,14 +110,14 @@ class Journal:
         """Ship what is left.
 
         Raises:
-            TrackingError: if MLflow did not take it in time; the file has everything.
+            NotShipped: if MLflow did not take it in time; the file has everything.
         """
         self._queue.put(None)
         self._thread.join(_DRAIN_SECONDS)
         self.flush()
         self._file.close()
         if self.unshipped:
-            raise TrackingError(
+            raise NotShipped(
                 f"{self.unshipped} metric points did not reach MLflow; they are in {self.path},"
                 " and are shipped when the run is opened again"
             )

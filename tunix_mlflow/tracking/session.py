@@ -34,7 +34,7 @@ from tunix_mlflow import __version__, state
 from tunix_mlflow import config as configs
 from tunix_mlflow.config import Config
 from tunix_mlflow.data.manifest import Manifest
-from tunix_mlflow.errors import Interrupted, TrackingError
+from tunix_mlflow.errors import Interrupted, NotShipped, TrackingError
 from tunix_mlflow.tracking import context, store
 from tunix_mlflow.tracking.dataset import TunixDataset
 from tunix_mlflow.tracking.journal import Journal, Point, read, summary
@@ -211,7 +211,7 @@ class RunSession:
             quietly: report what cannot be shipped, in place of raising.
 
         Raises:
-            TrackingError: if it cannot be shipped.
+            NotShipped: if it cannot be shipped.
         """
         try:
             if self._journal is not None:
@@ -221,8 +221,8 @@ class RunSession:
                 if upload.result() or not path.exists():
                     continue  # it is there, or a newer checkpoint took its place
                 if not self._upload(path, artifact):
-                    raise TrackingError(f"{artifact} was not uploaded; it is in {path}")
-        except TrackingError as error:
+                    raise NotShipped(f"{artifact} was not uploaded; it is in {path}")
+        except NotShipped as error:
             if not quietly:
                 raise
             self.report(str(error))
@@ -265,8 +265,9 @@ def session(
     """
     client = store.connect(config.tracking)
     _check_state_root()
+    launched = None
     if run_id is None and mlflow.active_run() is None and not config.tracking.offline:
-        run_id = os.environ.pop("MLFLOW_RUN_ID", None)
+        run_id = launched = os.environ.pop("MLFLOW_RUN_ID", None)
     own = {
         "tunix.stage": stage,
         "tunix.version": __version__,
@@ -274,12 +275,15 @@ def session(
         "tunix.python": platform.python_version(),
         **(tags or {}),
     }
-    lock = _lock(run_id) if run_id else None
+    lock = None
     try:
+        lock = _lock(run_id) if run_id else None
         active = _start(client, config, run_id, own, stage)
     except BaseException:
         if lock is not None:
             lock.release()
+        if launched is not None:
+            os.environ["MLFLOW_RUN_ID"] = launched  # so that the error finds it
         raise
     run = RunSession(client, active.info.run_id, active.info.experiment_id, report)
     monitor: SystemMetricsMonitor | None = None
