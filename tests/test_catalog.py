@@ -127,8 +127,8 @@ BAD_LINES = {
     '{"prompt": "p", "steps": [{"content": "s"}], "answer": "a", "split": "../x"}': r"\$.split",
     '{"prompt": "p", "steps": [{"content": "s"}], "answer": "a", "split": "x\\n"}': r"\$.split",
     '{"prompt": "p", "steps": [{"content": "s"}], "answer": "a", "meta": {"m": '
-    + "[" * 900
-    + "]" * 900
+    + "[" * 200
+    + "]" * 200
     + "}}": "not a reasoning trace",
 }
 

@@ -5,7 +5,7 @@ The rules, frozen by test vectors in tests/test_canonical.py:
 - UTF-8, object keys sorted by code point, no spaces, strings escaped only where JSON must;
 - integers from -2^53 to 2^53; a float with an integral value in that range is written as
   that integer, any other float in its shortest form that reads back the same;
-- no NaN, no Infinity, no lone surrogates, no NUL, no duplicate keys;
+- no NaN, no Infinity, no lone surrogates, no NUL, no duplicate keys, at most 100 levels;
 - in `meta`, a null is the same as an absent key.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 _LIMIT = 2**53
+_DEPTH = 100
 _NAMESPACE = uuid.UUID("6f1c1a52-6f0f-5c4e-9a34-6a6d6c666c77")
 
 
@@ -64,7 +65,9 @@ def set_digest(tag: str, digests: Iterable[str]) -> str:
     return hasher.hexdigest()
 
 
-def _plain(value: Any, path: str) -> Any:
+def _plain(value: Any, path: str, depth: int = 0) -> Any:
+    if depth > _DEPTH:  # Python's own limit differs from version to version
+        raise ValueError(f"nested deeper than {_DEPTH} at {path[:80]}")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -84,13 +87,13 @@ def _plain(value: Any, path: str) -> Any:
             raise ValueError(f"{value} at {path}")
         return int(value) if value.is_integer() and abs(value) <= _LIMIT else value
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
+        return [_plain(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
                 raise ValueError(f"key {key!r} at {path} is not text")
             _plain(key, f"{path} (key)")
-        return {key: _plain(item, f"{path}.{key}") for key, item in value.items()}
+        return {key: _plain(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
     raise ValueError(f"{type(value).__name__} at {path} has no JSON form")
 
 
