@@ -197,8 +197,8 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     final_loss and best_loss are training losses; total_tokens counts what is not padding;
     avg_throughput is tokens by the time of the steps alone, without the first step of each
-    part, which compiles; wall_time sums, over the parts
-    of a resumed run, the seconds from the part's start to its last line.
+    part, which compiles; wall_time sums, over the parts of a resumed run, the seconds from the
+    part's start to its last line.
     """
     losses: dict[int, float] = {}
     tokens: dict[int, float] = {}
