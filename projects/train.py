@@ -19,7 +19,7 @@ from tunix_mlflow import bootstrap
 from tunix_mlflow import config as configs
 from tunix_mlflow.config import Config
 from tunix_mlflow.data.manifest import Manifest
-from tunix_mlflow.errors import ConfigError, DatasetError
+from tunix_mlflow.errors import ConfigError, DatasetError, Refused
 
 from . import console
 
@@ -47,7 +47,7 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
 
     Raises:
         InputError: for a dataset, device or run that cannot be used; no run is started.
-        Refused: if the dataset is not what its manifest says.
+        Refused: if the dataset is not what its manifest says, or an evaluation set leaks.
         TrainingStopped: when the loss is not finite.
     """
     from tunix_mlflow.data import batches, chat, datasets, snapshot
@@ -80,6 +80,7 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
         )
     examples = snapshot.read(manifest.digest, config.data.train_split)
     held_out = snapshot.read(manifest.digest, config.evaluation.split)
+    leaks = _leakage(config, manifest)
     config = _with_length(
         config,
         batches.longest([*examples, *held_out], tokenizer, config.data.include_steps),
@@ -122,6 +123,7 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
                 "data/fill": rows.fill,
                 "data/truncated": rows.truncated,
                 "data/dropped": rows.dropped,
+                **leaks,
                 "model/parameters": count,
             },
         )
@@ -228,6 +230,40 @@ def summarize(trained: Trained) -> None:
         if key in figures:
             console.say(f"{name} {figures[key]:.4f}")
     console.say(f"run {trained.run_id}: {trained.link}")
+
+
+def _leakage(config: Config, manifest: Manifest) -> dict[str, float]:
+    """Look for what will be evaluated in what is trained on; figures for the run.
+
+    The dataset's own held-out split shares no prompt with it by construction, and its 8-grams
+    are recorded only: the questions of one template share them.
+
+    Raises:
+        Refused: if a dataset of data.evaluation_sets leaks, unless data.leakage is record.
+    """
+    from tunix_mlflow.data import datasets
+
+    figures: dict[str, float] = {}
+    train = config.data.train_split
+    if config.evaluation.split in manifest.splits:
+        found = datasets.check_leakage(manifest, train, manifest, config.evaluation.split)
+        figures |= {f"data/{k}": v for k, v in found.figures().items()}
+    for key in config.data.evaluation_sets:
+        evaluated = datasets.ready(key, console.say)
+        found = datasets.check_leakage(manifest, train, evaluated, None)
+        figures |= {f"data/{k}/{evaluated.key}": v for k, v in found.figures().items()}
+        if not found.ok:
+            message = (
+                f"{evaluated.key} leaks into {manifest.key}/{train}: {len(found.exact)} prompts"
+                f" are trained on, {len(found.overlapping)} overlap by 8-grams"
+            )
+            if config.data.leakage == "refuse":
+                raise Refused(
+                    f"{message}. See `tunix-mlflow datasets check-leakage {manifest.key}"
+                    f" {evaluated.key}`, or set data.leakage=record"
+                )
+            console.say(f"{message}: recorded on the run")
+    return figures
 
 
 def _with_length(config: Config, needed: int) -> Config:

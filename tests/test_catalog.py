@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 
 from tests.conftest import write_traces
 from tunix_mlflow import state
-from tunix_mlflow.data import canonical, catalog, datasets, migrations, snapshot
-from tunix_mlflow.data.examples import ReasoningTrace
-from tunix_mlflow.data.manifest import Candidate, Selection, assign_splits, parse_key
+from tunix_mlflow.config import LimitsConfig
+from tunix_mlflow.data import canonical, catalog, datasets, files, migrations, snapshot, staging
+from tunix_mlflow.data.examples import ReasoningTrace, canonical_bytes
+from tunix_mlflow.data.manifest import Selection, parse_key
 from tunix_mlflow.errors import DatasetError, IntegrityError, Refused
 
 
@@ -31,6 +33,19 @@ def tamper(*statements: str) -> None:
     for statement in statements:
         con.execute(statement)
     con.close()
+
+
+def parse(stage: staging.Stage, path: Path) -> None:
+    """Read a JSONL file of traces."""
+    staging.of_files(
+        stage,
+        files.sources([str(path)]),
+        form="trace",
+        mapping={},
+        limits=LimitsConfig(),
+        skip_bad=False,
+        progress=lambda done, total: None,
+    )
 
 
 def first_member(key: str) -> str:
@@ -69,7 +84,7 @@ def test_verify_names_what_was_done(
     assert datasets.verify(doubles).ok
     digest = first_member(doubles)
     if not with_snapshot:
-        snapshot.path_of(datasets.get(doubles).digest).unlink()
+        shutil.rmtree(state.snapshot_dir(datasets.get(doubles).digest))
     tamper(TAMPERINGS[kind].format(d=digest))
     report = datasets.verify(doubles)
     assert not report.ok
@@ -173,16 +188,16 @@ def test_a_file_that_is_no_jsonl(tmp_path: Path, content: bytes) -> None:
 )
 def test_any_line_is_read_or_refused(tmp_path: Path, line: bytes) -> None:
     """No bytes make anything but traces or a DatasetError."""
-    from tunix_mlflow.data.examples import read_traces
-
     path = tmp_path / "fuzz.jsonl"
     path.write_bytes(line + b"\n")
     try:
-        rows = [catalog.row_of(trace.example()) for trace in read_traces(path)]
+        with staging.new_stage() as stage:
+            parse(stage, path)
+            texts = [t for batch in stage.batches() for t in batch["canonical"].to_pylist()]
     except DatasetError as error:
         assert "\n" not in str(error)
         return
-    assert all(isinstance(row.canonical, str) for row in rows)
+    assert all(canonical.encode(json.loads(text)).decode() == text for text in texts)
 
 
 def test_export_reads_back_to_the_same_digest(doubles: str, tmp_path: Path) -> None:
@@ -239,20 +254,6 @@ def test_a_key_splits_one_way(name: str, version: int) -> None:
     assert parse_key(f"{name}-v{version}") == (name, f"v{version}")
 
 
-@given(st.lists(st.sampled_from(["p", "q", "r", "s"]), min_size=1), st.floats(0, 0.99))
-def test_no_prompt_stands_in_two_splits(prompts: list[str], fraction: float) -> None:
-    """Examples that share a prompt share the split, whatever the fraction."""
-    candidates = [
-        Candidate(canonical.digest(f"{i}".encode()), canonical.digest(p.encode()), None)
-        for i, p in enumerate(prompts)
-    ]
-    members = assign_splits(candidates, fraction)
-    by_prompt: dict[str, set[str]] = {}
-    for candidate, member in zip(candidates, members, strict=True):
-        by_prompt.setdefault(candidate.prompt_digest, set()).add(member.split)
-    assert all(len(splits) == 1 for splits in by_prompt.values())
-
-
 def test_a_corrupt_catalog_is_one_line(home: Path) -> None:
     """The file is named; nothing is overwritten."""
     home.mkdir()
@@ -293,8 +294,8 @@ def test_migrations_are_recorded_in_order(doubles: str) -> None:
 def test_a_damaged_snapshot_is_refused(doubles: str) -> None:
     """Training reads nothing whose digest is wrong."""
     digest = datasets.get(doubles).digest
-    path = snapshot.path_of(digest)
-    other = snapshot.path_of(datasets.seed("golden-v1").manifest.digest)
+    path = state.snapshot_dir(digest) / "examples-00000.parquet"
+    other = state.snapshot_dir(datasets.seed("golden-v1").manifest.digest) / path.name
     good = path.read_bytes()
     path.write_bytes(other.read_bytes())
     with pytest.raises(IntegrityError, match="damaged"):
@@ -302,6 +303,7 @@ def test_a_damaged_snapshot_is_refused(doubles: str) -> None:
     path.write_bytes(good[:-20])
     with pytest.raises(IntegrityError, match="cannot be read"):
         snapshot.read(digest)
+    assert not datasets.verify(doubles).ok
 
 
 def test_readers_and_writers_take_turns(doubles: str, tmp_path: Path) -> None:
@@ -343,7 +345,7 @@ def test_null_meta_is_absent() -> None:
         trace = msgspec.convert(
             {"prompt": "p", "steps": step, "answer": "a", "meta": meta}, ReasoningTrace
         )
-        return catalog.row_of(trace.example()).digest
+        return canonical.digest(canonical_bytes(trace.example()))
 
     assert digest({"a": 1, "b": None}) == digest({"a": 1}) == digest({"a": 1.0})
 
@@ -363,7 +365,7 @@ def test_a_prompt_keeps_to_one_split(tmp_path: Path) -> None:
     line = {"prompt": "p", "steps": [{"content": "s"}], "answer": "a"}
     lines = [line | {"split": "train"}, line | {"split": "test", "answer": "b"}]
     path.write_text("".join(json.dumps(each) + "\n" for each in lines))
-    with pytest.raises(DatasetError, match="same prompt stands in the splits 'train' and 'test'"):
+    with pytest.raises(DatasetError, match="same prompt stands in the splits 'test' and 'train'"):
         datasets.ingest(path, "leak-v1")
     lines = [line, line | {"split": "test", "answer": "b"}, line | {"prompt": "other"}]
     path.write_text("".join(json.dumps(each) + "\n" for each in lines))

@@ -19,7 +19,10 @@ DIGESTS = {
 def generate(key: str, number: int = 42, count: int | None = None) -> list[ReasoningTrace]:
     seed = seeds.find(key)
     assert seed is not None
-    return seeds.traces(seed, number=number, count=count or seed.default_traces)
+    count = count or seed.default_traces
+    made = list(seed.generate(seed=number, num_traces=count))
+    assert all(isinstance(trace, ReasoningTrace) for trace in made)
+    return made  # type: ignore[return-value]
 
 
 def test_every_file_is_a_seed_with_a_pinned_digest() -> None:

@@ -47,6 +47,28 @@ class DataConfig(_Section, frozen=True):
     """Put several examples into one row, kept apart by segment ids."""
     train_split: str = "train"
     """The split that is trained on."""
+    leakage: Literal["refuse", "record"] = "refuse"
+    """When a prompt that is evaluated on is trained on: do not train, or say so on the run."""
+    evaluation_sets: tuple[str, ...] = ()
+    """Datasets to look for in the training split, by prompts and by 8-grams; see
+    `tunix-mlflow datasets check-leakage`."""
+
+
+class LimitsConfig(_Section, frozen=True):
+    """What ingest takes; an example beyond a limit is a bad line."""
+
+    prompt_characters: Positive = 50_000
+    """Longest prompt, and longest message that is not the assistant's."""
+    answer_characters: Positive = 50_000
+    """Longest answer, completion or text."""
+    steps: Positive = 1_000
+    """Most reasoning steps."""
+    step_characters: Positive = 20_000
+    """Longest reasoning step."""
+    type_characters: Positive = 64
+    """Longest type of a step."""
+    body_bytes: Positive = 1_000_000
+    """Longest line, or row as JSON."""
 
 
 class ModelConfig(_Section, frozen=True):
@@ -183,6 +205,7 @@ class Config(_Section, frozen=True):
     device: str = "auto"
     """auto, cpu, gpu or tpu, with an optional index: gpu:1."""
     data: DataConfig = DataConfig()
+    limits: LimitsConfig = LimitsConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
@@ -351,6 +374,9 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
         inner = node.get(part)
         node[part] = inner = dict(inner) if isinstance(inner, dict) else {}
         node = inner
+    if text.startswith("[") and text.endswith("]"):  # a list, as YAML writes it
+        node[last] = [word.strip() for word in text[1:-1].split(",") if word.strip()]
+        return
     node[last] = None if text == "null" else text
 
 

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 HOME_VARIABLE = "TUNIX_MLFLOW_HOME"
+SNAPSHOTS_VARIABLE = "TUNIX_MLFLOW_SNAPSHOTS"
 
 
 def root() -> Path:
@@ -23,9 +24,23 @@ def catalog_path() -> Path:
     return root() / "catalog.duckdb"
 
 
+def snapshot_root() -> str:
+    """Where snapshots are shared: ``TUNIX_MLFLOW_SNAPSHOTS``, a folder or an fsspec URL.
+
+    Else a folder below the root.
+    """
+    return os.environ.get(SNAPSHOTS_VARIABLE) or str(root() / "snapshots")
+
+
 def snapshot_dir(digest: str) -> Path:
-    """The folder of the Parquet snapshot of the dataset with this digest (64 hex)."""
-    return root() / "snapshots" / digest
+    """The local folder of the snapshot of the dataset with this digest (64 hex).
+
+    Snapshots of a root that is a URL are copied below the state root.
+    """
+    shared = snapshot_root().removeprefix("file://")
+    if "://" in shared:
+        return root() / "snapshots" / digest
+    return Path(shared).expanduser().absolute() / digest
 
 
 def run_dir(run_id: str) -> Path:

@@ -1,51 +1,36 @@
-"""The catalog: every SQL statement of the project.
+"""The catalog: every SQL statement of the project, but for the schema.
 
-One DuckDB file below the state root. It is opened for one operation at a time, under a
-lock file of our own, and never while training. Nothing here opens the file as a file: that
-would drop DuckDB's own lock.
+One DuckDB file below the state root. It is opened for one operation at a time, under a lock
+file of our own, and never while training. Nothing here opens the file as a file: that would
+drop DuckDB's own lock. The canonical text of an example is what counts; every other column is
+derived from it, in SQL, when it is stored, and derived again when it is verified.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
+import numpy as np
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
-from tunix_mlflow.data import canonical, migrations
+from tunix_mlflow import state
+from tunix_mlflow.data import canonical, lock, migrations
 from tunix_mlflow.data import manifest as manifests
-from tunix_mlflow.data.examples import (
-    Example,
-    canonical_text,
-    from_canonical,
-    prompt_digest,
-)
-from tunix_mlflow.data.manifest import Manifest, Member, Selection
+from tunix_mlflow.data.manifest import Manifest, Selection, Split
+from tunix_mlflow.data.migrations import PARSED, TYPED, derived
+from tunix_mlflow.data.staging import Stage
 from tunix_mlflow.errors import DatasetError
 
-WAIT_SECONDS = 60.0
-
-SNAPSHOT_SCHEMA = pa.schema(
-    [("digest", pa.string()), ("split", pa.string()), ("canonical", pa.string())]
-)
-
-
-class Row(NamedTuple):
-    """An example as it is stored."""
-
-    digest: str
-    id: str
-    prompt_digest: str
-    split: str | None
-    meta: str
-    canonical: str
+MEMORY = "384MB"  # DuckDB's own; it spills to the disk beyond
+_CHUNK = 20_000  # rows that a reader gets at a time
+_PERCENTILES = (50, 90, 99)
+KINDS = ("missing", "extra", "changed", "duplicated", "split_drift", "snapshot_drift")
 
 
 class Report(NamedTuple):
@@ -55,6 +40,8 @@ class Report(NamedTuple):
     extra: list[str]
     changed: list[str]
     duplicated: list[str]
+    split_drift: list[str]
+    snapshot_drift: list[str]
     notes: list[str]
 
     @property
@@ -65,34 +52,32 @@ class Report(NamedTuple):
     def summary(self) -> str:
         """One line: kinds, counts and the first few names."""
         parts = []
-        for kind in ("missing", "extra", "changed", "duplicated"):
+        for kind in KINDS:
             found: list[str] = getattr(self, kind)
             if found:
                 names = ", ".join(canonical.id_of(d) for d in found[:3])
-                parts.append(f"{len(found)} {kind} ({names}{', ...' if len(found) > 3 else ''})")
+                more = ", ..." if len(found) > 3 else ""
+                parts.append(f"{len(found)} {kind.replace('_', ' ')} ({names}{more})")
         return "; ".join(parts + self.notes) or "nothing"
 
 
-def row_of(example: Example) -> Row:
-    """The stored form.
+class Conflict(NamedTuple):
+    """An example whose prompt the data put into another split too."""
 
-    Raises:
-        DatasetError: when the example has no canonical form.
-    """
-    try:
-        text = canonical_text(example)
-        digest = canonical.digest(text.encode("utf-8"))
-        meta = canonical.encode(example.meta).decode()
-        return Row(
-            digest,
-            canonical.id_of(digest),
-            prompt_digest(example),
-            example.split,
-            meta,
-            text,
-        )
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"an example cannot be stored: {error}") from error
+    digest: str
+    source: int
+    number: int
+    split: str
+    canonical: str
+
+
+class Difference(NamedTuple):
+    """What sets two datasets apart, as digests; `changed` pairs share a prompt."""
+
+    added: list[str]
+    removed: list[str]
+    changed: list[tuple[str, str]]
+    moved: list[tuple[str, str, str]]  # digest, split before, split after
 
 
 @contextmanager
@@ -101,7 +86,7 @@ def connect(path: Path, *, write: bool) -> Iterator[duckdb.DuckDBPyConnection]:
 
     Raises:
         DatasetError: if the file is damaged, newer than this version, absent (for reading),
-            or held by another process for longer than WAIT_SECONDS.
+            or held by another process for too long.
     """
     if write:
         try:
@@ -111,25 +96,17 @@ def connect(path: Path, *, write: bool) -> Iterator[duckdb.DuckDBPyConnection]:
     elif not path.exists():
         raise DatasetError(f"there is no catalog at {path} yet; seed or ingest a dataset first")
     try:
-        lock = FileLock(f"{path}.lock", timeout=WAIT_SECONDS)
-        with lock:
+        if not write and _is_older(path):
+            with connect(path, write=True):
+                pass  # migrated
+        with lock.held(path, write=write):
             con = _open(path, write)
             try:
-                con.execute("SET enable_external_access=false")
-                con.execute("SET lock_configuration=true")
                 if write:
                     migrations.migrate(con, path)
-                elif migrations.check(con, path):
-                    raise DatasetError(
-                        f"{path} is from an older version; seed or ingest upgrades it"
-                    )
                 yield con
             finally:
                 con.close()
-    except Timeout as error:
-        raise DatasetError(
-            f"another process has held {path} for {WAIT_SECONDS:.0f} s; wait for it or end it"
-        ) from error
     except OSError as error:
         raise DatasetError(f"cannot use {path}: {error}") from error
     except duckdb.Error as error:
@@ -155,84 +132,185 @@ def listing(path: Path) -> list[tuple[Manifest, datetime]]:
     return [(manifests.from_document(text), created) for text, created in rows]
 
 
-def store(path: Path, make: Manifest, members: Sequence[Member], rows: Iterable[Row] = ()) -> bool:
-    """Store a manifest, its members and the examples that are new, in one transaction.
+def provenance(path: Path, key: str) -> list[dict[str, Any]]:
+    """The files that a dataset was ingested from."""
+    with connect(path, write=False) as con:
+        rows = con.execute("SELECT document FROM sources WHERE key = ?", [key]).fetchall()
+    return [canonical.decode(text) for (text,) in rows]
+
+
+def conflicts(path: Path, stage: Stage) -> list[Conflict]:
+    """Staged examples that must go, lest their prompt stand in two splits.
+
+    Of the splits that a prompt stands in, test wins over the others, those over train.
+    """
+    with connect(path, write=True) as con:
+        _stage(con, stage)
+        _derive(con, stage, "TRUE", 0)
+        rows = con.execute(
+            """WITH winner AS (
+                 SELECT prompt, arg_max(split, (split <> 'train', split = 'test', split)) AS kept
+                 FROM derived WHERE split IS NOT NULL
+                 GROUP BY prompt HAVING count(DISTINCT split) > 1)
+               SELECT d.digest, s.source, s.number, d.split, d.canonical
+               FROM derived d JOIN winner w USING (prompt) JOIN staged s ON s.position = d.seq
+               WHERE d.split IS NOT NULL AND d.split <> w.kept ORDER BY d.seq"""
+        ).fetchall()
+    return [Conflict(*row) for row in rows]
+
+
+def take_in(
+    path: Path,
+    stage: Stage,
+    key: str,
+    request: dict[str, Any],
+    sources: list[dict[str, Any]],
+) -> tuple[Manifest, bool]:
+    """Store staged examples and the dataset they make, in one transaction.
+
+    Args:
+        path: the catalog.
+        stage: examples; one that is there already is kept once.
+        key: of the dataset.
+        request: how it was asked for; its `splits` are used, its `content` is added.
+        sources: provenance.
 
     Returns:
-        False if that very manifest was already there, and nothing was changed.
+        The manifest, and False if that very one was there and nothing was changed.
 
     Raises:
-        DatasetError: if the key names another dataset.
+        DatasetError: if the key names another dataset, or a prompt has two splits.
     """
-    unique = {row.digest: row for row in rows}
     with connect(path, write=True) as con, _transaction(con):
-        if _already(con, make):
-            return False
-        if unique:
-            incoming = pa.table(
-                {name: [getattr(row, name) for row in unique.values()] for name in Row._fields},
-                schema=pa.schema([(name, pa.string()) for name in Row._fields]),
-            )
-            con.register("incoming", incoming)
-            con.execute(
-                """INSERT INTO examples (digest, id, prompt_digest, split, meta, canonical)
-                   SELECT digest, id, prompt_digest, split, meta, canonical FROM incoming
-                   WHERE digest NOT IN (SELECT digest FROM examples)"""
-            )
+        _stage(con, stage)
+        base = con.execute("SELECT coalesce(max(seq), -1) + 1 FROM examples").fetchall()[0][0]
+        con.execute(
+            """CREATE TEMP TABLE fresh AS SELECT min(position) AS position
+               FROM staged ANTI JOIN examples USING (digest) GROUP BY digest"""
+        )
+        if con.execute("SELECT count(*) FROM fresh").fetchall()[0][0]:
+            source = f"""(SELECT position + {int(base)} AS seq, digest, canonical
+                          FROM incoming SEMI JOIN fresh USING (position))"""
+            con.register("incoming", stage.batches())
+            con.execute("INSERT INTO examples " + derived(source))
             con.unregister("incoming")
-        _insert(con, make, members)
-        return True
+        con.execute(
+            """CREATE TEMP TABLE chosen AS
+               SELECT s.position, e.digest, e.prompt, e.split, e.steps, e.characters, e.tokens
+               FROM (SELECT digest, min(position) AS position FROM staged GROUP BY digest) s
+               JOIN examples e USING (digest)"""
+        )
+        content = _set_digest(con, "tunix-source-v1", "SELECT digest FROM chosen")
+        made = _manifest(con, key, request | {"content": content}, None)
+        made.stats["duplicates_dropped"] = stage.rows - made.count
+        return _keep(con, made, sources)
 
 
-def select(path: Path, selection: Selection) -> list[Row]:
-    """The examples that a request means, in its order.
+def build(path: Path, key: str, selection: Selection) -> tuple[Manifest, bool]:
+    """Make a dataset of the examples that a request means.
+
+    Returns:
+        The manifest, and False if that very one was there and nothing was changed.
 
     Raises:
-        DatasetError: for a filter that is not plain.
+        DatasetError: for a filter that is not plain, when nothing is selected, or when the key
+            names another dataset.
     """
-    manifests.check_selection(selection)
-    where, params = [], []
-    for key, value in selection.filters.items():
-        where.append("json_extract(meta, ?)::VARCHAR = ?")
-        params += [f'$."{key}"', canonical.encode(value).decode()]
-    order = "seq DESC"
+    where, params = _where(selection)
+    order = {"all": "seq", "latest": "seq DESC", "random": "sha256(? || ':' || digest), digest"}
+    arguments: list[Any] = [*params]
     if selection.order == "random":
-        order = "sha256(? || ':' || digest), digest"
-        params.append(str(selection.seed))
+        arguments.append(str(selection.seed))
     limit = ""
     if selection.limit is not None:
-        limit = "LIMIT ?"
-        params.append(str(selection.limit))
+        limit = f"LIMIT {int(selection.limit)}"
+    request: dict[str, Any] = {
+        "filters": selection.filters,
+        "order": selection.order,
+        "seed": selection.seed,
+        "limit": selection.limit,
+        "splits": selection.splits,
+        "parent": selection.parent,
+    }
+    manifests.bounds(selection.splits)
+    with connect(path, write=True) as con, _transaction(con):
+        parent, source = None, "examples"
+        if selection.parent is not None:
+            found = _find(con, selection.parent)
+            if found is None:
+                raise DatasetError(f"there is no dataset {selection.parent!r} to select from")
+            parent = f"{found.key}@{found.digest}"
+            source = """(SELECT e.* FROM examples e
+                         SEMI JOIN members m ON m.digest = e.digest AND m.key = ?)"""
+            arguments = [selection.parent, *arguments]
+        con.execute(
+            f"""CREATE TEMP TABLE chosen AS
+                SELECT row_number() OVER () - 1 AS position, digest, prompt, split,
+                    steps, characters, tokens
+                FROM (SELECT * EXCLUDE (canonical, meta) FROM {source} {where}
+                      ORDER BY {order[selection.order]} {limit})""",
+            arguments,
+        )
+        if not con.execute("SELECT count(*) FROM chosen").fetchall()[0][0]:
+            raise DatasetError("no example in the catalog meets the request; loosen its filters")
+        return _keep(con, _manifest(con, key, request, parent), [])
+
+
+def stream(path: Path, key: str) -> Generator[pa.RecordBatch, None, None]:
+    """digest, split, prompt (its digest), asked (its text) and canonical of every member.
+
+    In the order of ingest, a few thousand rows at a time.
+    """
+    asked = """from_json(e.canonical, '{"messages":[{"role":"VARCHAR","content":"VARCHAR"}]}')"""
+    with connect(path, write=False) as con:
+        con.execute(
+            """CREATE TEMP TABLE wanted AS SELECT e.seq, m.split
+               FROM members m JOIN examples e USING (digest) WHERE m.key = ? ORDER BY e.seq""",
+            [key],
+        )
+        ranges = con.execute(
+            f"""SELECT min(seq), max(seq) FROM (
+                  SELECT seq, (row_number() OVER (ORDER BY seq) - 1) // {_CHUNK} AS part
+                  FROM wanted) GROUP BY part ORDER BY part"""
+        ).fetchall()
+        for low, high in ranges:
+            table = con.sql(
+                f"""SELECT e.digest, w.split, e.prompt,
+                       coalesce(list_filter({asked}.messages,
+                           lambda m: m.role = 'user')[-1].content, '') AS asked, e.canonical
+                    FROM examples e JOIN wanted w USING (seq)
+                    WHERE e.seq BETWEEN ? AND ? AND w.seq BETWEEN ? AND ? ORDER BY e.seq""",
+                params=[low, high, low, high],
+            ).to_arrow_table()
+            yield from table.combine_chunks().to_batches()
+
+
+def texts(path: Path, digests: list[str]) -> dict[str, str]:
+    """Canonical text by digest."""
     with connect(path, write=False) as con:
         rows = con.execute(
-            f"""SELECT digest, id, prompt_digest, split, meta, canonical FROM examples
-                {"WHERE " + " AND ".join(where) if where else ""}
-                ORDER BY {order} {limit.replace("?", "?::BIGINT")}""",
-            params,
+            "SELECT digest, canonical FROM examples WHERE digest IN (SELECT unnest(?))", [digests]
         ).fetchall()
-    return [Row(*row) for row in rows]
+    return dict(rows)
 
 
-def read(path: Path, key: str) -> pa.Table:
-    """Digest, split and canonical text of every member, sorted by digest."""
+def members_digest(path: Path, key: str) -> str:
+    """The dataset digest that the stored members have now."""
     with connect(path, write=False) as con:
-        table = con.sql(
-            """SELECT m.digest, m.split, e.canonical FROM members m
-               JOIN examples e ON e.digest = m.digest
-               WHERE m.key = ? ORDER BY m.digest""",
-            params=[key],
-        ).to_arrow_table()
-    return table.cast(SNAPSHOT_SCHEMA)
+        con.execute(
+            "CREATE TEMP TABLE divided AS SELECT digest, split FROM members WHERE key = ?", [key]
+        )
+        return _dataset_digest(con)
 
 
-def verify(path: Path, key: str, snapshot: Sequence[Member] | None) -> Report:
+def verify(path: Path, key: str, snapshot: pa.Table | None) -> Report:
     """Compare what is stored with what the manifest says.
 
     Args:
         path: the catalog.
         key: the dataset.
-        snapshot: members according to the dataset's snapshot, if there is one whose digest
-            is right; it names a member that was taken out or put in.
+        snapshot: digest and split of each example, according to the dataset's snapshot, if
+            there is one; it names a member that was taken out or put in.
 
     Raises:
         DatasetError: if there is no such manifest.
@@ -241,47 +319,122 @@ def verify(path: Path, key: str, snapshot: Sequence[Member] | None) -> Report:
         manifest = _find(con, key)
         if manifest is None:
             raise DatasetError(not_found(key, path))
-        members = con.execute(
-            "SELECT position, digest, split FROM members WHERE key = ? ORDER BY position", [key]
+
+        def digests(query: str) -> list[str]:
+            return [d for (d,) in con.execute(query).fetchall()]
+
+        con.execute("CREATE TEMP TABLE mine AS SELECT * FROM members WHERE key = ?", [key])
+        con.execute("CREATE TEMP TABLE divided AS SELECT DISTINCT digest, split FROM mine")
+        missing = digests("SELECT DISTINCT digest FROM mine ANTI JOIN examples USING (digest)")
+        duplicated = digests(
+            """SELECT digest FROM mine GROUP BY digest HAVING count(*) > 1 UNION
+               SELECT digest FROM examples SEMI JOIN mine USING (digest)
+               GROUP BY digest HAVING count(*) > 1"""
+        )
+        differs = " OR ".join(f"{name} IS DISTINCT FROM {sql}" for name, sql in TYPED.items())
+        changed = digests(
+            f"""SELECT DISTINCT digest FROM (SELECT *, TRY({PARSED}) AS d
+                    FROM examples SEMI JOIN mine USING (digest))
+                WHERE digest <> sha256(canonical) OR {differs}"""
+        )
+        drifted = _split_drift(con, manifest) if not missing and not changed else []
+        snapshot_drift: list[str] = []
+        if snapshot is not None:
+            con.register("kept", snapshot)
+            con.execute("CREATE TEMP TABLE known AS SELECT * FROM kept")
+            con.unregister("kept")
+            lost = digests("SELECT digest FROM known ANTI JOIN mine USING (digest)")
+            extra = digests("SELECT DISTINCT digest FROM mine ANTI JOIN known USING (digest)")
+            drifted += digests(
+                """SELECT DISTINCT digest FROM mine m JOIN known k USING (digest)
+                   WHERE m.split <> k.split"""
+            )
+            con.execute("CREATE OR REPLACE TEMP TABLE divided AS SELECT * FROM known")
+            if _dataset_digest(con) == manifest.digest:
+                missing += lost
+            else:
+                snapshot_drift, extra, drifted = [*lost, *extra, *drifted], [], []
+            con.execute(
+                "CREATE OR REPLACE TEMP TABLE divided AS SELECT DISTINCT digest, split FROM mine"
+            )
+        else:
+            # Without it, what stands in a place that is taken, or that there is none of.
+            extra = digests(
+                f"""SELECT digest FROM mine
+                    WHERE position NOT BETWEEN 0 AND {manifest.count - 1} OR position IN (
+                        SELECT position FROM mine GROUP BY position HAVING count(*) > 1)"""
+            )
+            extra = [d for d in extra if d not in set(duplicated)]
+        notes: list[str] = []
+        found = (missing, extra, changed, duplicated, drifted, snapshot_drift)
+        if not any(found):
+            notes = _notes(con, manifest, key)
+    named = dict(zip(KINDS, (list(dict.fromkeys(kind)) for kind in found), strict=True))
+    return Report(**named, notes=notes)
+
+
+def diff(path: Path, before: str, after: str) -> Difference:
+    """What `after` has that `before` has not, and the other way round."""
+    with connect(path, write=False) as con:
+        for key in (before, after):
+            if _find(con, key) is None:
+                raise DatasetError(f"dataset {key!r} is not in {path}")
+        con.execute(
+            """CREATE TEMP TABLE a AS SELECT m.digest, m.split, e.prompt FROM members m
+               LEFT JOIN examples e USING (digest) WHERE m.key = ?""",
+            [before],
+        )
+        con.execute(
+            """CREATE TEMP TABLE b AS SELECT m.digest, m.split, e.prompt FROM members m
+               LEFT JOIN examples e USING (digest) WHERE m.key = ?""",
+            [after],
+        )
+        con.execute("CREATE TEMP TABLE gone AS SELECT * FROM a ANTI JOIN b USING (digest)")
+        con.execute("CREATE TEMP TABLE came AS SELECT * FROM b ANTI JOIN a USING (digest)")
+        # The n-th that went with the n-th that came, of those that share a prompt.
+        number = "row_number() OVER (PARTITION BY prompt ORDER BY digest)"
+        con.execute(
+            f"""CREATE TEMP TABLE pairs AS SELECT g.digest AS old, c.digest AS new
+                FROM (SELECT *, {number} AS n FROM gone WHERE prompt IS NOT NULL) g
+                JOIN (SELECT *, {number} AS n FROM came WHERE prompt IS NOT NULL) c
+                USING (prompt, n)"""
+        )
+        added = con.execute(
+            "SELECT digest FROM came WHERE digest NOT IN (SELECT new FROM pairs) ORDER BY 1"
         ).fetchall()
-        stored = con.execute(
-            """SELECT digest, id, prompt_digest, split, meta, canonical FROM examples
-               WHERE digest IN (SELECT digest FROM members WHERE key = ?)""",
-            [key],
+        removed = con.execute(
+            "SELECT digest FROM gone WHERE digest NOT IN (SELECT old FROM pairs) ORDER BY 1"
         ).fetchall()
-    rows = [Row(*row) for row in stored]
-    examples = Counter(row.digest for row in rows)
-    have = {digest: split for _, digest, split in members}
-    named = Counter(digest for _, digest, _ in members)
-    duplicated = [d for d in have if examples[d] > 1 or named[d] > 1]
-    changed = [row.digest for row in rows if not _holds(row)]
-    missing = [d for d in have if not examples[d]]
-    notes: list[str] = []
-    if snapshot is not None:
-        known = {m.digest: m.split for m in snapshot}
-        missing += [d for d in known if d not in have]
-        extra = [d for d in have if d not in known]
-        drifted = [d for d in have if d in known and known[d] != have[d]]
-        notes += [f"{canonical.id_of(d)} moved to split {have[d]}" for d in drifted[:3]]
-    else:
-        # Without it, what stands in a place that is taken, or that there is none of.
-        taken = Counter(position for position, _, _ in members)
-        extra = [d for p, d, _ in members if taken[p] > 1 or not 0 <= p < manifest.count]
-        extra = [d for d in extra if named[d] == 1]
-    report = Report(missing, extra, _once(changed), duplicated, notes)
-    if report.ok:
-        now = [Member(digest, split) for digest, split in have.items()]
-        counted = sum(split.count for split in manifest.splits.values())
-        places = sorted(position for position, _, _ in members)
-        if manifest.key != key or not manifest.count == counted == len(members):
-            notes.append("the manifest's own key and counts do not agree with its members")
-        elif places != list(range(manifest.count)):
-            notes.append("the members' positions are not 0, 1, 2, ...")
-        elif manifests.dataset_digest(now) != manifest.digest:
-            notes.append(f"the members' digest is not the manifest's {manifest.digest[:12]}")
-        elif manifests.split_digests(now) != manifest.splits:
-            notes.append("the splits are not the manifest's")
-    return report
+        changed = con.execute("SELECT old, new FROM pairs ORDER BY 1").fetchall()
+        moved = con.execute(
+            """SELECT digest, a.split, b.split FROM a JOIN b USING (digest)
+               WHERE a.split <> b.split ORDER BY 1"""
+        ).fetchall()
+    return Difference([d for (d,) in added], [d for (d,) in removed], changed, moved)
+
+
+def longer_than(path: Path, key: str, tokens: int) -> int:
+    """How many examples of a dataset have more byte tokens than that."""
+    with connect(path, write=False) as con:
+        return int(
+            con.execute(
+                """SELECT count(*) FROM examples SEMI JOIN
+                   (SELECT digest FROM members WHERE key = ?) USING (digest) WHERE tokens > ?""",
+                [key, tokens],
+            ).fetchall()[0][0]
+        )
+
+
+def unreferenced(path: Path, *, remove: bool) -> tuple[int, int]:
+    """Examples that no dataset has: their number and the bytes of their texts."""
+    with connect(path, write=remove) as con, _transaction(con):
+        found = con.execute(
+            """SELECT count(*), coalesce(sum(strlen(canonical)), 0)::BIGINT
+               FROM examples ANTI JOIN members USING (digest)"""
+        ).fetchall()
+        if remove:
+            con.execute("DELETE FROM examples WHERE digest NOT IN (SELECT digest FROM members)")
+    return int(found[0][0]), int(found[0][1])
 
 
 def not_found(key: str, path: Path) -> str:
@@ -296,27 +449,260 @@ def not_found(key: str, path: Path) -> str:
     )
 
 
-def _holds(row: Row) -> bool:
-    """Whether the canonical text has the row's digest, and every column is what it says."""
-    if canonical.digest(row.canonical.encode("utf-8")) != row.digest:
-        return False
-    return row_of(from_canonical(row.canonical)) == row
+def _stage(con: duckdb.DuckDBPyConnection, stage: Stage) -> None:
+    con.register("incoming", stage.batches())
+    con.execute("CREATE TEMP TABLE staged AS SELECT position, source, number, digest FROM incoming")
+    con.unregister("incoming")
 
 
-def _once(digests: list[str]) -> list[str]:
-    return list(dict.fromkeys(digests))
+def _derive(con: duckdb.DuckDBPyConnection, stage: Stage, where: str, base: int) -> None:
+    source = f"(SELECT position + {base} AS seq, digest, canonical FROM incoming WHERE {where})"
+    con.register("incoming", stage.batches())
+    con.execute("CREATE TEMP TABLE derived AS " + derived(source))
+    con.unregister("incoming")
+
+
+def _where(selection: Selection) -> tuple[str, list[Any]]:
+    """Filters as SQL. Values are bound, and compared with values of their own type alone."""
+    parts, params = [], []
+    symbols = {"lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+    for key, operator, value in manifests.conditions(selection):
+        place = f'$."{key}"'
+        if operator in symbols:
+            sql, bound = _comparison(place, symbols[operator], value)
+        else:
+            each = [_comparison(place, "=", v) for v in (value if _many(value) else [value])]
+            sql = "(" + " OR ".join(s for s, _ in each) + ")"
+            bound = [b for _, many in each for b in many]
+        if operator in ("ne", "not_in"):
+            sql = f"NOT coalesce({sql}, false)"  # a key that is absent is not equal
+        parts.append(sql)
+        params += bound
+    return ("WHERE " + " AND ".join(parts) if parts else ""), params
+
+
+def _many(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _comparison(place: str, symbol: str, value: Any) -> tuple[str, list[Any]]:
+    text = "json_extract_string(meta, ?)"
+    if isinstance(value, bool):
+        sql = f"(json_type(meta, ?) = 'BOOLEAN' AND {text} {symbol} ?)"
+        return sql, [place, place, "true" if value else "false"]
+    if isinstance(value, str):
+        return f"(json_type(meta, ?) = 'VARCHAR' AND {text} {symbol} ?)", [place, place, value]
+    kinds = "('UBIGINT', 'BIGINT', 'DOUBLE')"
+    sql = f"(json_type(meta, ?) IN {kinds} AND TRY_CAST({text} AS DOUBLE) {symbol} ?::DOUBLE)"
+    return sql, [place, place, float(value)]
+
+
+def _manifest(
+    con: duckdb.DuckDBPyConnection, key: str, request: dict[str, Any], parent: str | None
+) -> Manifest:
+    """The manifest of the temporary table `chosen`; its members go to `divided`."""
+    _divide(con, request["splits"])
+    counts = con.execute("SELECT split, count(*) FROM divided GROUP BY 1 ORDER BY 1").fetchall()
+    return Manifest(
+        key=key,
+        digest=_dataset_digest(con),
+        count=sum(count for _, count in counts),
+        splits={name: Split(count=n, digest=_split_digest(con, name, n)) for name, n in counts},
+        request=request,
+        stats=_statistics(con),
+        parent=parent,
+    )
+
+
+def _divide(con: duckdb.DuckDBPyConnection, splits: dict[str, float]) -> None:
+    """Give every chosen example its split.
+
+    The data's own splits if any example has one: an example without one joins its prompt's,
+    else train. Without any, by the hash of the prompt, so that a prompt keeps its split when
+    the dataset grows. No prompt ever stands in two splits.
+    """
+    torn = con.execute(
+        """SELECT min(digest), list_sort(list(DISTINCT split)) FROM chosen
+           WHERE split IS NOT NULL
+           GROUP BY prompt HAVING count(DISTINCT split) > 1 ORDER BY 1 LIMIT 1"""
+    ).fetchall()
+    if torn:
+        digest, (first, second, *_) = torn[0]
+        raise DatasetError(
+            f"the same prompt stands in the splits {first!r} and {second!r}"
+            f" (example {canonical.id_of(digest)}); leave it in one of them, or ingest with"
+            " --skip-bad, which keeps the held-out one"
+        )
+    if con.execute("SELECT count(split) FROM chosen").fetchall()[0][0]:
+        con.execute(
+            f"""CREATE TEMP TABLE divided AS
+                SELECT c.position, c.digest, coalesce(own.split, '{manifests.TRAIN}') AS split
+                FROM chosen c LEFT JOIN (SELECT prompt, min(split) AS split FROM chosen
+                     WHERE split IS NOT NULL GROUP BY prompt) own USING (prompt)"""
+        )
+        return
+    case, params = _case(splits)
+    con.execute(
+        f"CREATE TEMP TABLE divided AS SELECT position, digest, {case} AS split FROM chosen",
+        params,
+    )
+
+
+def _case(splits: dict[str, float]) -> tuple[str, list[str]]:
+    params: list[str] = []
+    whens = ""
+    for name, bound in manifests.bounds(splits):
+        whens += " WHEN prompt[1:16] < ? THEN ?"
+        params += [bound, name]
+    return (f"CASE{whens} ELSE '{manifests.TRAIN}' END" if whens else "'train'"), params
+
+
+def _split_drift(con: duckdb.DuckDBPyConnection, manifest: Manifest) -> list[str]:
+    """Members that stand in another split than the request gives them."""
+    if not isinstance(manifest.request.get("splits"), dict):
+        return []  # made before splits were part of the request
+    con.execute(
+        """CREATE OR REPLACE TEMP TABLE chosen AS SELECT DISTINCT ON (e.digest)
+           m.position, e.digest, e.prompt, e.split FROM mine m JOIN examples e USING (digest)"""
+    )
+    con.execute("DROP TABLE divided")
+    try:
+        _divide(con, manifest.request["splits"])
+    except DatasetError:
+        con.execute("CREATE TEMP TABLE divided AS SELECT DISTINCT digest, split FROM mine")
+        return []  # an extra member brought the conflict; it is named as such
+    found = con.execute(
+        "SELECT digest FROM mine m JOIN divided d USING (digest) WHERE m.split <> d.split"
+    ).fetchall()
+    con.execute("CREATE OR REPLACE TEMP TABLE divided AS SELECT DISTINCT digest, split FROM mine")
+    return [d for (d,) in found]
+
+
+def _notes(con: duckdb.DuckDBPyConnection, manifest: Manifest, key: str) -> list[str]:
+    counts = con.execute("SELECT split, count(*) FROM divided GROUP BY 1 ORDER BY 1").fetchall()
+    count = sum(n for _, n in counts)
+    counted = sum(split.count for split in manifest.splits.values())
+    places = con.execute("SELECT min(position), max(position) FROM mine").fetchall()[0]
+    if manifest.key != key or not manifest.count == counted == count:
+        return ["the manifest's own key and counts do not agree with its members"]
+    if places != (0, count - 1):
+        return ["the members' positions are not 0, 1, 2, ..."]
+    if _dataset_digest(con) != manifest.digest:
+        return [f"the members' digest is not the manifest's {manifest.digest[:12]}"]
+    splits = {name: Split(count=n, digest=_split_digest(con, name, n)) for name, n in counts}
+    return [] if splits == manifest.splits else ["the splits are not the manifest's"]
+
+
+def _statistics(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+    """Figures that describe the chosen examples; flat, as MLflow's profile wants them."""
+    shares = ", ".join(f"{p / 100}" for p in _PERCENTILES)
+    columns = ("steps", "characters", "tokens")
+    parts = ", ".join(f"avg({c}), quantile_disc({c}, [{shares}]), max({c})" for c in columns)
+    row = con.execute(
+        f"SELECT count(DISTINCT prompt), count(*) FILTER (steps = 0), {parts} FROM chosen"
+    ).fetchall()[0]
+    found: dict[str, Any] = {"distinct_prompts": row[0], "without_steps": row[1]}
+    for i, name in enumerate(columns):
+        mean, quantiles, most = row[2 + 3 * i : 5 + 3 * i]
+        found[f"{name}_mean"] = round(float(mean), 3)
+        for share, value in zip(_PERCENTILES, quantiles, strict=True):
+            found[f"{name}_p{share}"] = int(value)
+        found[f"{name}_max"] = int(most)
+    return found
+
+
+def _dataset_digest(con: duckdb.DuckDBPyConnection) -> str:
+    """One digest over the members and the splits they are in."""
+    return _set_digest(con, "tunix-dataset-v1", "SELECT digest || ':' || split FROM divided")
+
+
+def _split_digest(con: duckdb.DuckDBPyConnection, name: str, count: int) -> str:
+    query = "SELECT digest FROM divided WHERE split = ?"
+    return _set_digest(con, "tunix-split-v1", query, [name], count)
+
+
+def _set_digest(
+    con: duckdb.DuckDBPyConnection,
+    tag: str,
+    query: str,
+    params: list[Any] | None = None,
+    count: int | None = None,
+) -> str:
+    """`canonical.set_digest` of a query's one column, without a Python object a row."""
+    given = params or []
+    if count is None:
+        count = con.execute(f"SELECT count(*) FROM ({query})", given).fetchall()[0][0]
+    lines = con.sql(
+        f"SELECT line || chr(10) AS line FROM ({query}) q(line) ORDER BY 1", params=given
+    )
+    return manifests.line_digest(tag, int(count or 0), _blocks(lines.to_arrow_reader(100_000)))
+
+
+def _blocks(reader: Any) -> Iterator[Any]:
+    for batch in reader:
+        column = batch.column(0).cast(pa.string())
+        _, offsets, data = column.buffers()
+        ends = np.frombuffer(offsets, np.int32)[column.offset :]
+        if len(column):
+            yield memoryview(data)[int(ends[0]) : int(ends[len(column)])]
+
+
+def _keep(
+    con: duckdb.DuckDBPyConnection, made: Manifest, sources: list[dict[str, Any]]
+) -> tuple[Manifest, bool]:
+    have = _find(con, made.key)
+    if have is not None:
+        if have.digest == made.digest and have.request == made.request:
+            return have, False
+        what = manifests.difference(have.request, made.request) or "other members"
+        raise DatasetError(
+            f"dataset {made.key} is already built with digest {have.digest[:16]}, and this one"
+            f" has {made.digest[:16]} ({what}); give it a new version"
+        )
+    now = datetime.now(UTC).replace(tzinfo=None)
+    con.execute(
+        "INSERT INTO manifests VALUES (?, ?, ?)", [made.key, manifests.to_document(made), now]
+    )
+    con.execute(
+        "INSERT INTO members SELECT ?, position, digest, split FROM ("
+        " SELECT row_number() OVER (ORDER BY position) - 1 AS position, digest, split"
+        " FROM divided)",
+        [made.key],
+    )
+    for source in sources:
+        con.execute(
+            "INSERT INTO sources VALUES (?, ?)", [made.key, canonical.encode(source).decode()]
+        )
+    return made, True
 
 
 def _open(path: Path, write: bool) -> duckdb.DuckDBPyConnection:
-    deadline = time.monotonic() + WAIT_SECONDS
+    deadline = time.monotonic() + lock.WAIT_SECONDS
+    # Nothing but the file itself: no other file is read or written through SQL.
+    config: dict[str, Any] = {
+        "enable_external_access": "false",
+        "lock_configuration": "true",
+        "memory_limit": MEMORY,
+        "preserve_insertion_order": "false",
+        "temp_directory": str(state.temporary_dir()),
+    }
     while True:
         try:
-            return duckdb.connect(str(path), read_only=not write)
+            return duckdb.connect(str(path), read_only=not write, config=config)
         except duckdb.IOException as error:
             # Another program may hold the file without our lock, a notebook for instance.
             if "could not set lock" not in str(error).lower() or time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
+
+
+def _is_older(path: Path) -> bool:
+    with lock.held(path, write=False):
+        con = _open(path, False)
+        try:
+            return bool(migrations.check(con, path))
+        finally:
+            con.close()
 
 
 @contextmanager
@@ -333,46 +719,6 @@ def _transaction(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
 def _find(con: duckdb.DuckDBPyConnection, key: str) -> Manifest | None:
     rows = con.execute("SELECT document FROM manifests WHERE key = ?", [key]).fetchall()
     return manifests.from_document(rows[0][0]) if rows else None
-
-
-def _already(con: duckdb.DuckDBPyConnection, make: Manifest) -> bool:
-    have = _find(con, make.key)
-    if have is None:
-        return False
-    if have.digest == make.digest and have.request == make.request:
-        return True
-    what = manifests.difference(have.request, make.request) or "other members"
-    raise DatasetError(
-        f"dataset {make.key} is already built with digest {have.digest[:16]}, and this one has"
-        f" {make.digest[:16]} ({what}); give it a new version"
-    )
-
-
-def _insert(con: duckdb.DuckDBPyConnection, manifest: Manifest, members: Sequence[Member]) -> None:
-    con.execute(
-        "INSERT INTO manifests VALUES (?, ?, ?)",
-        [
-            manifest.key,
-            manifests.to_document(manifest),
-            datetime.now(UTC).replace(tzinfo=None),
-        ],
-    )
-    table = pa.table(
-        {
-            "position": list(range(len(members))),
-            "digest": [m.digest for m in members],
-            "split": [m.split for m in members],
-        },
-        schema=pa.schema(
-            [("position", pa.int64()), ("digest", pa.string()), ("split", pa.string())]
-        ),
-    )
-    con.register("incoming", table)
-    con.execute(
-        "INSERT INTO members SELECT ?, position, digest, split FROM incoming",
-        [manifest.key],
-    )
-    con.unregister("incoming")
 
 
 def _first_line(error: Exception) -> str:

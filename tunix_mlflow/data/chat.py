@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-from tunix_mlflow.data.examples import Example
+from tunix_mlflow.data.examples import Example, Message
 
 BOS, EOS, ANSWER = "<bos>", "<eos>", "<answer>"
 ROLE_MARKERS = {
@@ -37,25 +37,22 @@ def template_digest(include_steps: bool) -> str:
     return hashlib.sha256(f"{_NAME}:{markers}:steps={include_steps}".encode()).hexdigest()
 
 
-def render_prompt(example: Example) -> list[Segment]:
+def render_prompt(example: Example, *, include_steps: bool = True) -> list[Segment]:
     """The part that a model is given: everything before the completion."""
     segments = [Segment(BOS, True, False)]
     messages = example.messages
     if not _has_answer(example):
         messages = messages[:-1]
     for message in messages:
-        trained = message.role == "assistant" and message.trained is not False
         segments.append(Segment(ROLE_MARKERS[message.role], True, False))
-        segments.append(Segment(message.content, False, trained))
-        if message.role == "assistant":
-            segments.append(Segment(EOS, True, trained))
+        segments += _turn(message, include_steps)
     segments.append(Segment(ROLE_MARKERS["assistant"], True, False))
     return segments
 
 
 def render(example: Example, *, include_steps: bool) -> list[Segment]:
     """The whole example: prompt and completion."""
-    segments = render_prompt(example)
+    segments = render_prompt(example, include_steps=include_steps)
     if _has_answer(example):
         if include_steps and example.steps:
             text = "\n".join(step.content for step in example.steps)
@@ -64,10 +61,19 @@ def render(example: Example, *, include_steps: bool) -> list[Segment]:
         segments.append(Segment(example.answer or "", False, True))
         segments.append(Segment(EOS, True, True))
     else:
-        last = example.messages[-1]
-        trained = last.role == "assistant" and last.trained is not False
-        segments.append(Segment(last.content, False, trained))
-        segments.append(Segment(EOS, True, trained))
+        segments += _turn(example.messages[-1], include_steps)
+    return segments
+
+
+def _turn(message: Message, include_steps: bool) -> list[Segment]:
+    if message.role != "assistant":
+        return [Segment(message.content, False, False)]
+    trained = message.trained is not False
+    said = message.content + (message.tool_calls or "")
+    segments = [Segment(said, False, trained), Segment(EOS, True, trained)]
+    if message.reasoning is not None and include_steps:
+        thought = [Segment(message.reasoning, False, trained), Segment(ANSWER, True, trained)]
+        return thought + segments
     return segments
 
 

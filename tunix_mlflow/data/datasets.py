@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import importlib.metadata
 import os
-from collections.abc import Callable, Sequence
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tunix_mlflow import state
-from tunix_mlflow.data import canonical, catalog, examples, seeds, snapshot
+from tunix_mlflow.config import LimitsConfig
+from tunix_mlflow.data import canonical, catalog, files, formats, seeds, snapshot, staging
 from tunix_mlflow.data import manifest as manifests
-from tunix_mlflow.data.catalog import Report, Row
-from tunix_mlflow.data.examples import Example
-from tunix_mlflow.data.manifest import Candidate, Manifest, Selection
-from tunix_mlflow.errors import DatasetError, Refused
+from tunix_mlflow.data.catalog import Report
+from tunix_mlflow.data.examples import Example, from_canonical
+from tunix_mlflow.data.leakage import Leakage
+from tunix_mlflow.data.manifest import Manifest, Selection
+from tunix_mlflow.errors import DatasetError, IntegrityError, Refused
 
-TEST_FRACTION = 0.1
+SMALL = 100_000
+"""Examples up to which a dataset gets its snapshot at once; a larger one when first used."""
+_STALE_SECONDS = 24 * 3600
 
 
 class Built(NamedTuple):
@@ -27,6 +39,17 @@ class Built(NamedTuple):
     created: bool
 
 
+class Ingested(NamedTuple):
+    """What an ingest did."""
+
+    manifest: Manifest
+    created: bool
+    form: str
+    rows: int
+    duplicates: int
+    rejected: int
+
+
 def seed(
     key: str,
     *,
@@ -34,7 +57,7 @@ def seed(
     number: int | None = None,
     name: str | None = None,
 ) -> Built:
-    """Generate a built-in dataset into the catalog; the same one twice changes nothing.
+    """Generate a dataset into the catalog; the same one twice changes nothing.
 
     Args:
         key: the seed's, and unless `name` is given the dataset's.
@@ -47,32 +70,101 @@ def seed(
     """
     found = seeds.find(key)
     if found is None:
-        raise DatasetError(f"there is no seed {key!r}; built in: {', '.join(seeds.names())}")
+        raise DatasetError(
+            f"there is no seed {key!r}; there are: {', '.join(seeds.names())}, {seeds.GYM}FAMILY"
+        )
+    stored_as = name or seeds.dataset_key(key)
+    manifests.parse_key(stored_as)
     count = found.default_traces if num_traces is None else num_traces
     number = seeds.DEFAULT_SEED if number is None else number
-    rows = [catalog.row_of(t.example()) for t in seeds.traces(found, number=number, count=count)]
     request = {
         "seed": key,
         "number": number,
         "num_traces": count,
-        "test_fraction": TEST_FRACTION,
+        "splits": dict(manifests.HELD_OUT),
     }
-    return _store(name or key, request, rows)
+    with staging.new_stage() as stage:
+        staging.of_examples(stage, seeds.examples(found, number=number, count=count))
+        built = Built(*catalog.take_in(state.catalog_path(), stage, stored_as, request, []))
+    _snapshot_if_small(built.manifest)
+    return built
 
 
-def ingest(path: Path, key: str, *, test_fraction: float = TEST_FRACTION) -> Built:
-    """Store the traces of a JSONL file as a dataset: all of them, or none.
+def ingest(
+    named: Sequence[str] | Path,
+    key: str,
+    *,
+    form: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    splits: Mapping[str, float] | None = None,
+    limits: LimitsConfig | None = None,
+    skip_bad: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Ingested:
+    """Store the examples of files as a dataset: all of them, or none.
+
+    Args:
+        named: paths of files or folders, or SPLIT=PATH.
+        key: of the dataset.
+        form: one of formats.FORMATS, or auto.
+        mapping: field -> the column it stands in.
+        splits: shares of the prompts, used when the data has no splits; None: a tenth for test.
+        limits: lengths that are taken; None for the defaults.
+        skip_bad: leave bad rows out, and write them to this file with the reasons.
+        progress: called with bytes done and bytes in all.
 
     Raises:
-        DatasetError: naming the file and the line of the first bad trace.
+        DatasetError: naming file and line of the bad rows; nothing was stored.
     """
     manifests.parse_key(key)
-    rows = [catalog.row_of(trace.example()) for trace in examples.read_traces(path)]
-    if not rows:
-        raise DatasetError(f"{path} holds no traces")
-    content = canonical.set_digest("tunix-source-v1", (r.digest for r in rows))
-    request = {"ingest": "jsonl", "content": content, "test_fraction": test_fraction}
-    return _store(key, request, rows)
+    mapping = dict(mapping or {})
+    for field in mapping:
+        if field not in formats.FIELDS:
+            raise DatasetError(f"--map {field}: no such field; one of {', '.join(formats.FIELDS)}")
+    if form != "auto" and form not in formats.FORMATS:
+        raise DatasetError(f"no format {form!r}; one of auto, {', '.join(formats.FORMATS)}")
+    wanted = dict(manifests.HELD_OUT if splits is None else splits)
+    manifests.bounds(wanted)
+    words = [str(named)] if isinstance(named, Path) else list(named)
+    sources = files.sources(words)
+    path = state.catalog_path()
+    with staging.new_stage() as stage:
+        parsed = staging.of_files(
+            stage,
+            sources,
+            form=form,
+            mapping=mapping,
+            limits=limits or LimitsConfig(),
+            skip_bad=skip_bad is not None,
+            progress=progress,
+        )
+        if not stage.rows:
+            raise DatasetError(f"{', '.join(words)} holds no {parsed.form} rows that can be used")
+        rejects = list(parsed.rejects)
+        if skip_bad is not None:
+            torn = catalog.conflicts(path, stage)
+            rejects += [
+                staging.Reject(
+                    f"{sources[c.source].path}:{c.number}",
+                    f"its prompt stands in another split than {c.split!r} too",
+                    c.canonical[:2_000],
+                )
+                for c in torn
+            ]
+            stage = stage.without({c.digest for c in torn}) if torn else stage
+        request = {"ingest": parsed.form, "splits": wanted}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        about = {"ingested_at": now, "version": importlib.metadata.version("tunix-mlflow")}
+        manifest, created = catalog.take_in(
+            path, stage, key, request, [source | about for source in parsed.sources]
+        )
+        duplicates = stage.rows - manifest.count
+        rows = sum(source["rows"] for source in parsed.sources)
+    if skip_bad is not None:
+        with _whole(skip_bad) as part, part.open("w", encoding="utf-8") as out:
+            staging.write_rejects(out, rejects)
+    _snapshot_if_small(manifest)
+    return Ingested(manifest, created, parsed.form, rows, duplicates, len(rejects))
 
 
 def build(key: str, selection: Selection) -> Built:
@@ -82,18 +174,25 @@ def build(key: str, selection: Selection) -> Built:
         DatasetError: if nothing is selected, or the key is taken.
     """
     manifests.parse_key(key)
-    rows = catalog.select(state.catalog_path(), selection)
-    if not rows:
-        raise DatasetError("no example in the catalog meets the request; loosen its filters")
-    return _store(key, msgspec.to_builtins(selection), rows, new_examples=False)
+    if selection.parent is not None:
+        manifests.parse_key(selection.parent)
+    if selection.order == "all" and selection.limit is not None:
+        raise DatasetError("`all` takes no limit; select latest or random")
+    if not state.catalog_path().exists():
+        raise DatasetError(f"there is no catalog at {state.catalog_path()} yet; ingest first")
+    built = Built(*catalog.build(state.catalog_path(), key, selection))
+    _snapshot_if_small(built.manifest)
+    return built
 
 
 def get(key: str) -> Manifest:
-    """The manifest of this key.
+    """The manifest of this key, or of the snapshot with this digest.
 
     Raises:
         DatasetError: if it is not there, naming those that are.
     """
+    if snapshot.is_digest(key):
+        return snapshot.index(key).manifest
     manifests.parse_key(key)
     found = catalog.find(state.catalog_path(), key)
     if found is None:
@@ -101,23 +200,43 @@ def get(key: str) -> Manifest:
     return found
 
 
+def provenance(key: str) -> list[dict[str, Any]]:
+    """The files that a dataset was ingested from; none for a seed, a build or a digest."""
+    return [] if snapshot.is_digest(key) else catalog.provenance(state.catalog_path(), key)
+
+
 def verify(key: str) -> Report:
-    """Compare the catalog with the manifest of `key`."""
+    """Compare the catalog, and the snapshot if there is one, with the manifest of `key`.
+
+    A digest names a snapshot, which is then all that is looked at.
+    """
     manifest = get(key)
-    return catalog.verify(state.catalog_path(), key, snapshot.members(manifest.digest))
+    if snapshot.is_digest(key):
+        return Report([], [], [], [], [], [], snapshot.damage(key))
+    files_drifted = snapshot.drifted(manifest.digest)
+    known = snapshot.members(manifest.digest) if snapshot.exists(manifest.digest) else None
+    report = catalog.verify(state.catalog_path(), key, known)
+    if files_drifted and not report.snapshot_drift:
+        report.notes.append(f"snapshot drift: {', '.join(files_drifted)}")
+    return report
 
 
 def ready(key: str, announce: Callable[[str], None]) -> Manifest:
     """What a run calls first: the dataset is there, is verified, and has a snapshot.
 
-    A key that is not in the catalog and names a built-in seed is seeded, and said so.
+    A key that is not in the catalog and names a built-in seed is seeded, and said so. A digest
+    names a snapshot, and needs no catalog.
 
     Raises:
         DatasetError: if there is no such dataset.
-        Refused: if the catalog does not hold what the manifest says.
+        Refused: if the catalog, or the snapshot, does not hold what the manifest says.
     """
+    if snapshot.is_digest(key):
+        if damage := snapshot.damage(key):
+            raise IntegrityError(f"the snapshot {key[:12]} is damaged: {'; '.join(damage)}")
+        return snapshot.index(key).manifest
     manifests.parse_key(key)
-    if catalog.find(state.catalog_path(), key) is None and seeds.find(key) is not None:
+    if catalog.find(state.catalog_path(), key) is None and key in seeds.names():
         built = seed(key)
         announce(f"seeded {key}: {built.manifest.count} examples")
     manifest = get(key)
@@ -127,67 +246,146 @@ def ready(key: str, announce: Callable[[str], None]) -> Manifest:
             f"dataset {key} is not what its manifest says: {report.summary()}."
             f" See `tunix-mlflow datasets verify {key}`"
         )
-    snapshot.write(manifest, catalog.read(state.catalog_path(), key))
+    snapshot.write(manifest, catalog.stream(state.catalog_path(), key))
     return manifest
 
 
-def export(key: str, path: Path) -> int:
-    """Write the dataset as our JSONL; the file appears whole or not at all.
+def diff(before: str, after: str) -> catalog.Difference:
+    """What sets two datasets apart."""
+    get(before), get(after)
+    return catalog.diff(state.catalog_path(), before, after)
+
+
+def check_leakage(
+    trained: Manifest, train_split: str, evaluated: Manifest, split: str | None
+) -> Leakage:
+    """Look for an evaluation split in a training split; both have snapshots.
+
+    Raises:
+        DatasetError: if there is no such split.
+    """
+    for manifest, name in ((trained, train_split), (evaluated, split)):
+        if name is not None and name not in manifest.splits:
+            raise DatasetError(
+                f"dataset {manifest.key} has no split {name!r}; it has {', '.join(manifest.splits)}"
+            )
+    return snapshot.leak(trained.digest, train_split, evaluated.digest, split)
+
+
+def sample(manifest: Manifest, count: int, *, number: int, split: str | None) -> list[Example]:
+    """Examples drawn at random, the same for the same `number`."""
+    found = snapshot.read(manifest.digest, split)
+    return random.Random(number).sample(found, min(count, len(found)))
+
+
+def export(key: str, path: Path, form: str = "trace") -> int:
+    """Write the dataset in ingest order; the file appears whole or not at all.
+
+    Args:
+        key: the dataset.
+        path: ends in .jsonl, .jsonl.gz or .parquet.
+        form: one of formats.EXPORTS.
 
     Returns:
-        The number of lines.
+        The number of examples.
+
+    Raises:
+        DatasetError: when the file cannot be written, or an example does not fit the form.
+        IntegrityError: when an example is not what its digest says.
     """
+    if form not in formats.EXPORTS:
+        raise DatasetError(f"no format {form!r}; one of {', '.join(formats.EXPORTS)}")
     manifest = get(key)
-    table = catalog.read(state.catalog_path(), key)
-    lines = []
-    for text in table["canonical"].to_pylist():
-        lines.append(examples.to_trace_line(examples.from_canonical(text)) + b"\n")
-    if len(lines) != manifest.count:
-        raise Refused(f"dataset {key} is damaged; see `tunix-mlflow datasets verify {key}`")
+    stored = catalog.stream(state.catalog_path(), key)
+    count = 0
+    with contextlib.closing(stored), _whole(path) as part, _writer(part, path.name) as write:
+        for batch in stored:
+            records = []
+            both = zip(
+                batch["digest"].to_pylist(),
+                batch["split"].to_pylist(),
+                batch["canonical"].cast(pa.binary()).to_pylist(),
+                strict=True,
+            )
+            for digest, split, text in both:
+                if canonical.digest(text) != digest:
+                    raise IntegrityError(
+                        f"{canonical.id_of(digest)} is not what its digest says; see"
+                        f" `tunix-mlflow datasets verify {key}`"
+                    )
+                record = formats.record_of(from_canonical(text), form)
+                record["split"] = split
+                records.append(record)
+            write(records)
+            count += len(records)
+        if count != manifest.count:
+            raise IntegrityError(
+                f"dataset {key} is damaged; see `tunix-mlflow datasets verify {key}`"
+            )
+    return count
+
+
+def leftovers() -> list[tuple[Path, int]]:
+    """Stages and half-made snapshots that a killed process left, with their bytes."""
+    found = []
+    roots = [state.temporary_dir(), state.snapshot_dir("0" * 64).parent]
+    for root in roots:
+        for path in [*root.glob("stage-*-*"), *root.glob(".making-*")]:
+            owner = path.name.removeprefix(".making").removeprefix("stage").split("-")[1]
+            if not _alive(owner) or time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+                found.append((path, size))
+    return found
+
+
+def _alive(owner: str) -> bool:
+    try:
+        os.kill(int(owner), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _snapshot_if_small(manifest: Manifest) -> None:
+    if manifest.count <= SMALL and not snapshot.exists(manifest.digest):
+        snapshot.write(manifest, catalog.stream(state.catalog_path(), manifest.key))
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place at the end, or is gone."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as out:
-            out.writelines(lines)
+        yield part
         part.replace(path)
     except OSError as error:
+        raise DatasetError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
         part.unlink(missing_ok=True)
-        raise DatasetError(f"cannot write {path}: {error.strerror}") from error
-    return len(lines)
 
 
-def statistics(found: Sequence[Example], rows: Sequence[Row]) -> dict[str, Any]:
-    """Figures that describe a dataset; flat, as MLflow's profile wants them."""
-    steps = [len(e.steps) for e in found]
-    answers = [len(e.answer or e.messages[-1].content) for e in found]
-    return {
-        "distinct_prompts": len({row.prompt_digest for row in rows}),
-        "steps_mean": round(sum(steps) / len(steps), 3),
-        "steps_max": max(steps),
-        "prompt_characters_max": max(len(e.prompt) for e in found),
-        "answer_characters_max": max(answers),
-    }
+@contextlib.contextmanager
+def _writer(part: Path, name: str) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    if name.endswith(".parquet"):
+        rows: list[dict[str, Any]] = []
+        yield rows.extend
+        try:
+            table = pa.Table.from_pylist(_columns(rows))
+        except pa.ArrowException as error:
+            raise DatasetError(f"the meta of these examples has no columns: {error}") from error
+        pq.write_table(table, part, compression="zstd")
+        return
+    encoder = msgspec.json.Encoder()
+    with gzip.open(part, "wb") if name.endswith(".gz") else part.open("wb") as out:
+        yield lambda records: _write_lines(out, encoder, records)
 
 
-def _store(
-    key: str, request: dict[str, Any], rows: Sequence[Row], *, new_examples: bool = True
-) -> Built:
-    manifests.parse_key(key)
-    unique = list({row.digest: row for row in rows}.values())
-    members = manifests.assign_splits(
-        [Candidate(r.digest, r.prompt_digest, r.split) for r in unique],
-        float(request["test_fraction"]),
-    )
-    found = [examples.from_canonical(row.canonical) for row in unique]
-    made = Manifest(
-        key=key,
-        digest=manifests.dataset_digest(members),
-        count=len(members),
-        splits=manifests.split_digests(members),
-        request=request,
-        stats=statistics(found, unique) | {"duplicates_dropped": len(rows) - len(unique)},
-    )
-    path = state.catalog_path()
-    created = catalog.store(path, made, members, unique if new_examples else ())
-    if created:
-        snapshot.write(made, catalog.read(path, key))
-    return Built(made if created else get(key), created)
+def _write_lines(out: Any, encoder: msgspec.json.Encoder, records: list[dict[str, Any]]) -> None:
+    out.write(encoder.encode_lines(records))
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    # Parquet has no empty struct.
+    return [{k: v for k, v in row.items() if v != {}} for row in rows]

@@ -1,13 +1,12 @@
 """What is trained on: an Example, and its common case, a ReasoningTrace.
 
 An Example is general (messages with roles, reasoning steps, expected answer, split, meta).
-A ReasoningTrace is the line of our own JSONL: one prompt, steps, an answer.
+A ReasoningTrace is what seeds make and a line of our own JSONL holds: one prompt, steps, an
+answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -16,16 +15,15 @@ from msgspec import Meta, Struct
 from tunix_mlflow.data import canonical
 from tunix_mlflow.errors import DatasetError
 
-Text = Annotated[str, Meta(min_length=1, max_length=50_000)]
-MAX_LINE = 1_000_000  # bytes
+SplitName = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}\Z")]
 
 
 class Step(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One reasoning step."""
 
     i: Annotated[int, Meta(ge=0)]
-    type: Annotated[str, Meta(min_length=1, max_length=64)] = "reasoning"
-    content: Annotated[str, Meta(min_length=1, max_length=20_000)]
+    type: Annotated[str, Meta(min_length=1)] = "reasoning"
+    content: Annotated[str, Meta(min_length=1)]
 
 
 class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -35,6 +33,14 @@ class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
     content: str
     trained: bool | None = None
     """None: trained on when the role is assistant."""
+    reasoning: str | None = None
+    """What the assistant thought before it said `content`."""
+    tool_calls: str | None = None
+    """Canonical JSON of the calls that follow `content`."""
+    tool_call_id: str | None = None
+    """Of a tool's reply: the call it answers."""
+    name: str | None = None
+    """Who speaks, where the data says so."""
 
 
 class Example(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -54,12 +60,12 @@ class Example(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
 
 
 class ReasoningTrace(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One line of our JSONL."""
+    """One prompt, its steps, its answer."""
 
-    prompt: Text
-    steps: Annotated[tuple[Step, ...], Meta(min_length=1, max_length=1_000)]
-    answer: Text
-    split: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}\Z")] | None = None
+    prompt: Annotated[str, Meta(min_length=1)]
+    steps: Annotated[tuple[Step, ...], Meta(min_length=1)]
+    answer: Annotated[str, Meta(min_length=1)]
+    split: SplitName | None = None
     meta: dict[str, Any] = {}
 
     def example(self) -> Example:
@@ -69,7 +75,7 @@ class ReasoningTrace(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             steps=self.steps,
             answer=self.answer,
             split=self.split,
-            meta={key: value for key, value in self.meta.items() if value is not None},
+            meta=self.meta,
         )
 
 
@@ -88,92 +94,46 @@ def reasoning_trace(
     )
 
 
-def canonical_text(example: Example) -> str:
-    """The text whose sha256 is the example's digest.
+def canonical_bytes(example: Example) -> bytes:
+    """The bytes whose sha256 is the example's digest.
 
     Raises:
         ValueError: when a value has no canonical form.
     """
-    return canonical.encode(msgspec.to_builtins(example)).decode("utf-8")
+    meta = canonical.clean_meta(example.meta)
+    if meta is not example.meta:
+        example = msgspec.structs.replace(example, meta=meta)
+    return canonical.encode_struct(example)
 
 
-def from_canonical(text: str) -> Example:
-    """Read back what :func:`canonical_text` wrote.
+def canonical_text(example: Example) -> str:
+    """:func:`canonical_bytes` as text."""
+    return canonical_bytes(example).decode("utf-8")
+
+
+def from_canonical(text: str | bytes) -> Example:
+    """Read back what :func:`canonical_bytes` wrote.
 
     Raises:
         DatasetError: if it is not that.
     """
     try:
-        return msgspec.json.decode(text, type=Example)
-    except msgspec.DecodeError as error:
+        return _DECODER.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DatasetError(f"a stored example cannot be read: {error}") from error
 
 
+_DECODER = msgspec.json.Decoder(Example)
+
+
 def prompt_digest(example: Example) -> str:
-    """sha256 of what the model is asked; examples that share it share a split."""
+    """sha256 of what the model is asked; examples that share it share a split.
+
+    Over `role:bytes:content` of every message before the completion; over the text itself
+    where nothing is asked. The catalog derives the same in SQL.
+    """
     turns = example.messages
-    if example.answer is None:
+    if example.answer is None and len(turns) > 1:
         turns = turns[:-1]
-    return canonical.digest(canonical.encode([[m.role, m.content] for m in turns]))
-
-
-def to_trace_line(example: Example) -> bytes:
-    """One line of our JSONL, without the line's end.
-
-    Raises:
-        DatasetError: when the example is not a single prompt with steps and an answer.
-    """
-    if example.answer is None or len(example.messages) != 1:
-        raise DatasetError("only examples of one prompt and an answer have the trace form")
-    line: dict[str, Any] = {
-        "prompt": example.messages[0].content,
-        "steps": msgspec.to_builtins(example.steps),
-        "answer": example.answer,
-        "meta": example.meta,
-    }
-    if example.split is not None:
-        line["split"] = example.split
-    return msgspec.json.encode(line)
-
-
-def read_traces(path: Path) -> Iterator[ReasoningTrace]:
-    """The traces of a JSONL file, one a line; empty lines are errors.
-
-    Raises:
-        DatasetError: at the first bad line, naming file, line and field.
-    """
-    try:
-        handle = path.open("rb")
-    except OSError as error:
-        raise DatasetError(f"cannot read {path}: {error.strerror}") from error
-    with handle:
-        for number, raw in enumerate(handle, start=1):
-            yield _parse_line(raw, f"{path}:{number}")
-
-
-def _parse_line(raw: bytes, where: str) -> ReasoningTrace:
-    if len(raw) > MAX_LINE:
-        raise DatasetError(f"{where}: the line is longer than {MAX_LINE} bytes")
-    if raw.startswith(b"\xef\xbb\xbf"):
-        raise DatasetError(f"{where}: starts with a byte-order mark; save the file without it")
-    if not raw.strip():
-        raise DatasetError(f"{where}: empty line; remove it")
-    try:
-        tree = canonical.decode(raw.decode("utf-8"))
-        _number_steps(tree)
-        trace = msgspec.convert(tree, ReasoningTrace)
-        canonical.encode(tree)
-    except (ValueError, RecursionError, msgspec.ValidationError) as error:
-        message = " ".join(str(error).split())
-        raise DatasetError(f"{where}: not a reasoning trace: {message}") from error
-    for expected, step in enumerate(trace.steps):
-        if step.i != expected:
-            raise DatasetError(f"{where}: steps[{expected}].i is {step.i}, expected {expected}")
-    return trace
-
-
-def _number_steps(tree: Any) -> None:
-    if isinstance(tree, dict) and isinstance(tree.get("steps"), list):
-        for i, step in enumerate(tree["steps"]):
-            if isinstance(step, dict):
-                step.setdefault("i", i)
+    parts = (f"{m.role}:{len(m.content.encode())}:{m.content}" for m in turns)
+    return canonical.digest("".join(parts).encode("utf-8"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -12,9 +13,12 @@ from msgspec import Meta, Struct
 from tunix_mlflow.data import canonical
 from tunix_mlflow.errors import DatasetError
 
-TRAIN, TEST = "train", "test"
+TRAIN = "train"
+HELD_OUT: Mapping[str, float] = {"test": 0.1}
+OPERATORS = ("eq", "ne", "lt", "le", "gt", "ge", "in", "not_in")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
 _VERSION = re.compile(r"v[0-9]{1,9}")
+_SPLIT = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _META_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 
 
@@ -22,15 +26,17 @@ class Selection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a build asks of the catalog."""
 
     filters: dict[str, Any] = {}
-    """Meta key -> the value it must have."""
-    order: Literal["latest", "random"] = "latest"
-    """latest: ingest order, newest first. random: by sha256 of seed and digest."""
+    """Meta key -> the value it must have, or {operator: value}; all must hold."""
+    order: Literal["all", "latest", "random"] = "latest"
+    """all: no limit. latest: ingest order, newest first. random: by sha256 of seed and digest."""
     seed: Annotated[int, Meta(ge=0, lt=2**53)] = 0
     """For random."""
     limit: Annotated[int, Meta(ge=1, le=10_000_000)] | None = None
     """At most so many examples."""
-    test_fraction: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.1
-    """Share of prompts that go to the split `test`, unless the data has splits."""
+    splits: dict[str, float] = msgspec.field(default_factory=lambda: dict(HELD_OUT))
+    """Split -> its share of the prompts, unless the data has splits; train gets the rest."""
+    parent: str | None = None
+    """Take from this dataset's examples; null: from all of the catalog."""
 
 
 class Split(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,14 +53,6 @@ class Member(NamedTuple):
     split: str
 
 
-class Candidate(NamedTuple):
-    """An example that a request selected, before it has a split of this dataset."""
-
-    digest: str
-    prompt_digest: str
-    split: str | None
-
-
 class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An immutable record: the dataset `key` is these members and no others."""
 
@@ -65,6 +63,8 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     request: dict[str, Any]
     """How it was asked for: the selection, the seed, or the file."""
     stats: dict[str, Any]
+    parent: str | None = None
+    """The dataset it was selected from: its key and digest."""
 
     @property
     def name(self) -> str:
@@ -86,59 +86,70 @@ def parse_key(key: str) -> tuple[str, str]:
     return name, version
 
 
-def check_selection(selection: Selection) -> None:
-    """Raise a DatasetError unless every filter is a plain key and a plain value."""
-    for key, value in selection.filters.items():
-        if not _META_KEY.fullmatch(key):
-            raise DatasetError(f"filter key {key!r}: use letters, digits, '_' and '-'")
-        if value is None or not isinstance(value, str | int | float | bool):
-            raise DatasetError(f"filter {key}: expected text, a number, true or false")
-        try:
-            canonical.encode(value)
-        except ValueError as error:
-            raise DatasetError(f"filter {key}: {error}") from error
-
-
-def assign_splits(candidates: Sequence[Candidate], test_fraction: float) -> list[Member]:
-    """Give every example its split.
-
-    The data's own splits if any example has one: an example without one joins its prompt's,
-    else train. Without any, by the hash of the prompt, so that a prompt keeps its split when
-    the dataset grows. No prompt ever stands in two splits.
+def conditions(selection: Selection) -> list[tuple[str, str, Any]]:
+    """The filters as (key, operator, value).
 
     Raises:
-        DatasetError: if the data itself puts a prompt into two splits.
+        DatasetError: unless every key is a plain word and every value plain.
     """
-    own: dict[str, str] = {}
-    for c in candidates:
-        if c.split is not None and own.setdefault(c.prompt_digest, c.split) != c.split:
-            raise DatasetError(
-                f"the same prompt stands in the splits {own[c.prompt_digest]!r} and {c.split!r}"
-                f" (example {canonical.id_of(c.digest)}); leave it in one of them"
-            )
-    if own:
-        return [Member(c.digest, own.get(c.prompt_digest, TRAIN)) for c in candidates]
-    bound = int(test_fraction * 2**64)
-    return [
-        Member(c.digest, TEST if int(c.prompt_digest[:16], 16) < bound else TRAIN)
-        for c in candidates
-    ]
+    found = []
+    for key, asked in selection.filters.items():
+        if not _META_KEY.fullmatch(key):
+            raise DatasetError(f"filter key {key!r}: use letters, digits, '_' and '-'")
+        for operator, value in (asked if isinstance(asked, dict) else {"eq": asked}).items():
+            if operator not in OPERATORS:
+                raise DatasetError(
+                    f"filter {key}: no operator {operator!r}; one of {', '.join(OPERATORS)}"
+                )
+            many = operator in ("in", "not_in")
+            if many and not (isinstance(value, list | tuple) and 1 <= len(value) <= 10_000):
+                raise DatasetError(f"filter {key}: `{operator}` needs a list of values")
+            for one in value if many else [value]:
+                _check_value(key, operator, one)
+            found.append((key, operator, list(value) if many else value))
+    return found
 
 
-def dataset_digest(members: Iterable[Member]) -> str:
-    """One digest over the members and the splits they are in."""
-    return canonical.set_digest("tunix-dataset-v1", (f"{m.digest}:{m.split}" for m in members))
+def _check_value(key: str, operator: str, value: Any) -> None:
+    if value is None or not isinstance(value, str | int | float | bool):
+        raise DatasetError(f"filter {key}: expected text, a number, true or false")
+    if operator in ("lt", "le", "gt", "ge") and isinstance(value, bool):
+        raise DatasetError(f"filter {key}: true and false have no order")
+    try:
+        canonical.encode(value)
+    except ValueError as error:
+        raise DatasetError(f"filter {key}: {error}") from error
 
 
-def split_digests(members: Sequence[Member]) -> dict[str, Split]:
-    """Count and digest of each split, by name."""
-    by_split: dict[str, list[str]] = {}
-    for member in members:
-        by_split.setdefault(member.split, []).append(member.digest)
-    return {
-        name: Split(count=len(digests), digest=canonical.set_digest("tunix-split-v1", digests))
-        for name, digests in sorted(by_split.items())
-    }
+def bounds(splits: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(split, upper bound of the prompt digest's first 16 hex digits), in order of name.
+
+    A prompt belongs to the first whose bound is above its digest, else to train.
+
+    Raises:
+        DatasetError: for a name or a share that cannot be.
+    """
+    found, total = [], 0.0
+    for name, share in sorted(splits.items()):
+        if not _SPLIT.fullmatch(name):
+            raise DatasetError(f"split {name!r}: use a-z, 0-9, '_' and '-', from a letter on")
+        if not 0 <= share <= 1:  # a NaN is neither
+            raise DatasetError(f"split {name}: expected a share from 0 to 1, got {share}")
+        total += share
+        if name != TRAIN:
+            bound = round((total - splits.get(TRAIN, 0.0) * (name > TRAIN)) * 2**64)
+            found.append((name, "g" * 16 if bound >= 2**64 else f"{bound:016x}"))
+    if total > 1 + 1e-9 or (TRAIN in splits and total < 1 - 1e-9):
+        raise DatasetError(f"the splits' shares add up to {total:g}, not to 1")
+    return found
+
+
+def line_digest(tag: str, count: int, lines: Iterable[Any]) -> str:
+    """`canonical.set_digest` of sorted lines that come as bytes-like blocks."""
+    hasher = hashlib.sha256(f"{tag}\n{count}\n".encode())
+    for block in lines:
+        hasher.update(block)
+    return hasher.hexdigest()
 
 
 def to_document(manifest: Manifest) -> str:

@@ -1,61 +1,150 @@
-"""Finds the built-in deterministic datasets: one file each in seeds/, loaded by path."""
+"""Finds deterministic datasets: the built-in ones by path, others' by entry point, and
+`reasoning-gym:FAMILY`.
+
+A seed is a module (or any object) with `generate(*, seed, num_traces)` and `DEFAULT_TRACES`; if
+it has `validate(traces)`, that is called too, and raises ValueError for what must not be.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tunix_mlflow import state
-from tunix_mlflow.data.examples import ReasoningTrace
+from tunix_mlflow.data.examples import Example, Message, ReasoningTrace
 from tunix_mlflow.errors import DatasetError
 
 DEFAULT_SEED = 42
+GROUP = "tunix_mlflow.seeds"
+GYM = "reasoning-gym:"
 
 
 class Seed(NamedTuple):
     """A generator of traces."""
 
     key: str
-    generate: Callable[..., Iterator[ReasoningTrace]]
+    generate: Callable[..., Iterator[ReasoningTrace | Example]]
     default_traces: int
+    validate: Callable[[list[Example]], None] | None = None
 
 
 def names() -> list[str]:
-    """Keys of the built-in seeds."""
-    return sorted(p.stem.replace("_", "-") for p in _folder().glob("*_v[0-9]*.py"))
+    """Keys of the built-in seeds, and of those that other packages bring."""
+    return sorted({*_built_in(), *_plugins()})
 
 
 def find(key: str) -> Seed | None:
-    """The seed of this key, or None."""
-    if key not in names():
+    """The seed of this key, or None.
+
+    Raises:
+        DatasetError: if another package's seed cannot be loaded, or a family is not there.
+    """
+    if key.startswith(GYM):
+        return _gym(key)
+    if key in _built_in():
+        module = _load(_folder() / f"{key.replace('-', '_')}.py")
+    elif key in (plugins := _plugins()):
+        try:
+            module = plugins[key].load()
+            module.generate, module.DEFAULT_TRACES  # noqa: B018
+        except Exception as error:  # another's code
+            reason = " ".join(str(error).split())
+            raise DatasetError(f"seed {key} ({plugins[key].value}): {reason}") from error
+    else:
         return None
-    module = _load(_folder() / f"{key.replace('-', '_')}.py")
-    return Seed(key, module.generate, module.DEFAULT_TRACES)
+    return Seed(key, module.generate, module.DEFAULT_TRACES, getattr(module, "validate", None))
 
 
-def traces(seed: Seed, *, number: int, count: int) -> list[ReasoningTrace]:
+def dataset_key(key: str) -> str:
+    """The key a seed's dataset has unless it is given another."""
+    if key.startswith(GYM):
+        return f"reasoning-gym-{key.removeprefix(GYM)}-v1"
+    return key
+
+
+def examples(seed: Seed, *, number: int, count: int) -> list[Example]:
     """Run a generator.
 
     Raises:
-        DatasetError: when it refuses the count.
+        DatasetError: when it refuses the count, or its validator refuses what it made.
     """
     try:
-        return list(seed.generate(seed=number, num_traces=count))
+        made = seed.generate(seed=number, num_traces=count)
+        found = [t.example() if isinstance(t, ReasoningTrace) else t for t in made]
+        if seed.validate is not None:
+            seed.validate(found)
     except ValueError as error:
         raise DatasetError(f"seed {seed.key}: {error}") from error
+    return found
 
 
 def _folder() -> Path:
     return state.project_root() / "seeds"
 
 
-def _load(path: Path) -> ModuleType:
+def _built_in() -> list[str]:
+    return [p.stem.replace("_", "-") for p in _folder().glob("*_v[0-9]*.py")]
+
+
+def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
+
+
+def _load(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"tunix_mlflow_seed_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise DatasetError(f"cannot load the seed {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _gym(key: str) -> Seed:
+    family = key.removeprefix(GYM)
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,80}", family):
+        raise DatasetError(f"{key[:100]!r}: expected {GYM}FAMILY, for example {GYM}chain_sum")
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise DatasetError(
+            f"{key} needs the package reasoning-gym: pip install 'tunix-mlflow[seeds]'"
+        ) from error
+
+    def items(number: int, count: int) -> list[dict[str, Any]]:
+        # Some families draw from the module `random`; they get a state of their own.
+        kept = random.getstate()
+        try:
+            random.seed(number)
+            made = reasoning_gym.create_dataset(family, seed=number, size=count)
+            return [dict(made[i]) for i in range(count)]
+        finally:
+            random.setstate(kept)
+
+    def generate(*, seed: int, num_traces: int) -> Iterator[Example]:
+        if num_traces < 1:
+            raise ValueError("num_traces must be at least 1")
+        try:
+            found, again = items(seed, num_traces), items(seed, min(num_traces, 20))
+        except Exception as error:  # another's code, with errors of every kind
+            raise ValueError(f"{' '.join(str(error).split())[:300]}") from error
+        if _core(found[: len(again)]) != _core(again):
+            raise ValueError("the family is not deterministic: twice the same seed differed")
+        for idx, item in enumerate(found):
+            if item["answer"] is None:
+                raise ValueError(f"item {idx} has no answer; the family has no single one")
+            yield Example(
+                messages=(Message(role="user", content=str(item["question"])),),
+                answer=str(item["answer"]),
+                meta={"source": "reasoning-gym", "family": family, "idx": idx},
+            )
+
+    return Seed(key, generate, 500)
+
+
+def _core(items: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(str(item["question"]), str(item["answer"])) for item in items]

@@ -1,78 +1,163 @@
-"""Snapshots: a dataset as a Parquet file, named by its digest and checked when read.
+"""Snapshots: a dataset as Parquet files, named by its digest and checked when read.
 
-Training reads snapshots only, so it never holds the catalog open.
+Training reads snapshots only, so it never holds the catalog open. A snapshot is a folder
+
+    DIGEST/snapshot.json         the manifest, and the sha256 of every file; written last
+    DIGEST/examples-00000.parquet   digest, split, prompt (its digest), canonical
+    DIGEST/grams-SPLIT.npy       the 8-gram sketch of a split, see leakage.py
+
+below the snapshot root, which may be any URL that fsspec can write to. So a colleague with that
+root has everything that training needs, without a catalog.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
+import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from msgspec import Struct
 
 from tunix_mlflow import state
-from tunix_mlflow.data import canonical
-from tunix_mlflow.data import manifest as manifests
-from tunix_mlflow.data.catalog import SNAPSHOT_SCHEMA
+from tunix_mlflow.data import canonical, leakage
 from tunix_mlflow.data.examples import Example, from_canonical
-from tunix_mlflow.data.manifest import Manifest, Member
+from tunix_mlflow.data.leakage import Leakage, Sketch
+from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import DatasetError, IntegrityError
 
-FILE = "examples.parquet"
+INDEX = "snapshot.json"
+SCHEMA = pa.schema([(n, pa.string()) for n in ("digest", "split", "prompt", "canonical")])
+SHARD_BYTES = 256_000_000  # of canonical text in one file
+_FILE = re.compile(r"[a-z0-9_-]{1,60}\.(parquet|npy)")
 
 
-def path_of(digest: str) -> Path:
-    """The Parquet file of the dataset with this digest.
+class File(Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of a snapshot."""
 
-    Raises:
-        DatasetError: if it is not 64 hex digits; a digest may come from anywhere.
-    """
-    if not re.fullmatch("[0-9a-f]{64}", digest):
-        raise DatasetError(f"{digest[:80]!r} is not a dataset digest: expected 64 hex digits")
-    return state.snapshot_dir(digest) / FILE
+    name: str
+    bytes: int
+    sha256: str
+    rows: int = 0
 
 
-def write(manifest: Manifest, table: pa.Table) -> Path:
-    """Write the snapshot, once per digest: a folder appears whole or not at all.
+class Index(Struct, frozen=True, forbid_unknown_fields=True):
+    """snapshot.json."""
+
+    manifest: Manifest
+    files: list[File]
+    version: int = 1
+
+
+def is_digest(word: str) -> bool:
+    """Whether it is a dataset's whole digest rather than its key."""
+    return re.fullmatch("[0-9a-f]{64}", word) is not None
+
+
+def exists(digest: str) -> bool:
+    """Whether a snapshot of this digest is at hand, here or below the root."""
+    return (_local(digest) / INDEX).is_file() or _remote_has(digest)
+
+
+def write(manifest: Manifest, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write the snapshot, once per digest: it appears whole or not at all.
+
+    Args:
+        manifest: of the dataset.
+        batches: digest, split, prompt, asked, canonical, as the catalog streams them; not
+            read when the snapshot is there already.
 
     Raises:
         DatasetError: if the snapshot root cannot be written to.
     """
-    file = path_of(manifest.digest)
-    if file.is_file():
-        return file
+    if exists(manifest.digest):
+        return
+    final = _local(manifest.digest)
     try:
-        file.parent.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent.parent, prefix=".making-") as scratch:
-            made = Path(scratch) / "made"
-            made.mkdir()
-            pq.write_table(table, made / FILE, compression="zstd")
-            if file.parent.exists() and not file.is_file():
-                shutil.rmtree(file.parent)  # somebody emptied it
+        final.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".making-{os.getpid()}-"))
+        try:
+            files = _write_files(scratch, batches)
+            index = msgspec.json.encode(Index(manifest, files))
+            (scratch / INDEX).write_bytes(index)
+            scratch.chmod(0o755)
+            _publish(scratch, manifest.digest, files)
+            if final.exists() and not (final / INDEX).is_file():
+                shutil.rmtree(final)  # somebody emptied it, or an older version's
             try:
-                made.rename(file.parent)
+                scratch.rename(final)
             except OSError:
-                if not file.is_file():  # else another process was first
+                if not (final / INDEX).is_file():  # else another process was first
                     raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise DatasetError(f"cannot write the snapshot {file}: {error.strerror}") from error
-    return file
+        reason = error.strerror or str(error)
+        raise DatasetError(f"cannot write the snapshot {final}: {reason}") from error
 
 
-def members(digest: str) -> list[Member] | None:
-    """Digests and splits of a snapshot whose digest is right; None if there is none."""
+def index(digest: str) -> Index:
+    """What the snapshot says of itself.
+
+    Raises:
+        DatasetError: if there is no such snapshot.
+        IntegrityError: if it cannot be read.
+    """
+    folder = _fetch(digest)
     try:
-        table = pq.read_table(path_of(digest), columns=["digest", "split"])
-    except (OSError, pa.ArrowException):
+        found = msgspec.json.decode((folder / INDEX).read_bytes(), type=Index)
+    except (OSError, msgspec.DecodeError) as error:
+        raise IntegrityError(f"the snapshot {folder} cannot be read: {error}") from error
+    if found.manifest.digest != digest or not all(_FILE.fullmatch(f.name) for f in found.files):
+        raise IntegrityError(f"the snapshot {folder} is damaged: it names {found.manifest.digest}")
+    return found
+
+
+def drifted(digest: str) -> list[str]:
+    """Files of a snapshot that are not what snapshot.json says; empty if there is none."""
+    if not exists(digest):
+        return []
+    folder, found = _fetch(digest), []
+    for file in index(digest).files:
+        path = folder / file.name
+        if not path.is_file() or _sha256(path) != file.sha256:
+            found.append(file.name)
+    return found
+
+
+def damage(digest: str) -> list[str]:
+    """What is wrong with a snapshot, by itself; empty when its content is what the digest says."""
+    try:
+        if found := drifted(digest):
+            return [f"changed: {name}" for name in found]
+        for _ in _checked(digest):
+            pass
+    except IntegrityError as error:
+        return [str(error)]
+    return []
+
+
+def members(digest: str) -> pa.Table | None:
+    """digest and split of each example; None if there is no snapshot that can be read."""
+    try:
+        folder, found = _fetch(digest), index(digest)
+        tables = [
+            pq.read_table(folder / f.name, columns=["digest", "split"])
+            for f in found.files
+            if f.rows
+        ]
+    except (OSError, pa.ArrowException, DatasetError, IntegrityError):
         return None
-    found = [
-        Member(d, s)
-        for d, s in zip(table["digest"].to_pylist(), table["split"].to_pylist(), strict=True)
-    ]
-    return found if manifests.dataset_digest(found) == digest else None
+    return pa.concat_tables(tables)
 
 
 def read(digest: str, split: str | None = None) -> list[Example]:
@@ -86,28 +171,198 @@ def read(digest: str, split: str | None = None) -> list[Example]:
         DatasetError: if there is no such snapshot.
         IntegrityError: if its content is not what the digest says.
     """
-    path = path_of(digest)
+    found = [(d, text) for d, s, text in _checked(digest) if split is None or s == split]
+    found.sort()
+    return [from_canonical(text) for _, text in found]
+
+
+def _checked(digest: str) -> Iterator[tuple[str, str, bytes]]:
+    """digest, split and canonical bytes of every example, each checked; at the end, all."""
+    lines: list[str] = []
+    for batch in _batches(digest, ["digest", "split", "canonical"]):
+        digests, splits = batch["digest"].to_pylist(), batch["split"].to_pylist()
+        texts = batch["canonical"].cast(pa.binary()).to_pylist()
+        for d, s, text in zip(digests, splits, texts, strict=True):
+            if hashlib.sha256(text).hexdigest() != d:
+                raise _damaged(digest, f" ({canonical.id_of(d)} changed)")
+            yield d, s, text
+        lines += [f"{d}:{s}" for d, s in zip(digests, splits, strict=True)]
+    if canonical.set_digest("tunix-dataset-v1", lines) != digest:
+        raise _damaged(digest, "")
+
+
+def leak(trained: str, train_split: str, evaluated: str, split: str | None) -> Leakage:
+    """Compare an evaluation split with a training split, by their snapshots alone.
+
+    Args:
+        trained: digest of the dataset trained on.
+        train_split: its split.
+        evaluated: digest of the evaluation dataset.
+        split: its split; None for all of it.
+
+    Raises:
+        DatasetError: if a snapshot is not there.
+        IntegrityError: if one is damaged.
+    """
+    prompts: set[str] = set()
+    for batch in _batches(trained, ["split", "prompt"]):
+        both = zip(batch["split"].to_pylist(), batch["prompt"].to_pylist(), strict=True)
+        prompts.update(p for s, p in both if s == train_split)
+    name = f"grams-{train_split}.npy"
+    path = _fetch(trained) / name
+    listed = {file.name: file for file in index(trained).files}
+    if name not in listed:
+        raise DatasetError(f"dataset {trained[:12]} has no split {train_split!r}")
+    if not path.is_file() or _sha256(path) != listed[name].sha256:
+        raise _damaged(trained, f" ({name})")
+    sketch = Sketch(np.load(path, allow_pickle=False))
+    digests: list[str] = []
+    asked_digests: list[str] = []
+    asked: list[str] = []
+    for batch in _batches(evaluated, SCHEMA.names):
+        for d, s, p, text in zip(*(batch[n].to_pylist() for n in SCHEMA.names), strict=True):
+            if split is None or s == split:
+                digests.append(d)
+                asked_digests.append(p)
+                asked.append(from_canonical(text).prompt)
+    return leakage.compare(prompts, sketch, digests, asked_digests, asked)
+
+
+def _write_files(folder: Path, batches: Iterable[pa.RecordBatch]) -> list[File]:
+    files: list[File] = []
+    found: dict[str, list[leakage.Grams]] = {}
+    shards: list[tuple[Path, int]] = []
+    writer, size = None, 0
+    for batch in batches:
+        if writer is None or size >= SHARD_BYTES:
+            if writer is not None:
+                writer.close()
+            path, size = folder / f"examples-{len(shards):05d}.parquet", 0
+            writer = pq.ParquetWriter(path, SCHEMA, compression="zstd", use_dictionary=["split"])
+            shards.append((path, 0))
+        part = batch.select(SCHEMA.names).cast(SCHEMA)
+        writer.write_batch(part)
+        shards[-1] = (shards[-1][0], shards[-1][1] + part.num_rows)
+        size += part.nbytes
+        hashes, owner = leakage.grams(batch["asked"])
+        splits = np.array(batch["split"].to_pylist(), dtype=object)
+        for name in set(splits):
+            inside = (splits == name)[owner] if len(owner) else np.zeros(0, bool)
+            found.setdefault(name, []).append(np.unique(hashes[inside]))
+    if writer is not None:
+        writer.close()
+    for path, rows in shards:
+        files.append(File(path.name, path.stat().st_size, _sha256(path), rows))
+    for name, parts in sorted(found.items()):
+        path = folder / f"grams-{name}.npy"
+        np.save(path, Sketch.of(parts).bits, allow_pickle=False)
+        files.append(File(path.name, path.stat().st_size, _sha256(path)))
+    return files
+
+
+def _batches(digest: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    folder = _fetch(digest)
+    for file in index(digest).files:
+        if not file.rows:
+            continue
+        path = folder / file.name
+        try:
+            with pq.ParquetFile(path) as opened:
+                yield from opened.iter_batches(batch_size=10_000, columns=columns)
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise IntegrityError(
+                f"the snapshot {path} cannot be read: {reason}; delete its folder"
+            ) from error
+
+
+def _damaged(digest: str, what: str) -> IntegrityError:
+    return IntegrityError(f"the snapshot {_local(digest)} is damaged{what}; delete its folder")
+
+
+def _local(digest: str) -> Path:
+    if not is_digest(digest):
+        raise DatasetError(f"{digest[:80]!r} is not a dataset digest: expected 64 hex digits")
+    return state.snapshot_dir(digest)
+
+
+def _root() -> str | None:
+    """The shared root, if it is not a local folder."""
+    root = state.snapshot_root()
+    return None if root.startswith("file://") or "://" not in root else root
+
+
+def _remote(digest: str) -> tuple[Any, str]:
+    root = _root()
+    assert root is not None
     try:
-        table = pq.read_table(path, schema=SNAPSHOT_SCHEMA)
-    except FileNotFoundError as error:
+        system, path = fsspec.core.url_to_fs(root)
+    except (ImportError, ValueError) as error:
+        raise DatasetError(f"{state.SNAPSHOTS_VARIABLE}={root}: {error}") from error
+    return system, f"{path.rstrip('/')}/{digest}"
+
+
+def _remote_has(digest: str) -> bool:
+    if _root() is None:
+        return False
+    system, path = _remote(digest)
+    try:
+        return bool(system.exists(f"{path}/{INDEX}"))
+    except Exception as error:  # each file system has errors of its own
+        raise DatasetError(f"cannot reach {_root()}: {_said(error)}") from error
+
+
+def _publish(folder: Path, digest: str, files: list[File]) -> None:
+    if _root() is None:
+        return
+    system, path = _remote(digest)
+    try:
+        system.makedirs(path, exist_ok=True)
+        for name in [*(f.name for f in files), INDEX]:  # the index last: it says all is there
+            system.put_file(str(folder / name), f"{path}/{name}")
+    except Exception as error:
+        raise DatasetError(f"cannot write to {_root()}: {_said(error)}") from error
+
+
+def _fetch(digest: str) -> Path:
+    """The local folder of a snapshot, copied from the shared root if need be."""
+    folder = _local(digest)
+    if (folder / INDEX).is_file():
+        return folder
+    if not _remote_has(digest):
+        where = _root() or str(folder.parent)
         raise DatasetError(
-            f"there is no snapshot {path}; run `tunix-mlflow datasets verify KEY` where the"
-            " catalog is"
-        ) from error
-    except (OSError, pa.ArrowException) as error:
-        raise IntegrityError(f"the snapshot {path} cannot be read: {error}; delete it") from error
-    digests, splits, texts = (table[name].to_pylist() for name in SNAPSHOT_SCHEMA.names)
-    found = [Member(d, s) for d, s in zip(digests, splits, strict=True)]
-    wrong = [
-        d
-        for d, text in zip(digests, texts, strict=True)
-        if canonical.digest(text.encode("utf-8")) != d
-    ]
-    if wrong or manifests.dataset_digest(found) != digest:
-        named = f" ({canonical.id_of(wrong[0])} changed)" if wrong else ""
-        raise IntegrityError(f"the snapshot {path} is damaged{named}; delete its folder")
-    return [
-        from_canonical(text)
-        for text, s in zip(texts, splits, strict=True)
-        if split is None or s == split
-    ]
+            f"there is no snapshot of {digest[:12]} in {where}; run `tunix-mlflow datasets"
+            " show KEY` where the catalog is"
+        )
+    system, path = _remote(digest)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".making-{os.getpid()}-"))
+    try:
+        system.get_file(f"{path}/{INDEX}", str(scratch / INDEX))
+        listed = msgspec.json.decode((scratch / INDEX).read_bytes(), type=Index)
+        for file in listed.files:
+            if not _FILE.fullmatch(file.name):
+                raise _damaged(digest, f" ({file.name!r})")
+            system.get_file(f"{path}/{file.name}", str(scratch / file.name))
+            if _sha256(scratch / file.name) != file.sha256:
+                raise IntegrityError(f"{path}/{file.name} is not what its digest says")
+        scratch.chmod(0o755)
+        if not folder.exists():
+            scratch.rename(folder)
+    except (IntegrityError, DatasetError):
+        raise
+    except Exception as error:
+        raise DatasetError(f"cannot read {path}: {_said(error)}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

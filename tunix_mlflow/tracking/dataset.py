@@ -23,22 +23,36 @@ _SCHEMA = Schema(
 
 
 class TunixDataset(Dataset):
-    """Name `key/split`, the split's digest (first 32 of 64 hex), schema and profile."""
+    """Name `key/split`, the split's digest (first 32 of 64 hex), schema and profile.
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
+    Without a split: the whole dataset, by its own digest.
+    """
+
+    def __init__(self, manifest: Manifest, split: str | None, name: str | None = None) -> None:
         self.manifest, self.split = manifest, split
         source = TunixDatasetSource(manifest.key, manifest.digest, split)
-        super().__init__(source, name=f"{manifest.key}/{split}")
+        default = manifest.key if split is None else f"{manifest.key}/{split}"
+        super().__init__(source, name=name or default)
 
     def _compute_digest(self) -> str:
-        return self.manifest.splits[self.split].digest[:32]
+        return self._whole_digest[:32]
+
+    @property
+    def _whole_digest(self) -> str:
+        if self.split is None:
+            return self.manifest.digest
+        return self.manifest.splits[self.split].digest
 
     @property
     def profile(self) -> dict[str, Any]:
         """Flat figures; the whole digests are among them."""
         return {
-            "examples": self.manifest.splits[self.split].count,
-            "split_digest": self.manifest.splits[self.split].digest,
+            "examples": (
+                self.manifest.count
+                if self.split is None
+                else self.manifest.splits[self.split].count
+            ),
+            "split_digest": self._whole_digest,
             "dataset_examples": self.manifest.count,
             "dataset_digest": self.manifest.digest,
             **{f"dataset_{k}": v for k, v in self.manifest.stats.items()},

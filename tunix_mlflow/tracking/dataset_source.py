@@ -19,10 +19,10 @@ class TunixDatasetSource(DatasetSource):
     Args:
         key: the manifest's key, for people.
         digest: the dataset's digest, 64 hex, which names the snapshot.
-        split: the split's name.
+        split: the split's name; None for all of it.
     """
 
-    def __init__(self, key: str, digest: str, split: str) -> None:
+    def __init__(self, key: str, digest: str, split: str | None) -> None:
         self.key, self.digest, self.split = key, digest, split
 
     @staticmethod

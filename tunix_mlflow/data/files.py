@@ -1,0 +1,219 @@
+"""Files that people have: JSONL, JSONL.gz, Parquet, text, and folders of them.
+
+A folder may be one that Hugging Face `datasets` saved, or hold one file or more a split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tunix_mlflow.errors import DatasetError
+
+KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+KINDS |= {".txt": "text", ".arrow": "arrow"}
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "eval": "test",
+}
+
+
+class Source(NamedTuple):
+    """One file, how it is read, and the split it stands for."""
+
+    path: Path
+    kind: str  # jsonl, parquet, text or arrow
+    zipped: bool
+    split: str | None
+
+
+class Raw(NamedTuple):
+    """One row: where it stands, and its bytes (a line) or its columns."""
+
+    number: int  # line or row, from 1
+    line: bytes | None
+    record: dict[str, Any] | None
+
+
+def sources(named: Sequence[str]) -> list[Source]:
+    """The files that `PATH` or `SPLIT=PATH` words mean, folders opened.
+
+    Several files, or a folder's, get their splits from their names; one file alone does not.
+
+    Raises:
+        DatasetError: for what is not there, or of no known kind.
+    """
+    found: list[Source] = []
+    single = len(named) == 1
+    for word in named:
+        path, split = Path(word), None
+        match = re.fullmatch(r"([a-z][a-z0-9_-]{0,31})=(.+)", word)
+        if match and not path.exists():
+            split, path = match[1], Path(match[2])
+        try:
+            if path.is_dir():
+                found += _folder(path, split)
+            else:
+                given = split or (None if single else _split_of(path.name))
+                found.append(_source(path, given))
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"cannot read {str(path)[:200]!r}: {_reason(error)}") from error
+    return found
+
+
+def size(source: Source) -> int:
+    """Bytes on the disk, for progress."""
+    return source.path.stat().st_size
+
+
+def digest(source: Source) -> str:
+    """sha256 (64 hex) of the file as it is."""
+    with source.path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def columns(source: Source, longest: int) -> dict[str, bool]:
+    """Column -> whether the first row has a value there; of the first line that can be read."""
+    for raw in itertools.islice(rows(source, longest), 100):
+        tree: Any = raw.record
+        if raw.line is not None:
+            with contextlib.suppress(ValueError, RecursionError):
+                tree = json.loads(raw.line)
+        if isinstance(tree, dict) and tree:
+            return {name: value is not None for name, value in tree.items()}
+    return {}
+
+
+def rows(source: Source, longest: int) -> Iterator[Raw]:
+    """Every row of a file, in order.
+
+    Args:
+        source: the file.
+        longest: bytes that are read of one line; a line that is longer comes as its first
+            `longest` + 2 bytes.
+
+    Raises:
+        DatasetError: when the file cannot be read.
+    """
+    try:
+        if source.kind in ("jsonl", "text"):
+            with _open(source) as handle:
+                for number, line in enumerate(_lines(handle, longest), start=1):
+                    if source.kind == "jsonl":
+                        yield Raw(number, line, None)
+                    elif line.strip():
+                        yield Raw(number, None, {"text": line.decode("utf-8").rstrip("\r\n")})
+        else:
+            number = 0
+            for batch in _batches(source):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield Raw(number, None, record)
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{source.path}:{number}: not UTF-8: {error.reason}") from error
+    except (OSError, EOFError, pa.ArrowException, ValueError) as error:
+        raise DatasetError(f"cannot read {source.path}: {_reason(error)}") from error
+
+
+def _open(source: Source) -> IO[bytes]:
+    if source.zipped:
+        return cast("IO[bytes]", gzip.GzipFile(source.path, "rb"))
+    return source.path.open("rb", buffering=1 << 20)
+
+
+def _lines(handle: IO[bytes], longest: int) -> Iterator[bytes]:
+    most = longest + 2  # with its end
+    while line := handle.readline(most):
+        yield line
+        while len(line) == most and not line.endswith(b"\n"):  # the rest of one too long
+            line = handle.readline(most)
+
+
+def _batches(source: Source) -> Iterator[pa.RecordBatch]:
+    if source.kind == "parquet":
+        with pq.ParquetFile(source.path) as file:
+            yield from file.iter_batches(batch_size=2_000)
+        return
+    with pa.OSFile(str(source.path)) as file:
+        try:
+            stream = pa.ipc.open_stream(file)
+        except pa.ArrowInvalid:
+            opened = pa.ipc.open_file(file)
+            yield from (opened.get_batch(i) for i in range(opened.num_record_batches))
+            return
+        yield from stream
+
+
+def _folder(path: Path, split: str | None) -> list[Source]:
+    listed = path / "dataset_dict.json"
+    if listed.is_file():  # datasets.DatasetDict.save_to_disk
+        names = json.loads(listed.read_text(encoding="utf-8"))["splits"]
+        return [s for name in names for s in _folder(path / _plain(name), split or _plain(name))]
+    if (path / "state.json").is_file():  # datasets.Dataset.save_to_disk
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        named = [_plain(file["filename"]) for file in state["_data_files"]]
+        return [_source(path / name, split) for name in named]
+    found = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and _kind(file) is not None and not file.name.startswith(".")
+        if file.name not in ("dataset_info.json", "dataset_infos.json")
+    ]
+    if not found:
+        raise ValueError("the folder holds no JSONL, Parquet, Arrow or text file")
+    return [
+        _source(file, split or _split_of(file.name) or _split_of(file.parent.name))
+        for file in found
+    ]
+
+
+def _plain(name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}", name) or ".." in name:
+        raise ValueError(f"the folder names a strange file or split, {name!r}")
+    return name
+
+
+def _source(path: Path, split: str | None) -> Source:
+    kind = _kind(path)
+    if not path.exists():
+        raise FileNotFoundError(2, "No such file or directory")
+    if kind is None:
+        known = ", ".join(sorted(KINDS))
+        raise ValueError(f"its kind is not known; expected {known}, or one of them with .gz")
+    return Source(path, kind, path.suffix == ".gz", split)
+
+
+def _kind(path: Path) -> str | None:
+    suffixes = path.suffixes[-2:]
+    if path.suffix == ".gz":
+        kind = KINDS.get(suffixes[0]) if len(suffixes) == 2 else None
+        return kind if kind in ("jsonl", "text") else None
+    return KINDS.get(path.suffix)
+
+
+def _split_of(name: str) -> str | None:
+    """train-00000-of-00001.parquet -> train; the first word counts, or the last."""
+    words = re.split(r"[^a-z]+", re.sub(r"-\d+-of-\d+", "", name.lower()).partition(".")[0])
+    return _SPLITS.get(words[0]) or _SPLITS.get(words[-1])
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:300]

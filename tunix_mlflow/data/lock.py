@@ -1,0 +1,59 @@
+"""A lock file of our own: many readers or one writer, and nobody starves.
+
+DuckDB refuses a reader while a writer holds the file, and the other way round; so we wait here,
+where the wait has an end and a message. The kernel drops the lock of a process that dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tunix_mlflow.errors import DatasetError
+
+WAIT_SECONDS = 60.0
+
+
+@contextmanager
+def held(path: Path, *, write: bool) -> Iterator[None]:
+    """Hold the lock of the file at `path`, which itself is not opened.
+
+    Raises:
+        DatasetError: when it was not free for WAIT_SECONDS.
+        OSError: when the lock file cannot be made.
+    """
+    deadline = time.monotonic() + WAIT_SECONDS
+    # Whoever waits for the lock holds the gate: readers that come later queue behind a writer.
+    with (
+        _locked(Path(f"{path}.gate"), True, deadline, path) as gate,
+        _locked(Path(f"{path}.lock"), write, deadline, path),
+    ):
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
+
+
+@contextmanager
+def _locked(file: Path, exclusive: bool, deadline: float, what: Path) -> Iterator[int]:
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+        pause = 0.001
+        while True:
+            try:
+                fcntl.flock(handle, mode | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DatasetError(
+                        f"another process has held {what} for {WAIT_SECONDS:.0f} s;"
+                        " wait for it or end it"
+                    ) from None
+                time.sleep(pause)
+                pause = min(0.05, pause * 2)
+        yield handle
+    finally:
+        os.close(handle)
