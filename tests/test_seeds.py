@@ -11,7 +11,7 @@ from tunix_mlflow.errors import DatasetError
 
 DIGESTS = {
     "golden-v1": "ce926aaa12a2719bfd51f296fb4ade79d81b4fc1c8ae9c9d8eb6d660cd850716",
-    "golden-v2": "e2365bac275b87fe998e17736d665fd85ddd7e4c5d5795eb85188624c4aa48c8",
+    "golden-v2": "d668d2413868d4f0d6615b2dc2f3d518e2a8aa096307dc7fd821e616c3d12891",
     "column-addition-v1": "68a5376987dfe9233d56e6a5cdb58970aa4089211a699c97366890de4a074972",
 }
 

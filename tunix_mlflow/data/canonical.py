@@ -65,7 +65,14 @@ def lossless(data: bytes, tree: Any) -> bool:
 
     A parser that keeps one of two equal keys loses quotation marks, so counting them tells.
     """
-    return _quotes(data) == _quotes(msgspec.json.encode(tree))
+    return quotes(data) == quotes(msgspec.json.encode(tree))
+
+
+def quotes(data: bytes) -> int:
+    """Quotation marks of a JSON text that begin or end a string: two for each."""
+    if b"\\" in data:
+        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return data.count(b'"')
 
 
 def clean_meta(meta: dict[str, Any]) -> dict[str, Any]:
@@ -156,12 +163,6 @@ def _without_nothing(value: Any) -> Any:
         kept = {key: _without_nothing(item) for key, item in value.items() if item is not None}
         return {key: item for key, item in kept.items() if item != {}}
     return value
-
-
-def _quotes(data: bytes) -> int:
-    if b"\\" in data:
-        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return data.count(b'"')
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

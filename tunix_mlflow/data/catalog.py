@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -188,9 +189,12 @@ def take_in(
             """CREATE TEMP TABLE fresh AS SELECT min(position) AS position
                FROM staged ANTI JOIN examples USING (digest) GROUP BY digest"""
         )
-        if con.execute("SELECT count(*) FROM fresh").fetchall()[0][0]:
+        fresh = con.execute("SELECT count(*) FROM fresh").fetchall()[0][0]
+        if fresh:
+            # A join carries every text along: spare it where all is new.
+            some = "" if fresh == stage.rows else "SEMI JOIN fresh USING (position)"
             source = f"""(SELECT position + {int(base)} AS seq, digest, canonical
-                          FROM incoming SEMI JOIN fresh USING (position))"""
+                          FROM incoming {some})"""
             con.register("incoming", stage.batches())
             con.execute("INSERT INTO examples " + derived(source))
             con.unregister("incoming")
@@ -256,12 +260,14 @@ def build(path: Path, key: str, selection: Selection) -> tuple[Manifest, bool]:
         return _keep(con, _manifest(con, key, request, parent), [])
 
 
-def stream(path: Path, key: str) -> Generator[pa.RecordBatch, None, None]:
-    """digest, split, prompt (its digest), asked (its text) and canonical of every member.
+def stream(path: Path, key: str, *, asked: bool = False) -> Generator[pa.RecordBatch, None, None]:
+    """digest, split, prompt (its digest) and canonical of every member, in order of ingest.
 
-    In the order of ingest, a few thousand rows at a time.
+    With `asked`, also the text of the last user message. A few thousand rows at a time.
     """
-    asked = """from_json(e.canonical, '{"messages":[{"role":"VARCHAR","content":"VARCHAR"}]}')"""
+    turns = """from_json(e.canonical, '{"messages":[{"role":"VARCHAR","content":"VARCHAR"}]}')"""
+    text = f"""coalesce(list_filter({turns}.messages,
+               lambda m: m.role = 'user')[-1].content, '') AS asked,"""
     with connect(path, write=False) as con:
         con.execute(
             """CREATE TEMP TABLE wanted AS SELECT e.seq, m.split
@@ -273,16 +279,23 @@ def stream(path: Path, key: str) -> Generator[pa.RecordBatch, None, None]:
                   SELECT seq, (row_number() OVER (ORDER BY seq) - 1) // {_CHUNK} AS part
                   FROM wanted) GROUP BY part ORDER BY part"""
         ).fetchall()
-        for low, high in ranges:
-            table = con.sql(
-                f"""SELECT e.digest, w.split, e.prompt,
-                       coalesce(list_filter({asked}.messages,
-                           lambda m: m.role = 'user')[-1].content, '') AS asked, e.canonical
+
+        def part(low: int, high: int) -> pa.Table:
+            return con.sql(
+                f"""SELECT e.digest, w.split, e.prompt, {text if asked else ""} e.canonical
                     FROM examples e JOIN wanted w USING (seq)
                     WHERE e.seq BETWEEN ? AND ? AND w.seq BETWEEN ? AND ? ORDER BY e.seq""",
                 params=[low, high, low, high],
             ).to_arrow_table()
-            yield from table.combine_chunks().to_batches()
+
+        # The next part is read while the caller works on this one.
+        with ThreadPoolExecutor(1) as ahead:
+            coming = ahead.submit(part, *ranges[0]) if ranges else None
+            for bounds in [*ranges[1:], None]:
+                table = coming.result() if coming else None
+                coming = ahead.submit(part, *bounds) if bounds else None
+                if table is not None:
+                    yield from table.combine_chunks().to_batches()
 
 
 def texts(path: Path, digests: list[str]) -> dict[str, str]:
@@ -332,12 +345,17 @@ def verify(path: Path, key: str, snapshot: pa.Table | None) -> Report:
                GROUP BY digest HAVING count(*) > 1"""
         )
         differs = " OR ".join(f"{name} IS DISTINCT FROM {sql}" for name, sql in TYPED.items())
-        changed = digests(
-            f"""SELECT DISTINCT digest FROM (SELECT *, TRY({PARSED}) AS d
-                    FROM examples SEMI JOIN mine USING (digest))
+        # A join carries every text along: where most of the catalog is meant, look at it all.
+        stored = con.execute("SELECT count(*) FROM examples").fetchall()[0][0]
+        only = "" if manifest.count * 2 >= stored else "SEMI JOIN mine USING (digest)"
+        con.execute(
+            f"""CREATE TEMP TABLE wrong AS SELECT digest
+                FROM (SELECT *, TRY({PARSED}) AS d FROM examples {only})
                 WHERE digest <> sha256(canonical) OR {differs}"""
         )
-        drifted = _split_drift(con, manifest) if not missing and not changed else []
+        changed = digests("SELECT DISTINCT digest FROM wrong SEMI JOIN mine USING (digest)")
+        sound = not missing and not changed and not duplicated
+        drifted = _split_drift(con, manifest) if sound else []
         snapshot_drift: list[str] = []
         if snapshot is not None:
             con.register("kept", snapshot)
@@ -562,8 +580,8 @@ def _split_drift(con: duckdb.DuckDBPyConnection, manifest: Manifest) -> list[str
     if not isinstance(manifest.request.get("splits"), dict):
         return []  # made before splits were part of the request
     con.execute(
-        """CREATE OR REPLACE TEMP TABLE chosen AS SELECT DISTINCT ON (e.digest)
-           m.position, e.digest, e.prompt, e.split FROM mine m JOIN examples e USING (digest)"""
+        """CREATE TEMP TABLE chosen AS SELECT m.position, e.digest, e.prompt, e.split
+           FROM mine m JOIN examples e USING (digest)"""
     )
     con.execute("DROP TABLE divided")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import importlib.metadata
 import os
 import random
@@ -22,7 +23,7 @@ from tunix_mlflow.config import LimitsConfig
 from tunix_mlflow.data import canonical, catalog, files, formats, seeds, snapshot, staging
 from tunix_mlflow.data import manifest as manifests
 from tunix_mlflow.data.catalog import Report
-from tunix_mlflow.data.examples import Example, from_canonical
+from tunix_mlflow.data.examples import Example
 from tunix_mlflow.data.leakage import Leakage
 from tunix_mlflow.data.manifest import Manifest, Selection
 from tunix_mlflow.errors import DatasetError, IntegrityError, Refused
@@ -246,7 +247,7 @@ def ready(key: str, announce: Callable[[str], None]) -> Manifest:
             f"dataset {key} is not what its manifest says: {report.summary()}."
             f" See `tunix-mlflow datasets verify {key}`"
         )
-    snapshot.write(manifest, catalog.stream(state.catalog_path(), key))
+    snapshot.write(manifest, catalog.stream(state.catalog_path(), key, asked=True))
     return manifest
 
 
@@ -296,28 +297,20 @@ def export(key: str, path: Path, form: str = "trace") -> int:
     if form not in formats.EXPORTS:
         raise DatasetError(f"no format {form!r}; one of {', '.join(formats.EXPORTS)}")
     manifest = get(key)
-    stored = catalog.stream(state.catalog_path(), key)
+    stored, record = catalog.stream(state.catalog_path(), key), formats.writer(form)
     count = 0
     with contextlib.closing(stored), _whole(path) as part, _writer(part, path.name) as write:
         for batch in stored:
-            records = []
-            both = zip(
-                batch["digest"].to_pylist(),
-                batch["split"].to_pylist(),
-                batch["canonical"].cast(pa.binary()).to_pylist(),
-                strict=True,
-            )
-            for digest, split, text in both:
-                if canonical.digest(text) != digest:
+            texts = batch["canonical"].cast(pa.binary()).to_pylist()
+            for digest, text in zip(batch["digest"].to_pylist(), texts, strict=True):
+                if hashlib.sha256(text).hexdigest() != digest:
                     raise IntegrityError(
                         f"{canonical.id_of(digest)} is not what its digest says; see"
                         f" `tunix-mlflow datasets verify {key}`"
                     )
-                record = formats.record_of(from_canonical(text), form)
-                record["split"] = split
-                records.append(record)
-            write(records)
-            count += len(records)
+            splits = batch["split"].to_pylist()
+            write([record(t, s) for t, s in zip(texts, splits, strict=True)])
+            count += len(texts)
         if count != manifest.count:
             raise IntegrityError(
                 f"dataset {key} is damaged; see `tunix-mlflow datasets verify {key}`"
@@ -350,7 +343,8 @@ def _alive(owner: str) -> bool:
 
 def _snapshot_if_small(manifest: Manifest) -> None:
     if manifest.count <= SMALL and not snapshot.exists(manifest.digest):
-        snapshot.write(manifest, catalog.stream(state.catalog_path(), manifest.key))
+        stored = catalog.stream(state.catalog_path(), manifest.key, asked=True)
+        snapshot.write(manifest, stored)
 
 
 @contextlib.contextmanager
@@ -367,12 +361,12 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _writer(part: Path, name: str) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+def _writer(part: Path, name: str) -> Iterator[Callable[[list[Any]], None]]:
     if name.endswith(".parquet"):
-        rows: list[dict[str, Any]] = []
+        rows: list[Any] = []
         yield rows.extend
         try:
-            table = pa.Table.from_pylist(_columns(rows))
+            table = pa.Table.from_pylist(_columns(msgspec.to_builtins(rows)))
         except pa.ArrowException as error:
             raise DatasetError(f"the meta of these examples has no columns: {error}") from error
         pq.write_table(table, part, compression="zstd")
@@ -382,7 +376,7 @@ def _writer(part: Path, name: str) -> Iterator[Callable[[list[dict[str, Any]]], 
         yield lambda records: _write_lines(out, encoder, records)
 
 
-def _write_lines(out: Any, encoder: msgspec.json.Encoder, records: list[dict[str, Any]]) -> None:
+def _write_lines(out: Any, encoder: msgspec.json.Encoder, records: list[Any]) -> None:
     out.write(encoder.encode_lines(records))
 
 

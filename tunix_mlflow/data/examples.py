@@ -18,40 +18,48 @@ from tunix_mlflow.errors import DatasetError
 SplitName = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}\Z")]
 
 
-class Step(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+# The fields of these three stand in the order of their names: so they are encoded, without
+# sorting, in canonical order. None can be part of a cycle, so the collector need not look.
+
+
+class Step(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
     """One reasoning step."""
 
+    content: Annotated[str, Meta(min_length=1)]
     i: Annotated[int, Meta(ge=0)]
     type: Annotated[str, Meta(min_length=1)] = "reasoning"
-    content: Annotated[str, Meta(min_length=1)]
 
 
-class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class Message(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, gc=False
+):
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant", "tool"]
     content: str
-    trained: bool | None = None
-    """None: trained on when the role is assistant."""
-    reasoning: str | None = None
-    """What the assistant thought before it said `content`."""
-    tool_calls: str | None = None
-    """Canonical JSON of the calls that follow `content`."""
-    tool_call_id: str | None = None
-    """Of a tool's reply: the call it answers."""
     name: str | None = None
     """Who speaks, where the data says so."""
+    reasoning: str | None = None
+    """What the assistant thought before it said `content`."""
+    role: Literal["system", "user", "assistant", "tool"]
+    tool_call_id: str | None = None
+    """Of a tool's reply: the call it answers."""
+    tool_calls: str | None = None
+    """Canonical JSON of the calls that follow `content`."""
+    trained: bool | None = None
+    """None: trained on when the role is assistant."""
 
 
-class Example(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class Example(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, gc=False
+):
     """One thing to learn. With an answer, the completion is steps and answer; without one,
     it is the last message."""
 
-    messages: Annotated[tuple[Message, ...], Meta(min_length=1)]
-    steps: tuple[Step, ...] = ()
     answer: str | None = None
-    split: str | None = None
+    messages: Annotated[tuple[Message, ...], Meta(min_length=1)]
     meta: dict[str, Any] = {}
+    split: str | None = None
+    steps: tuple[Step, ...] = ()
 
     @property
     def prompt(self) -> str:

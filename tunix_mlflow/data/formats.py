@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, cast
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from tunix_mlflow.config import LimitsConfig
 from tunix_mlflow.data import canonical
-from tunix_mlflow.data.examples import Example, Message, SplitName, Step
+from tunix_mlflow.data.examples import Example, Message, SplitName, Step, from_canonical
 from tunix_mlflow.errors import DatasetError
 
 FORMATS = ("trace", "messages", "prompt-completion", "question-answer", "text")
@@ -108,19 +108,28 @@ def trace_decoder(limits: LimitsConfig) -> Callable[[bytes], Any]:
     return cast("Callable[[bytes], Any]", msgspec.json.Decoder(_trace_type(limits)).decode)
 
 
+def trace_quotes(trace: Any) -> int:
+    """The quotation marks of the line that a decoded trace came from, if no key was lost."""
+    count = 10 + 4 * len(trace.steps)  # prompt, steps and answer; content
+    for step in trace.steps:
+        count += 2 * (step.i is not UNSET) + 4 * (step.type is not UNSET)
+    if trace.meta is not UNSET:
+        count += 2 + canonical.quotes(msgspec.json.encode(trace.meta))
+    return count + 4 * (trace.split is not UNSET)
+
+
 def from_trace(trace: Any, split: str | None) -> Example:
     """The Example of a decoded trace.
 
     Raises:
         ValueError: when the steps are not numbered 0, 1, 2, ...
     """
-    steps = []
     for expected, step in enumerate(trace.steps):
-        number = expected if step.i is UNSET else step.i
-        if number != expected:
-            raise ValueError(f"steps[{expected}].i is {number}, expected {expected}")
-        kind = "reasoning" if step.type is UNSET else step.type
-        steps.append(Step(i=expected, type=kind, content=step.content))
+        if step.i != expected or step.type is UNSET:
+            steps = _numbered(trace.steps)
+            break
+    else:
+        steps = trace.steps
     return Example(
         messages=(Message(role="user", content=trace.prompt),),
         steps=tuple(steps),
@@ -130,17 +139,58 @@ def from_trace(trace: Any, split: str | None) -> Example:
     )
 
 
-def record_of(example: Example, form: str) -> dict[str, Any]:
-    """The example in the form of EXPORTS, as a JSON object.
+def _numbered(given: list[Any]) -> list[Step]:
+    steps = []
+    for expected, step in enumerate(given):
+        number = expected if step.i is UNSET else step.i
+        if number != expected:
+            raise ValueError(f"steps[{expected}].i is {number}, expected {expected}")
+        kind = "reasoning" if step.type is UNSET else step.type
+        steps.append(Step(i=expected, type=kind, content=step.content))
+    return steps
 
-    Raises:
-        DatasetError: when it does not fit the form.
+
+class _Prompt(Struct, gc=False):
+    content: Raw
+    role: str
+
+
+class _Pieces(Struct, gc=False):
+    """An example's canonical text, taken apart and not read."""
+
+    messages: list[_Prompt]
+    answer: Raw = Raw(b"null")
+    steps: Raw = Raw(b"null")
+    meta: Raw = Raw(b"{}")
+
+
+class TraceLine(Struct, gc=False):
+    """A line of our own JSONL, of pieces of canonical JSON."""
+
+    prompt: Raw
+    steps: Raw
+    answer: Raw
+    split: str
+    meta: Raw
+
+
+def writer(form: str) -> Callable[[bytes, str], Any]:
+    """A function from canonical bytes and the split to an object that has the form as JSON.
+
+    Args:
+        form: one of EXPORTS.
+
+    The function raises a DatasetError for an example that does not fit the form.
     """
-    record = _OUT[form](example)
-    if example.split is not None:
-        record["split"] = example.split
-    if example.meta or form == "trace":
-        record["meta"] = example.meta
+    if form == "trace":
+        return _to_trace
+    shape = _OUT[form]
+
+    def record(text: bytes, split: str) -> dict[str, Any]:
+        example = from_canonical(text)
+        made = shape(example) | {"split": split}
+        return made | {"meta": example.meta} if example.meta else made
+
     return record
 
 
@@ -158,6 +208,7 @@ def _trace_type(limits: LimitsConfig) -> type[Struct]:
             ),
         ],
         forbid_unknown_fields=True,
+        gc=False,
     )
     return msgspec.defstruct(
         "Trace",
@@ -169,6 +220,7 @@ def _trace_type(limits: LimitsConfig) -> type[Struct]:
             ("meta", dict[str, Any] | UnsetType, UNSET),
         ],
         forbid_unknown_fields=True,
+        gc=False,
     )
 
 
@@ -391,17 +443,18 @@ _FORMS: dict[str, Callable[[dict[str, Any], LimitsConfig], Example]] = {
 }
 
 
-def _to_trace(example: Example) -> dict[str, Any]:
-    if example.answer is None or len(example.messages) != 1 or not example.steps:
+def _to_trace(text: bytes, split: str) -> TraceLine:
+    found = _PIECES(text)
+    pieces = (bytes(found.answer), bytes(found.steps))
+    if b"null" in pieces or [m.role for m in found.messages] != ["user"]:
         raise DatasetError(
             "an example that is not one prompt with steps and an answer has no trace form;"
             " use --format messages"
         )
-    return {
-        "prompt": example.messages[0].content,
-        "steps": msgspec.to_builtins(example.steps),
-        "answer": example.answer,
-    }
+    return TraceLine(found.messages[0].content, found.steps, found.answer, split, found.meta)
+
+
+_PIECES = msgspec.json.Decoder(_Pieces).decode
 
 
 def _to_messages(example: Example) -> dict[str, Any]:
@@ -450,7 +503,6 @@ def _to_gemma(example: Example) -> dict[str, Any]:
 
 
 _OUT: dict[str, Callable[[Example], dict[str, Any]]] = {
-    "trace": _to_trace,
     "messages": _to_messages,
     "prompt-completion": _to_prompt_completion,
     "gemma": _to_gemma,

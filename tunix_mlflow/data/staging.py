@@ -57,7 +57,8 @@ class Stage:
         self._writer = pa.ipc.new_stream(self._file, SCHEMA)
         self._held: list[bytes] = []
         self._digests: list[str] = []
-        self._places: list[tuple[int, int]] = []
+        self._sources: list[int] = []
+        self._numbers: list[int] = []
 
     def add(self, example: Example, source: int = 0, number: int = 0) -> None:
         """Take one more.
@@ -71,7 +72,8 @@ class Stage:
     def _add(self, data: bytes, digest: str, source: int, number: int) -> None:
         self._held.append(data)
         self._digests.append(digest)
-        self._places.append((source, number))
+        self._sources.append(source)
+        self._numbers.append(number)
         if len(self._held) == _BATCH:
             self._flush()
 
@@ -111,8 +113,8 @@ class Stage:
             pa.record_batch(
                 [
                     pa.array(range(self.rows, self.rows + count), pa.int64()),
-                    pa.array([s for s, _ in self._places], pa.int32()),
-                    pa.array([n for _, n in self._places], pa.int64()),
+                    pa.array(self._sources, pa.int32()),
+                    pa.array(self._numbers, pa.int64()),
                     pa.array(self._digests, pa.string()),
                     pa.array(self._held, pa.binary()).cast(pa.string()),
                 ],
@@ -120,7 +122,8 @@ class Stage:
             )
         )
         self.rows += count
-        self._held, self._digests, self._places = [], [], []
+        for column in (self._held, self._digests, self._sources, self._numbers):
+            column.clear()
 
 
 class Parsed(NamedTuple):
@@ -270,7 +273,7 @@ def _parser(
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 pass  # the slow way says more
             else:
-                if canonical.lossless(raw.line, trace):
+                if canonical.quotes(raw.line) == formats.trace_quotes(trace):
                     return formats.from_trace(trace, source.split)
         checked(raw.line)
         tree = canonical.parse(raw.line)
