@@ -66,10 +66,10 @@ def render(example: Example, *, include_steps: bool) -> list[Segment]:
 
 
 def _turn(message: Message, include_steps: bool) -> list[Segment]:
-    if message.role != "assistant":
-        return [Segment(message.content, False, False)]
-    trained = message.trained is not False
     said = message.content + (message.tool_calls or "")
+    if message.role != "assistant":
+        return [Segment(said, False, False)]
+    trained = message.trained is not False
     segments = [Segment(said, False, trained), Segment(EOS, True, trained)]
     if message.reasoning is not None and include_steps:
         thought = [Segment(message.reasoning, False, trained), Segment(ANSWER, True, trained)]

@@ -94,7 +94,7 @@ def reader(
     def explained(record: dict[str, Any]) -> Example:
         try:
             return read(record)
-        except msgspec.ValidationError as error:
+        except (ValueError, msgspec.ValidationError) as error:
             message = str(error)
             for field, column in mapping.items():
                 message = re.sub(rf"\$\.{field}\b", f"$.{column}", message)
@@ -301,8 +301,6 @@ def _from_messages(known: dict[str, Any], limits: LimitsConfig) -> Example:
         messages = (Message(role="system", content=content), *messages)
     if messages[-1].role != "assistant":
         raise ValueError(f"the last message must be the assistant's - at `$.{field}`")
-    if len(messages) == 1:
-        raise ValueError(f"expected a message before the assistant's - at `$.{field}`")
     return Example(messages=messages)
 
 
@@ -328,8 +326,10 @@ def _turn(value: Any, path: str, limits: LimitsConfig) -> Message:
         content = _parts(content, f"{path}.content")
     if content is None and calls is not None:
         content = ""
-    reasoning = turn.pop("reasoning", None) or turn.pop("reasoning_content", None)
-    turn.pop("reasoning_content", None)
+    reasoning = None
+    if role == "assistant":
+        reasoning = turn.pop("reasoning", None) or turn.pop("reasoning_content", None)
+        turn.pop("reasoning_content", None)
     if reasoning is not None:
         reasoning = _checked(reasoning, f"{path}.reasoning", limits.step_characters)
     most = limits.answer_characters if role == "assistant" else limits.prompt_characters

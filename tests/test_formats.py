@@ -1,0 +1,458 @@
+"""Files that people have become the same examples, whatever form they come in."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import write_traces
+from tunix_mlflow import state
+from tunix_mlflow.config import LimitsConfig
+from tunix_mlflow.data import canonical, catalog, chat, datasets, formats, snapshot
+from tunix_mlflow.data.examples import (
+    Example,
+    Message,
+    Step,
+    canonical_bytes,
+    from_canonical,
+    prompt_digest,
+)
+from tunix_mlflow.data.manifest import Selection
+from tunix_mlflow.data.tokenizer import ByteTokenizer
+from tunix_mlflow.errors import DatasetError
+
+
+def lines(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def only(path: Path, **options: Any) -> Example:
+    """The one example that a file makes."""
+    manifest = datasets.ingest(path, "one-v1", **options).manifest
+    (example,) = snapshot.read(manifest.digest)
+    return example
+
+
+RECORDS: dict[str, tuple[str, dict[str, Any], Example]] = {
+    "trace": (
+        "trace",
+        {"prompt": "p", "steps": [{"content": "s"}], "answer": "a", "meta": {"k": 1.0}},
+        Example(
+            messages=(Message(role="user", content="p"),),
+            steps=(Step(i=0, content="s"),),
+            answer="a",
+            meta={"k": 1},
+        ),
+    ),
+    "chat with reasoning": (
+        "messages",
+        {
+            "messages": [
+                {"role": "system", "content": "be brief"},
+                {"role": "user", "content": "2+2?"},
+                {"role": "assistant", "content": "<think>\n2+2=4\n</think>\n\n4", "weight": 0},
+                {"role": "user", "content": "and 3+3?"},
+                {"role": "assistant", "content": "6", "reasoning_content": "3+3=6"},
+            ],
+            "source": "web",
+        },
+        Example(
+            messages=(
+                Message(role="system", content="be brief"),
+                Message(role="user", content="2+2?"),
+                Message(role="assistant", content="4", reasoning="2+2=4", trained=False),
+                Message(role="user", content="and 3+3?"),
+                Message(role="assistant", content="6", reasoning="3+3=6"),
+            ),
+            meta={"source": "web"},
+        ),
+    ),
+    "chat with tools": (
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": "weather?"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}],
+                },
+                {"role": "tool", "content": "sunny", "tool_call_id": "1"},
+                {"role": "assistant", "content": "Sunny."},
+            ]
+        },
+        Example(
+            messages=(
+                Message(role="user", content="weather?"),
+                Message(
+                    role="assistant",
+                    content="",
+                    tool_calls='[{"function":{"arguments":"{}","name":"f"},"id":"1"}]',
+                ),
+                Message(role="tool", content="sunny", tool_call_id="1"),
+                Message(role="assistant", content="Sunny."),
+            )
+        ),
+    ),
+    "from and value": (
+        "messages",
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+        Example(
+            messages=(Message(role="user", content="hi"), Message(role="assistant", content="ho"))
+        ),
+    ),
+    "prompt and completion": (
+        "prompt-completion",
+        {"prompt": "p", "completion": "c", "category": "x", "none": None},
+        Example(messages=(Message(role="user", content="p"),), answer="c", meta={"category": "x"}),
+    ),
+    "a thought in the completion": (
+        "prompt-completion",
+        {"prompt": "p", "completion": "<think>why</think>c"},
+        Example(
+            messages=(Message(role="user", content="p"),),
+            steps=(Step(i=0, content="why"),),
+            answer="c",
+        ),
+    ),
+    "conversational prompt and completion": (
+        "prompt-completion",
+        {
+            "prompt": [{"role": "user", "content": "p"}],
+            "completion": [{"role": "assistant", "content": "c"}],
+        },
+        Example(
+            messages=(Message(role="user", content="p"), Message(role="assistant", content="c"))
+        ),
+    ),
+    "grade school maths": (
+        "question-answer",
+        {"question": "q", "answer": "He has 2.\nSo 2+2=<<2+2=4>>4.\n#### 4"},
+        Example(
+            messages=(Message(role="user", content="q"),),
+            steps=(Step(i=0, content="He has 2."), Step(i=1, content="So 2+2=<<2+2=4>>4.")),
+            answer="4",
+        ),
+    ),
+    "text": (
+        "text",
+        {"text": "Once upon a time."},
+        Example(messages=(Message(role="assistant", content="Once upon a time."),)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_a_record_is_recognised_and_kept(tmp_path: Path, name: str, kind: str) -> None:
+    """Every form is told apart, in every kind of file, and becomes the example it means."""
+    form, record, expected = RECORDS[name]
+    path = tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([record]), path)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(json.dumps(record).encode()))
+    else:
+        lines(path, record)
+    done = datasets.ingest(path, "one-v1")
+    assert done.form == form
+    (found,) = snapshot.read(done.manifest.digest)
+    assert found == expected
+    assert datasets.verify("one-v1").ok
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("form", ["trace", "messages", "prompt-completion", "gemma"])
+def test_what_is_exported_can_be_read(tmp_path: Path, name: str, form: str) -> None:
+    """Each form that holds an example holds all that it says; others are refused in one line."""
+    _, record, expected = RECORDS[name]
+    datasets.ingest(lines(tmp_path / "data.jsonl", record), "one-v1")
+    out = tmp_path / "out.jsonl"
+    try:
+        datasets.export("one-v1", out, form)
+    except DatasetError as error:
+        assert "use --format" in str(error)
+        assert not out.exists()
+        assert form == "trace" or name == "text"
+        return
+    written = json.loads(out.read_text())
+    if form == "gemma":
+        assert written["text"].count("<start_of_turn>") == written["text"].count("<end_of_turn>")
+        assert (expected.answer or expected.messages[-1].content) in written["text"]
+    elif form == "trace":
+        datasets.ingest(out, "two-v1")
+        (again,) = snapshot.read(datasets.get("two-v1").digest)
+        assert again.steps == expected.steps
+    elif form == "messages":
+        datasets.ingest(out, "two-v1", form="messages")
+        (again,) = snapshot.read(datasets.get("two-v1").digest)
+        assert again.meta == expected.meta
+        if expected.answer is None:
+            assert again.messages == expected.messages
+        else:
+            assert again.messages[-1].content == expected.answer
+
+
+def test_one_digest_whatever_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSONL, Parquet with the nulls it invents, another order: all and random are equal."""
+    records = [
+        {
+            "prompt": f"p{n}",
+            "steps": [{"content": "s", "type": "t"}, {"content": "u"}],
+            "answer": "a",
+            "meta": {"n": n, "x": n / 4} if n % 2 else {"deep": {"a": n, "list": [1, 2]}},
+        }
+        for n in range(300)
+    ]
+    files = {
+        "jsonl": lines(tmp_path / "a.jsonl", *records),
+        "reversed": lines(tmp_path / "b.jsonl", *reversed(records)),
+        "parquet": tmp_path / "c.parquet",
+    }
+    pq.write_table(pa.Table.from_pylist(records), files["parquet"])
+    table = pq.read_table(files["parquet"]).to_pylist()
+    assert table[0]["meta"]["x"] is None  # a null that was not in the data
+    assert table[1]["meta"]["deep"] is None
+    digests: dict[str, set[str]] = {"ingest": set(), "all": set(), "random": set()}
+    for name, path in files.items():
+        monkeypatch.setenv("TUNIX_MLFLOW_HOME", str(tmp_path / name))
+        digests["ingest"].add(datasets.ingest(path, "x-v1").manifest.digest)
+        digests["all"].add(datasets.build("y-v1", Selection(order="all")).manifest.digest)
+        asked = Selection(order="random", seed=3, limit=50)
+        digests["random"].add(datasets.build("z-v1", asked).manifest.digest)
+        assert datasets.verify("x-v1").ok
+    assert {name: len(found) for name, found in digests.items()} == dict.fromkeys(digests, 1)
+    assert digests["ingest"] == digests["all"]
+
+
+def test_a_datasets_folder(tmp_path: Path) -> None:
+    """What Hugging Face `datasets` saved is read with its splits, without that package."""
+    folder = tmp_path / "saved"
+    for split, count in (("train", 8), ("validation", 3)):
+        place = folder / split
+        place.mkdir(parents=True)
+        table = pa.table(
+            {
+                "question": [f"{split} {n}?" for n in range(count)],
+                "answer": [f"s\n#### {n}" for n in range(count)],
+            }
+        )
+        with pa.ipc.new_stream(place / "data-00000-of-00001.arrow", table.schema) as out:
+            out.write_table(table)
+        named = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+        (place / "state.json").write_text(json.dumps(named))
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "validation"]}))
+    done = datasets.ingest(folder, "saved-v1")
+    assert done.form == "question-answer"
+    assert {n: s.count for n, s in done.manifest.splits.items()} == {"train": 8, "validation": 3}
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["../../secret"]}))
+    with pytest.raises(DatasetError, match="strange"):
+        datasets.ingest(folder, "saved-v2")
+
+
+def test_the_users_own_split_files(tmp_path: Path) -> None:
+    """A folder's file names, SPLIT=PATH, and one file alone."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for n, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "dev", "test")):
+        write_traces(folder / f"{name}.jsonl", 5, start=10 * n)
+    splits = datasets.ingest(folder, "own-v1").manifest.splits
+    assert {n: s.count for n, s in splits.items()} == {"train": 10, "validation": 5, "test": 5}
+    named = [f"train={folder / 'dev.jsonl'}", f"held={folder / 'test.jsonl'}"]
+    splits = datasets.ingest(named, "own-v2").manifest.splits
+    assert {n: s.count for n, s in splits.items()} == {"train": 5, "held": 5}
+    alone = datasets.ingest(write_traces(tmp_path / "train.jsonl", 200), "own-v3").manifest
+    assert set(alone.splits) == {"train", "test"}
+
+
+def test_columns_by_another_name(tmp_path: Path) -> None:
+    """--map says where a field stands; errors name the column that the file has."""
+    path = lines(tmp_path / "a.jsonl", {"instruction": "p", "output": "c", "lang": "en"})
+    example = only(path, mapping={"prompt": "instruction", "completion": "output"})
+    assert (example.prompt, example.answer, example.meta) == ("p", "c", {"lang": "en"})
+    with pytest.raises(DatasetError, match="no format fits the columns instruction, lang, output"):
+        datasets.ingest(path, "two-v1")
+    with pytest.raises(DatasetError, match="no column 'nowhere'; it has instruction"):
+        datasets.ingest(path, "two-v1", mapping={"prompt": "nowhere"})
+    with pytest.raises(DatasetError, match="no such field"):
+        datasets.ingest(path, "two-v1", mapping={"promt": "instruction"})
+    bad = lines(tmp_path / "b.jsonl", {"instruction": 5, "output": "c"})
+    with pytest.raises(DatasetError, match=r"b.jsonl:1: .*\$\.instruction"):
+        datasets.ingest(bad, "two-v1", mapping={"prompt": "instruction", "completion": "output"})
+
+
+def test_parts_of_text_are_joined(tmp_path: Path) -> None:
+    """Content may be a list of texts, as chat services write it."""
+    parts = [{"type": "text", "text": "Sun"}, {"type": "text", "text": "ny."}]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": parts}]
+    example = only(lines(tmp_path / "a.jsonl", {"messages": turns}))
+    assert example.messages[-1].content == "Sunny."
+
+
+BAD = {
+    "no messages": {"messages": []},
+    "no assistant last": {"messages": [{"role": "user", "content": "x"}]},
+    "a strange role": {"messages": [{"role": "cat", "content": "x"}]},
+    "an empty user": {
+        "messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}]
+    },
+    "an unknown field": {
+        "messages": [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "x", "mood": "good"},
+        ]
+    },
+    "an image": {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+    "marks that disagree": {
+        "messages": [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "x", "weight": 0, "trained": True},
+        ]
+    },
+    "no content": {"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_conversation_is_named(tmp_path: Path, name: str) -> None:
+    """Line and JSON path are in the message, and nothing is stored."""
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = lines(tmp_path / "chat.jsonl", good, BAD[name], good)
+    with pytest.raises(DatasetError, match=r"chat.jsonl:2: not a row of messages: .*\$\.messages"):
+        datasets.ingest(path, "bad-v1")
+    assert catalog.listing(state.catalog_path()) == []
+
+
+def test_limits_can_be_raised(tmp_path: Path) -> None:
+    """What the default limits refuse, others take."""
+    long = {"prompt": "p" * 60_000, "steps": [{"content": "s" * 25_000}], "answer": "a"}
+    path = lines(tmp_path / "long.jsonl", long)
+    with pytest.raises(DatasetError, match=r"long.jsonl:1: .*<= 50000 - at `\$\.prompt`"):
+        datasets.ingest(path, "long-v1")
+    limits = LimitsConfig(prompt_characters=100_000, step_characters=30_000)
+    assert datasets.ingest(path, "long-v1", limits=limits).manifest.count == 1
+
+
+def test_skip_bad_keeps_the_rest_and_the_reasons(tmp_path: Path) -> None:
+    """Good rows are stored; every bad one stands in the rejects with place, reason and row."""
+    path = write_traces(tmp_path / "mixed.jsonl", 5)
+    text = path.read_text().splitlines()
+    text[1:1] = ["{", '{"prompt": "p"}', "", "\ud800".encode("utf-8", "surrogatepass").hex()]
+    path.write_text("\n".join(text) + "\n")
+    rejects = tmp_path / "rejects.jsonl"
+    done = datasets.ingest(path, "mixed-v1", skip_bad=rejects)
+    assert (done.manifest.count, done.rejected, done.rows) == (5, 4, 9)
+    found = [json.loads(line) for line in rejects.read_text().splitlines()]
+    assert [r["where"] for r in found] == [f"{path}:{n}" for n in (2, 3, 4, 5)]
+    assert all(r["reason"] for r in found)
+    assert datasets.verify("mixed-v1").ok
+    with pytest.raises(DatasetError, match=r":2: .*:3: .*:4: .*:5: "):
+        datasets.ingest(path, "mixed-v2")
+
+
+def test_skip_bad_keeps_the_held_out_side_of_a_leak(tmp_path: Path) -> None:
+    """A prompt in two splits: the training example goes, and is named."""
+    line = {"prompt": "p", "steps": [{"content": "s"}], "answer": "a"}
+    other = line | {"prompt": "q", "split": "train"}
+    path = lines(tmp_path / "a.jsonl", line | {"split": "train"}, line | {"split": "test"}, other)
+    with pytest.raises(DatasetError, match="same prompt stands in the splits"):
+        datasets.ingest(path, "a-v1")
+    done = datasets.ingest(path, "a-v1", skip_bad=tmp_path / "r.jsonl")
+    assert {n: s.count for n, s in done.manifest.splits.items()} == {"test": 1, "train": 1}
+    (reject,) = [json.loads(x) for x in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert reject["where"] == f"{path}:1"
+
+
+def test_provenance_is_kept(tmp_path: Path) -> None:
+    """The file's name, digest, size and rows; nothing of it is part of the dataset's identity."""
+    path = write_traces(tmp_path / "a.jsonl", 5)
+    datasets.ingest(path, "a-v1")
+    (source,) = datasets.provenance("a-v1")
+    assert source["sha256"] == canonical.digest(path.read_bytes())
+    assert (source["file"], source["rows"], source["bytes"]) == (
+        "a.jsonl",
+        5,
+        path.stat().st_size,
+    )
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=12)
+messages = st.builds(
+    Message,
+    role=st.sampled_from(["system", "user", "assistant", "tool"]),
+    content=texts,
+    trained=st.none() | st.booleans(),
+    reasoning=st.none(),
+    tool_calls=st.none() | st.just('[{"name":"f"}]'),
+)
+final = st.builds(Message, role=st.just("assistant"), content=texts, reasoning=st.none() | texts)
+steps = st.lists(texts.filter(bool), max_size=3).map(
+    lambda found: tuple(Step(i=i, content=c) for i, c in enumerate(found))
+)
+metas = st.dictionaries(
+    texts,
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts
+    | st.dictionaries(texts, st.none() | st.integers(0, 9), max_size=2),
+    max_size=3,
+)
+examples = st.builds(
+    Example,
+    messages=st.lists(messages, min_size=1, max_size=3).map(tuple),
+    answer=texts,
+    steps=steps,
+    meta=metas,
+) | st.builds(
+    lambda turns, last, meta: Example(messages=(*turns, last), meta=meta),
+    st.lists(messages, max_size=3).map(tuple),
+    final,
+    metas,
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(examples, min_size=1, max_size=20))
+def test_sql_derives_what_python_says(tmp_path_factory: Any, found: list[Example]) -> None:
+    """Digest, prompt, steps, characters and tokens of any example are the same in both."""
+    from tunix_mlflow.data import staging
+
+    tokenizer = ByteTokenizer()
+    path = tmp_path_factory.mktemp("sql") / "catalog.duckdb"
+    with staging.new_stage() as stage:
+        staging.of_examples(stage, found)
+        catalog.take_in(path, stage, "x-v1", {"splits": {"test": 0.1}}, [])
+    assert catalog.verify(path, "x-v1", None).ok
+    with catalog.connect(path, write=False) as con:
+        rows = con.execute(
+            "SELECT digest, prompt, steps, characters, tokens, canonical FROM examples"
+        ).fetchall()
+    assert {row[0] for row in rows} == {canonical.digest(canonical_bytes(e)) for e in found}
+    for digest, prompt, count, characters, tokens, text in rows:
+        example = from_canonical(text)
+        assert canonical_bytes(example).decode() == text
+        assert canonical.digest(text.encode()) == digest
+        assert canonical.encode(json.loads(text)).decode() == text
+        assert prompt_digest(example) == prompt
+        assert len(example.steps) == count
+        contents = [m.content + (m.reasoning or "") for m in example.messages]
+        contents += [s.content for s in example.steps] + [example.answer or ""]
+        assert sum(map(len, contents)) == characters
+        assert len(tokenizer.encode(chat.render(example, include_steps=True))[0]) == tokens
+
+
+def test_recognise_names_the_columns() -> None:
+    """What fits no form is said with the way out."""
+    with pytest.raises(DatasetError, match=r"columns a, b; .*--map"):
+        formats.recognise(["b", "a"])
