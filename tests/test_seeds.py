@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+import msgspec
 import pytest
 
 from tests.conftest import ROOT
 from tunix_mlflow.data import datasets, seeds
-from tunix_mlflow.data.examples import ReasoningTrace
+from tunix_mlflow.data.examples import Example, ReasoningTrace
 from tunix_mlflow.errors import DatasetError
 
 DIGESTS = {
     "golden-v1": "ce926aaa12a2719bfd51f296fb4ade79d81b4fc1c8ae9c9d8eb6d660cd850716",
     "golden-v2": "d668d2413868d4f0d6615b2dc2f3d518e2a8aa096307dc7fd821e616c3d12891",
     "column-addition-v1": "68a5376987dfe9233d56e6a5cdb58970aa4089211a699c97366890de4a074972",
+    "dev-reasoning-v1": "9d21280f200d68fae14be1ca4a40b540db3e083b6facb135c5f797167ab9fefc",
+    "dev-reasoning-v2": "864d25e8bf7db5c49a6ae67afcd77b890642b11c157b44b904a56821b6fc74ae",
+    "eval-v2": "53537cf17ca9e9adff0b191fe5c61833aac050de5b31ffa56c5cb1d4c3c97f92",
 }
 
 
@@ -43,7 +50,7 @@ def test_seeding_is_idempotent_and_its_digest_pinned(key: str) -> None:
     assert datasets.verify(key).ok
 
 
-@pytest.mark.parametrize("key", ["golden-v2", "column-addition-v1"])
+@pytest.mark.parametrize("key", sorted(set(DIGESTS) - {"golden-v1"}))
 def test_the_random_seed_decides(key: str) -> None:
     """Same seed equal, another seed different."""
     assert generate(key, 42, 50) == generate(key, 42, 50)
@@ -119,3 +126,116 @@ def test_another_count_needs_another_key() -> None:
     with pytest.raises(DatasetError, match=first[:16]):
         datasets.seed("golden-v2", num_traces=50)
     assert datasets.seed("golden-v2", num_traces=50, name="golden-v50").manifest.count == 50
+
+
+def test_dev_reasoning_works_out_what_it_asks() -> None:
+    """Answers and steps are what an independent calculation gives, in every family of numbers."""
+    families = set()
+    for trace in [*generate("dev-reasoning-v1"), *generate("dev-reasoning-v2")]:
+        family = trace.meta["family"]
+        families.add(family)
+        numbers = [int(n) for n in re.findall(r"\d+", trace.prompt)]
+        assert len(trace.steps) >= 2
+        if family == "change":
+            assert int(trace.answer) == numbers[0] + numbers[1] - numbers[2]
+        elif family == "shopping":
+            assert (
+                int(trace.answer) == numbers[4] - numbers[0] * numbers[1] - numbers[2] * numbers[3]
+            )
+        elif family == "expression":
+            assert int(trace.answer) == (numbers[0] + numbers[1]) * numbers[2] - numbers[3]
+        elif family == "sequence":
+            assert int(trace.answer) == 3 * numbers[-1] - 3 * numbers[-2] + numbers[-3]
+        elif family == "letters":
+            word = trace.prompt.split("'")[1]
+            vowels = len(re.findall("[aeiou]", word))
+            assert trace.answer == f"{word[::-1]}-{vowels}"
+        elif family == "weekday":
+            days = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+            start = next(i for i, day in enumerate(days) if day in trace.prompt)
+            assert trace.answer == days[(start + numbers[0]) % 7]
+        else:
+            pairs = re.findall(r"(\w+) is taller than (\w+)", trace.prompt)
+            above, below = {a for a, _ in pairs}, {b for _, b in pairs}
+            assert {trace.answer} == (
+                above - below if "tallest?" in trace.prompt else below - above
+            )
+        for a, sign, b, c in re.findall(
+            r"\b(\d+) ([-+*]) (\d+) = (-?\d+)", " ".join(s.content for s in trace.steps)
+        ):
+            left, right = int(a), int(b)
+            assert int(c) == {"+": left + right, "-": left - right, "*": left * right}[sign]
+    assert len(families) == 7
+
+
+def test_sequences_grow_evenly() -> None:
+    """The check above relies on it: second differences are constant."""
+    for trace in generate("dev-reasoning-v2"):
+        if trace.meta["family"] == "sequence":
+            terms = [int(n) for n in re.findall(r"\d+", trace.prompt)] + [int(trace.answer)]
+            gaps = [b - a for a, b in zip(terms, terms[1:], strict=False)]
+            assert len({b - a for a, b in zip(gaps, gaps[1:], strict=False)}) == 1
+
+
+DAMAGE: dict[str, dict[str, Any]] = {
+    "answer": {"answer": " "},
+    "category": {"meta": {"difficulty": "easy"}},
+    "difficulty": {"meta": {"category": "logic", "difficulty": "awful"}},
+    "split": {"split": "train"},
+}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGE, "repeats", "at least one"])
+def test_the_evaluation_sets_validator(kind: str) -> None:
+    """It takes what is built, and names the item that is not as it must be."""
+    seed = seeds.find("eval-v2")
+    assert seed is not None
+    assert seed.validate is not None
+    found = seeds.examples(seed, number=42, count=100)
+    assert {e.meta["difficulty"] for e in found} == {"easy", "medium", "hard"}
+    assert len({e.meta["category"] for e in found}) == 5
+    if kind == "at least one":
+        bad: list[Example] = []
+    elif kind == "repeats":
+        bad = [*found[:5], found[3]]
+    else:
+        bad = [*found[:5], msgspec.structs.replace(found[5], **DAMAGE[kind])]
+    with pytest.raises(ValueError, match=kind if kind == "at least one" else f"item 5.*{kind}"):
+        seed.validate(bad)
+
+
+def test_evaluation_and_training_seeds_share_nothing() -> None:
+    """No prompt, and no prompt by half of its 8-grams."""
+    evaluated = datasets.seed("eval-v2").manifest
+    for key in ("dev-reasoning-v1", "dev-reasoning-v2"):
+        trained = datasets.seed(key).manifest
+        assert datasets.check_leakage(trained, "train", evaluated, None).ok
+
+
+def test_a_family_of_reasoning_gym() -> None:
+    """Stored as generated, the same each time; an unknown family is one line."""
+    built = datasets.seed("reasoning-gym:chain_sum", num_traces=30)
+    assert built.manifest.key == "reasoning-gym-chain_sum-v1"
+    assert built.manifest.count == 30
+    assert not datasets.seed("reasoning-gym:chain_sum", num_traces=30).created
+    with pytest.raises(DatasetError, match="no_such_family"):
+        datasets.seed("reasoning-gym:no_such_family")
+    with pytest.raises(DatasetError, match="expected reasoning-gym:FAMILY"):
+        datasets.seed("reasoning-gym:../../x")
+
+
+def test_other_packages_bring_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry point of the group is a seed; one that cannot be loaded is one line."""
+    import importlib.metadata
+
+    def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
+        made = importlib.metadata.EntryPoint
+        return [
+            made("theirs-v1", "tests.their_seed", group),
+            made("broken-v1", "tests.no_such_module", group),
+        ]
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    assert datasets.seed("theirs-v1").manifest.count == 3
+    with pytest.raises(DatasetError, match=r"seed broken-v1 \(tests.no_such_module\)"):
+        datasets.seed("broken-v1")

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,7 +110,8 @@ def _gym(key: str) -> Seed:
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,80}", family):
         raise DatasetError(f"{key[:100]!r}: expected {GYM}FAMILY, for example {GYM}chain_sum")
     try:
-        import reasoning_gym
+        with warnings.catch_warnings(action="ignore"):  # its dependencies' own
+            import reasoning_gym
     except ImportError as error:
         raise DatasetError(
             f"{key} needs the package reasoning-gym: pip install 'tunix-mlflow[seeds]'"

@@ -1,0 +1,110 @@
+"""eval-v2: a hundred questions to evaluate on, never to train on, by category and difficulty.
+
+    "A crate holds 6 rows of 4 jars. 3 jars crack. How many stay whole?"
+    -> 6 * 4 = 24; 24 - 3 = 21 -> 21
+
+Five categories, twenty each; every trace is of the split `test`. Worded unlike the other seeds.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from tunix_mlflow.data.examples import Example, ReasoningTrace, reasoning_trace
+
+DEFAULT_TRACES = 100
+CATEGORIES = ("arithmetic", "word_problem", "time", "logic", "text")
+DIFFICULTIES = ("easy", "medium", "hard")
+
+
+def generate(*, seed: int = 42, num_traces: int = DEFAULT_TRACES) -> Iterator[ReasoningTrace]:
+    """Distinct questions, the categories and the difficulties in turn."""
+    if not 1 <= num_traces <= DEFAULT_TRACES:
+        raise ValueError(f"num_traces must be from 1 to {DEFAULT_TRACES}")
+    makers = (_arithmetic, _word_problem, _time, _logic, _text)
+    rng, seen = random.Random(seed), set[str]()
+    while len(seen) < num_traces:
+        number = len(seen)
+        level = number // len(makers) % 3
+        prompt, steps, answer = makers[number % len(makers)](rng, level)
+        if prompt in seen:
+            continue
+        seen.add(prompt)
+        yield reasoning_trace(
+            prompt,
+            [("reasoning", step) for step in steps],
+            answer,
+            split="test",
+            meta={
+                "category": CATEGORIES[number % len(makers)],
+                "difficulty": DIFFICULTIES[level],
+            },
+        )
+
+
+def validate(traces: list[Example]) -> None:
+    """Raise a ValueError that names the first item that does not belong in an evaluation set."""
+    if not traces:
+        raise ValueError("an evaluation set needs at least one item")
+    seen: dict[str, int] = {}
+    for number, trace in enumerate(traces):
+        if not trace.prompt.strip():
+            raise ValueError(f"item {number} has no prompt")
+        if trace.prompt in seen:
+            raise ValueError(f"item {number} repeats the prompt of item {seen[trace.prompt]}")
+        seen[trace.prompt] = number
+        if not (trace.answer or "").strip():
+            raise ValueError(f"item {number} has no answer")
+        for key, known in (("category", CATEGORIES), ("difficulty", DIFFICULTIES)):
+            if trace.meta.get(key) not in known:
+                raise ValueError(f"item {number}: {key} must be one of {', '.join(known)}")
+        if trace.split != "test":
+            raise ValueError(f"item {number} is of the split {trace.split!r}, expected 'test'")
+
+
+_Item = tuple[str, list[str], str]
+
+
+def _arithmetic(rng: random.Random, level: int) -> _Item:
+    top = (9, 30, 99)[level]
+    a, b, c = (rng.randint(2, top) for _ in range(3))
+    steps = [f"{b} * {c} = {b * c}", f"{a} + {b * c} = {a + b * c}"]
+    return f"Evaluate {a} + {b} x {c}", steps, str(a + b * c)
+
+
+def _word_problem(rng: random.Random, level: int) -> _Item:
+    rows, jars = rng.randint(2, 6 + 4 * level), rng.randint(2, 6 + 4 * level)
+    cracked = rng.randint(1, rows * jars - 1)
+    whole = rows * jars - cracked
+    steps = [f"{rows} * {jars} = {rows * jars}", f"{rows * jars} - {cracked} = {whole}"]
+    prompt = f"A crate holds {rows} rows of {jars} jars. {cracked} crack. How many stay whole?"
+    return prompt, steps, str(whole)
+
+
+def _time(rng: random.Random, level: int) -> _Item:
+    start, length = rng.randrange(6 * 60, 12 * 60), rng.randint(10, 60 + 200 * level)
+    end = start + length
+    steps = [
+        f"the start is minute {start} of the day",
+        f"{start} + {length} = {end}",
+        f"{end} minutes are {end // 60} hours and {end % 60} minutes",
+    ]
+    prompt = (
+        f"A film begins at {start // 60:02d}:{start % 60:02d} and runs {length} min. When over?"
+    )
+    return prompt, steps, f"{end // 60:02d}:{end % 60:02d}"
+
+
+def _logic(rng: random.Random, level: int) -> _Item:
+    names = rng.sample(("Kim", "Lou", "Max", "Nia", "Oz", "Pam", "Ray"), 3 + level)
+    order = " ahead of ".join(names)
+    place = rng.randint(2, len(names) - 1)
+    steps = [f"{n + 1}: {name}" for n, name in enumerate(names[:place])]
+    return f"In a race: {order}. Who took place {place}?", steps, names[place - 1]
+
+
+def _text(rng: random.Random, level: int) -> _Item:
+    word = "".join(rng.choice("abcdeghiklmnorstu") for _ in range(4 + 2 * level))
+    steps = [f"its letters are {', '.join(word)}", f"in order: {', '.join(sorted(word))}"]
+    return f"Sort alphabetically the letters of {word}", steps, "".join(sorted(word))
