@@ -1,15 +1,19 @@
-"""Measure training throughput on this machine, on a real dataset.
+"""Measure this machine: training throughput on a real dataset, or the catalog.
 
     mlflow run . -e bench --env-manager local
     tunix-mlflow bench column-addition benchmark.repeats=5
+    tunix-mlflow bench suite=data benchmark.traces=100000
 
-Half a minute on two cores. The last line of stdout is JSON.
+Half a minute on two cores; the suite data, with its million traces, some minutes. The last line
+of stdout is JSON.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tunix_mlflow import bootstrap
@@ -28,6 +32,30 @@ def bench(config: Config) -> dict[str, Any]:
     Raises:
         InputError: for a dataset or device that cannot be used.
     """
+    return _data(config) if config.benchmark.suite == "data" else _train(config)
+
+
+def _data(config: Config) -> dict[str, Any]:
+    from tunix_mlflow import state
+    from tunix_mlflow.benchmarks import data as suite
+    from tunix_mlflow.tracking import store
+    from tunix_mlflow.tracking.session import session
+
+    store.connect(config.tracking)
+    state.temporary_dir().mkdir(parents=True, exist_ok=True)
+    with (
+        session(config, stage="bench") as run,
+        tempfile.TemporaryDirectory(dir=state.temporary_dir()) as folder,
+    ):
+        sizes = {"traces": config.benchmark.traces, "peer_traces": config.benchmark.peer_traces}
+        figures = suite.measure(Path(folder), **sizes, say=console.say)
+        run.log_figures({f"data/{name}": value for name, value in figures.items()})
+        run.log_text(suite.table(figures), "data.md")
+    console.say(suite.table(figures))
+    return {"suite": "data", "run_id": run.run_id, **figures}
+
+
+def _train(config: Config) -> dict[str, Any]:
     from tunix_mlflow.benchmarks import train as suite
     from tunix_mlflow.data import batches, datasets, snapshot
     from tunix_mlflow.data.tokenizer import ByteTokenizer

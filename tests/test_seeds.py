@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -173,8 +174,8 @@ def test_sequences_grow_evenly() -> None:
     for trace in generate("dev-reasoning-v2"):
         if trace.meta["family"] == "sequence":
             terms = [int(n) for n in re.findall(r"\d+", trace.prompt)] + [int(trace.answer)]
-            gaps = [b - a for a, b in zip(terms, terms[1:], strict=False)]
-            assert len({b - a for a, b in zip(gaps, gaps[1:], strict=False)}) == 1
+            gaps = [b - a for a, b in itertools.pairwise(terms)]
+            assert len({b - a for a, b in itertools.pairwise(gaps)}) == 1
 
 
 DAMAGE: dict[str, dict[str, Any]] = {

@@ -185,8 +185,12 @@ class PromotionConfig(_Section, frozen=True):
 class BenchmarkConfig(_Section, frozen=True):
     """The bench entry point."""
 
-    suite: Literal["train"] = "train"
-    """What is measured."""
+    suite: Literal["train", "data"] = "train"
+    """What is measured: the training step, or the catalog."""
+    traces: Positive = 1_000_000
+    """data: generated traces."""
+    peer_traces: Positive = 100_000
+    """data: traces for the seed system's logic, which is scaled by their number."""
     warmup_steps: Positive = 3
     """Steps that are not counted."""
     steps: Positive = 20
