@@ -8,7 +8,7 @@ endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-install lint format lock wheel clean
+.PHONY: help venv demo test test-install faults lint format lock wheel clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -29,6 +29,9 @@ test: venv  ## the tests
 
 test-install: venv  ## the tests that build environments: uv, and the wheel in an empty one
 	$(BIN)/python -m pytest -q -m install tests/test_install.py
+
+faults: venv  ## the long counts: 50 kills of each kind, a minute of readers, 5,000 fuzzed inputs
+	TUNIX_FAULTS=50 $(BIN)/python -m pytest -q -s -n 0 tests/test_faults.py
 
 lint: venv  ## style and types
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from tunix_mlflow import state
 from tunix_mlflow.config import LimitsConfig
 from tunix_mlflow.data import canonical, catalog, datasets, files, migrations, snapshot, staging
 from tunix_mlflow.data.examples import ReasoningTrace, canonical_bytes
-from tunix_mlflow.data.manifest import Selection, parse_key
+from tunix_mlflow.data.manifest import Selection, parse_key, to_document
 from tunix_mlflow.errors import DatasetError, IntegrityError, Refused
 
 
@@ -377,3 +377,102 @@ def test_the_name_of_a_file_is_no_part_of_a_dataset(tmp_path: Path) -> None:
     """The same traces from another file are identical to what is there."""
     datasets.ingest(write_traces(tmp_path / "a.jsonl", 9), "same-v1")
     assert not datasets.ingest(write_traces(tmp_path / "b.jsonl", 9), "same-v1").created
+
+
+def test_an_older_catalog_is_brought_up(tmp_path: Path) -> None:
+    """What the first version stored keeps its key and digest, verifies, and is read."""
+    built = datasets.ingest(write_traces(tmp_path / "a.jsonl", 30), "old-v1").manifest
+    table = [
+        (m, e)
+        for batch in catalog.stream(state.catalog_path(), "old-v1")
+        for m, e in zip(batch["split"].to_pylist(), batch["canonical"].to_pylist(), strict=True)
+    ]
+    shutil.rmtree(state.root())
+    state.root().mkdir()
+    con = duckdb.connect(str(state.catalog_path()))
+    con.execute("CREATE TABLE migrations (number INTEGER, name VARCHAR)")
+    migrations.m001_examples_and_manifests(con)
+    con.execute("INSERT INTO migrations VALUES (0, 'm001_examples_and_manifests')")
+    for position, (split, text) in enumerate(table):
+        digest = canonical.digest(text.encode())
+        con.execute(
+            "INSERT INTO examples (digest, id, prompt_digest, meta, canonical)"
+            " VALUES (?, 'id', 'prompt', '{}', ?)",
+            [digest, text],
+        )
+        con.execute("INSERT INTO members VALUES ('old-v1', ?, ?, ?)", [position, digest, split])
+    document = json.loads(to_document(built)) | {"request": {"test_fraction": 0.1}}
+    del document["parent"]
+    con.execute(
+        "INSERT INTO manifests VALUES ('old-v1', ?, TIMESTAMP '2026-01-01')", [json.dumps(document)]
+    )
+    con.close()
+    assert datasets.verify("old-v1").ok
+    assert datasets.ready("old-v1", print).digest == built.digest
+    assert len(snapshot.read(built.digest)) == 30
+    again = datasets.build("new-v1", Selection(filters={"parity": "even"}, order="all")).manifest
+    assert again.count == 15
+
+
+def test_filters_compare_by_type_and_operator(doubles: str) -> None:
+    """Ranges, lists, negations and combinations; a key that is absent meets a negation."""
+
+    def count(**filters: object) -> int:
+        key = f"f-v{len(catalog.listing(state.catalog_path()))}"
+        return datasets.build(key, Selection(filters=filters)).manifest.count
+
+    assert count(n={"ge": 10, "lt": 13}) == 3
+    assert count(n={"in": [1, 2, 99]}, parity="odd") == 1
+    assert count(n={"not_in": list(range(38))}) == 2
+    assert count(parity={"ne": "even"}) == 20
+    assert count(nowhere={"ne": "x"}) == 40
+    assert count(n={"gt": 36.5}) == 3
+    for bad in ({"like": "a"}, {"in": []}, {"in": "x"}, {"lt": True}, {"eq": None}):
+        with pytest.raises(DatasetError, match="filter n"):
+            count(n=bad)
+
+
+def test_named_fractions_and_parents(tmp_path: Path) -> None:
+    """Splits by prompt hash nest as they grow; a child knows its parent, and keeps its splits."""
+    datasets.ingest(write_traces(tmp_path / "a.jsonl", 400), "base-v1")
+    shares = {"test": 0.2, "validation": 0.1}
+    parent = datasets.build("parent-v1", Selection(order="all", splits=shares)).manifest
+    assert set(parent.splits) == {"train", "validation", "test"}
+    assert 50 < parent.splits["test"].count < 110
+    asked = Selection(parent="parent-v1", filters={"parity": "even"}, splits=shares)
+    child = datasets.build("child-v1", asked).manifest
+    assert child.parent == f"parent-v1@{parent.digest}"
+    assert child.count == 200
+    assert datasets.verify("child-v1").ok
+    for bad in ({"test": 1.5}, {"test": 0.6, "dev": 0.6}, {"Test": 0.1}, {"test": float("nan")}):
+        with pytest.raises(DatasetError, match="split"):
+            datasets.build("bad-v1", Selection(splits=bad))
+
+
+def test_diff_pairs_what_shares_a_prompt(tmp_path: Path) -> None:
+    """Added, removed, changed and moved, each by digest."""
+    path = write_traces(tmp_path / "a.jsonl", 6, split="train")
+    datasets.ingest(path, "a-v1")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records[0]["answer"] = "another"
+    records[1]["prompt"] = "a new question"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records[:5]))
+    datasets.ingest(path, "a-v2")
+    found = datasets.diff("a-v1", "a-v2")
+    assert [len(kind) for kind in found] == [1, 2, 1, 0]
+    assert datasets.diff("a-v1", "a-v1") == ([], [], [], [])
+
+
+def test_gc_takes_only_what_nobody_has(doubles: str) -> None:
+    """Unreferenced examples and leftovers go; the dataset stays as it was."""
+    tamper(
+        "INSERT INTO examples SELECT seq + 1000, 'x' || digest, prompt, split, meta, steps,"
+        " characters, tokens, canonical FROM examples LIMIT 3"
+    )
+    left = state.temporary_dir() / "stage-999999999-abc"
+    left.mkdir(parents=True)
+    assert catalog.unreferenced(state.catalog_path(), remove=False)[0] == 3
+    assert [path for path, _ in datasets.leftovers()] == [left]
+    assert catalog.unreferenced(state.catalog_path(), remove=True)[0] == 3
+    assert catalog.unreferenced(state.catalog_path(), remove=False)[0] == 0
+    assert datasets.verify(doubles).ok

@@ -37,7 +37,11 @@ cli.add_command(datasets)
 @cli.command(context_settings=_ARGUMENTS)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="SEED [key=value]...")
 def seed(arguments: tuple[str, ...]) -> None:
-    """Store a built-in dataset in the catalog: golden-v1, golden-v2, column-addition-v1.
+    """Store a deterministic dataset in the catalog.
+
+    \b
+    golden-v1, golden-v2, column-addition-v1, dev-reasoning-v1, dev-reasoning-v2, eval-v2,
+    reasoning-gym:FAMILY (extra seeds), and those of other packages
 
     num_traces=N makes another number of traces, number=N uses another random seed, and
     key=NAME-vN stores it under another key.
@@ -93,9 +97,9 @@ def promote(arguments: tuple[str, ...]) -> None:
 @cli.command(context_settings=_ARGUMENTS)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG] [key=value]...")
 def bench(arguments: tuple[str, ...]) -> None:
-    """Measure training throughput on this machine; the last line is JSON.
+    """Measure training throughput on this machine, or the catalog; the last line is JSON.
 
-    Without CONFIG: column-addition.
+    suite=train (default) or suite=data. Without CONFIG: column-addition.
     """
     launch.stage("bench", arguments)
 
