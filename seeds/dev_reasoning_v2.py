@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from tunix_mlflow.data.examples import ReasoningTrace, reasoning_trace
 
 DEFAULT_TRACES = 550
-MOST = 50_000
+MOST = 6_600  # _sequence has 30 * 11 * 4 = 1,320 prompts, a fifth of it
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _NAMES = ("Ada", "Bo", "Cy", "Dot", "Eli", "Fay", "Gus", "Hal")
 _SYLLABLES = ("ba", "co", "di", "fu", "ge", "ki", "lo", "ma", "ne", "pi", "ru", "sa", "to", "vu")

@@ -1,6 +1,6 @@
 """eval-v2: a hundred questions to evaluate on, never to train on, by category and difficulty.
 
-    "A crate holds 6 rows of 4 jars. 3 jars crack. How many stay whole?"
+    "A crate holds 6 rows of 4 jars. 3 crack. How many stay whole?"
     -> 6 * 4 = 24; 24 - 3 = 21 -> 21
 
 Five categories, twenty each; every trace is of the split `test`. Worded unlike the other seeds.

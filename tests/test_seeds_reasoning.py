@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from typing import Any
@@ -34,7 +35,7 @@ def of(key: str, kind: str, value: str) -> list[Example]:
 
 
 def numbers(text: str) -> list[int]:
-    return [int(n) for n in re.findall(r"-?\d+", text.replace(" - ", " "))]
+    return [int(n) for n in re.findall(r"\d+", text)]
 
 
 def contents(example: Example) -> list[str]:
@@ -166,7 +167,7 @@ def test_evaluation_times_places_and_letters() -> None:
     for example in of("eval-v2", "category", "text"):
         word, answer = example.prompt.split()[-1], example.answer or ""
         assert Counter(answer) == Counter(word)
-        assert all(a <= b for a, b in zip(answer, answer[1:], strict=False))
+        assert all(a <= b for a, b in itertools.pairwise(answer))
 
 
 def test_the_evaluation_set_is_balanced() -> None:
@@ -230,3 +231,13 @@ def test_evaluation_shares_no_prompt_and_no_run_of_words(number: int) -> None:
     shared = [e.prompt for e in evaluated if runs(e.prompt) & seen]
     assert not shared
     assert sum(bool(runs(e.prompt)) for e in evaluated) >= 60  # long enough to share one
+
+
+@pytest.mark.parametrize(
+    ("key", "most"), [("dev-reasoning-v1", 20_000), ("dev-reasoning-v2", 6_600)]
+)
+def test_the_most_that_is_stated_can_be_made(key: str, most: int) -> None:
+    """As many distinct prompts as the range says, and not one more."""
+    assert len({e.prompt for e in build(key, count=most)}) == most
+    with pytest.raises(DatasetError, match=f"to {most:,}"):
+        seeds.examples(find(key), number=42, count=most + 1)
