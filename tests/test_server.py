@@ -180,6 +180,7 @@ def test_own_data_on_a_teams_server(
     assert [p.name for p in home_of_user.rglob("*") if "tunix" in p.name] == []
     assert {p.name for p in home.iterdir()} <= {
         "catalog.duckdb",
+        "catalog.duckdb.gate",
         "catalog.duckdb.lock",
         "snapshots",
         "runs",
