@@ -267,7 +267,7 @@ def _parser(
             if len(msgspec.json.encode(raw.record, enc_hook=str)) > limits.body_bytes:
                 raise ValueError(f"the row is longer than {limits.body_bytes} bytes as JSON")
             return read(raw.record or {})
-        if fast is not None and len(raw.line) <= limits.body_bytes and b"null" not in raw.line:
+        if fast is not None and len(raw.line) <= limits.body_bytes:
             try:
                 trace = fast(raw.line)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
