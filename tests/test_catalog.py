@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from tests.conftest import write_traces
 from tunix_mlflow import state
 from tunix_mlflow.config import LimitsConfig
-from tunix_mlflow.data import canonical, catalog, datasets, files, migrations, snapshot, staging
+from tunix_mlflow.data import (
+    canonical,
+    catalog,
+    datasets,
+    files,
+    migrations,
+    parsing,
+    snapshot,
+    staging,
+)
 from tunix_mlflow.data.examples import ReasoningTrace, canonical_bytes
 from tunix_mlflow.data.manifest import Selection, parse_key, to_document
 from tunix_mlflow.errors import DatasetError, IntegrityError, Refused
@@ -37,7 +46,7 @@ def tamper(*statements: str) -> None:
 
 def parse(stage: staging.Stage, path: Path) -> None:
     """Read a JSONL file of traces."""
-    staging.of_files(
+    parsing.of_files(
         stage,
         files.sources([str(path)]),
         form="trace",

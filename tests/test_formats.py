@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from tests.conftest import write_traces
 from tunix_mlflow import state
 from tunix_mlflow.config import LimitsConfig
-from tunix_mlflow.data import canonical, catalog, chat, datasets, formats, snapshot
+from tunix_mlflow.data import canonical, catalog, chat, datasets, files, formats, parsing, snapshot
 from tunix_mlflow.data.examples import (
     Example,
     Message,
@@ -431,7 +432,7 @@ def test_sql_derives_what_python_says(tmp_path_factory: Any, found: list[Example
     tokenizer = ByteTokenizer()
     path = tmp_path_factory.mktemp("sql") / "catalog.duckdb"
     with staging.new_stage() as stage:
-        staging.of_examples(stage, found)
+        stage.add_all(found)
         catalog.take_in(path, stage, "x-v1", {"splits": {"test": 0.1}}, [])
     assert catalog.verify(path, "x-v1", None).ok
     with catalog.connect(path, write=False) as con:
@@ -456,3 +457,121 @@ def test_recognise_names_the_columns() -> None:
     """What fits no form is said with the way out."""
     with pytest.raises(DatasetError, match=r"columns a, b; .*--map"):
         formats.recognise(["b", "a"])
+
+
+tricky = st.lists(
+    st.sampled_from(
+        [
+            *('"', "\\", ",", ":", "}", "]", "[{", "\\u0022", '","', "é"),
+            *(
+                ',"messages":[{"content":',
+                ',"role":"user"}]',
+                ',"steps":[{"content":',
+                '"split":"x"',
+            ),
+        ]
+    ),
+    min_size=1,
+    max_size=4,
+).map("".join)
+nested = st.fixed_dictionaries(
+    {},
+    optional={
+        "a": tricky,
+        "messages": st.just([{"content": "q", "role": "user"}]),
+        "split": tricky,
+        "steps": st.just([{"content": "c", "i": 0, "type": "t"}]),
+    },
+)
+tricky_examples = st.builds(
+    Example,
+    messages=st.just((Message(role="user", content="q"),))
+    | tricky.map(lambda text: (Message(role="user", content=text),))
+    | st.lists(messages, min_size=1, max_size=2).map(tuple)
+    | st.just((Message(role="user", content="q", name="n"),)),
+    answer=st.none() | tricky,
+    steps=st.lists(tricky, max_size=2).map(
+        lambda found: tuple(Step(i=i, content=c) for i, c in enumerate(found))
+    ),
+    split=st.none() | st.just("validation"),
+    meta=nested | st.fixed_dictionaries({"m": nested, "z": tricky}) | metas,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(tricky_examples)
+def test_the_trace_form_is_what_a_reader_would_write(example: Example) -> None:
+    """The cut text is the trace that the parsed example makes, or there is none to make."""
+    text = canonical_bytes(example)
+    plain = from_canonical(text)
+    (first, *others) = plain.messages
+    fits = (
+        plain.answer is not None
+        and plain.steps
+        and not others
+        and first == Message(role="user", content=first.content)
+    )
+    if not fits:
+        with pytest.raises(DatasetError):
+            formats.writer("trace")(text, "train")
+        return
+    found = json.loads(bytes(formats.writer("trace")(text, "train")))
+    steps = [{"content": s.content, "i": s.i, "type": s.type} for s in plain.steps]
+    wanted = {"prompt": first.content, "steps": steps, "answer": plain.answer, "split": "train"}
+    assert found == (wanted | {"meta": plain.meta} if plain.meta else wanted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.binary(max_size=9).map(lambda b: b.replace(b"\n", b"")), max_size=12),
+    st.booleans(),
+    st.lists(st.integers(0, 120), max_size=3),
+)
+def test_spans_have_every_line_once(
+    tmp_path_factory: Any, found: list[bytes], ended: bool, cuts: list[int]
+) -> None:
+    """However a file is cut, its spans hold the lines of the whole, in order."""
+    path = tmp_path_factory.mktemp("spans") / "a.jsonl"
+    path.write_bytes(b"\n".join(found) + b"\n" * ended)
+    source = files.Source(path, "jsonl", False, None)
+    whole = list(files.lines(source, 5))
+    places = [0, *sorted(cuts)]
+    pieces = [
+        line
+        for start, end in zip(places, [*places[1:], None], strict=True)
+        for line in files.lines(source, 5, start, end)
+    ]
+    assert pieces == whole
+
+
+def test_spans_are_read_in_processes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut in two: the same digest, the bad lines by their numbers, progress to the end."""
+    good = write_traces(tmp_path / "good.jsonl", 500)
+    one = datasets.ingest(good, "one-v1").manifest
+    monkeypatch.setattr(parsing, "SPAN_BYTES", good.stat().st_size // 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    told: list[tuple[int, int]] = []
+    two = datasets.ingest(good, "two-v1", progress=lambda *a: told.append(a)).manifest
+    assert (one.digest, one.splits, one.stats) == (two.digest, two.splits, two.stats)
+    assert told[-1] == (good.stat().st_size, good.stat().st_size)
+    order = [datasets.export(key, tmp_path / f"{key}.jsonl") for key in ("one-v1", "two-v1")]
+    assert order == [500, 500]
+    assert (tmp_path / "one-v1.jsonl").read_bytes() == (tmp_path / "two-v1.jsonl").read_bytes()
+
+    rows = good.read_bytes().splitlines(keepends=True)
+    rows[2], rows[470] = b"{\n", b'{"prompt": 1}\n'
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b"".join(rows))
+    with pytest.raises(DatasetError, match=r"bad.jsonl:3: .*bad.jsonl:471: .*Nothing was stored"):
+        datasets.ingest(bad, "bad-v1")
+    rejects = tmp_path / "rejects.jsonl"
+    done = datasets.ingest(bad, "bad-v1", skip_bad=rejects)
+    assert (done.rows, done.manifest.count, done.rejected) == (500, 498, 2)
+    said = [json.loads(line)["where"] for line in rejects.read_text().splitlines()]
+    assert said == [f"{bad}:3", f"{bad}:471"]
+    bad.write_bytes(b"{\n" * 200 + b"".join(rows))
+    with pytest.raises(DatasetError, match=r"bad.jsonl:1: .* more so far\. Nothing was stored"):
+        datasets.ingest(bad, "worse-v1")
+    assert not list(state.temporary_dir().glob("stage-*"))

@@ -8,6 +8,8 @@ derived from it, in SQL, when it is stored, and derived again when it is verifie
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tunix_mlflow import state
 from tunix_mlflow.data import canonical, lock, migrations
@@ -204,8 +207,7 @@ def take_in(
                FROM (SELECT digest, min(position) AS position FROM staged GROUP BY digest) s
                JOIN examples e USING (digest)"""
         )
-        content = _set_digest(con, "tunix-source-v1", "SELECT digest FROM chosen")
-        made = _manifest(con, key, request | {"content": content}, None)
+        made = _manifest(con, key, request, None, content=True)
         made.stats["duplicates_dropped"] = stage.rows - made.count
         return _keep(con, made, sources)
 
@@ -280,22 +282,24 @@ def stream(path: Path, key: str, *, asked: bool = False) -> Generator[pa.RecordB
                   FROM wanted) GROUP BY part ORDER BY part"""
         ).fetchall()
 
-        def part(low: int, high: int) -> pa.Table:
-            return con.sql(
-                f"""SELECT e.digest, w.split, e.prompt, {text if asked else ""} e.canonical
+        def part(low: int, high: int) -> pa.RecordBatch:
+            table = con.sql(
+                f"""SELECT e.seq, e.digest, w.split, e.prompt, {text if asked else ""} e.canonical
                     FROM examples e JOIN wanted w USING (seq)
-                    WHERE e.seq BETWEEN ? AND ? AND w.seq BETWEEN ? AND ? ORDER BY e.seq""",
+                    WHERE e.seq BETWEEN ? AND ? AND w.seq BETWEEN ? AND ?""",
                 params=[low, high, low, high],
             ).to_arrow_table()
+            (batch,) = table.combine_chunks().to_batches()
+            return batch.take(pc.sort_indices(batch["seq"])).drop_columns("seq")
 
         # The next part is read while the caller works on this one.
         with ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(part, *ranges[0]) if ranges else None
             for bounds in [*ranges[1:], None]:
-                table = coming.result() if coming else None
+                batch = coming.result() if coming else None
                 coming = ahead.submit(part, *bounds) if bounds else None
-                if table is not None:
-                    yield from table.combine_chunks().to_batches()
+                if batch is not None:
+                    yield batch
 
 
 def texts(path: Path, digests: list[str]) -> dict[str, str]:
@@ -310,10 +314,8 @@ def texts(path: Path, digests: list[str]) -> dict[str, str]:
 def members_digest(path: Path, key: str) -> str:
     """The dataset digest that the stored members have now."""
     with connect(path, write=False) as con:
-        con.execute(
-            "CREATE TEMP TABLE divided AS SELECT digest, split FROM members WHERE key = ?", [key]
-        )
-        return _dataset_digest(con)
+        con.execute("CREATE TEMP TABLE mine AS SELECT * FROM members WHERE key = ?", [key])
+        return _digests(con, "mine").dataset
 
 
 def verify(path: Path, key: str, snapshot: pa.Table | None) -> Report:
@@ -336,46 +338,52 @@ def verify(path: Path, key: str, snapshot: pa.Table | None) -> Report:
         def digests(query: str) -> list[str]:
             return [d for (d,) in con.execute(query).fetchall()]
 
-        con.execute("CREATE TEMP TABLE mine AS SELECT * FROM members WHERE key = ?", [key])
-        con.execute("CREATE TEMP TABLE divided AS SELECT DISTINCT digest, split FROM mine")
-        missing = digests("SELECT DISTINCT digest FROM mine ANTI JOIN examples USING (digest)")
-        duplicated = digests(
-            """SELECT digest FROM mine GROUP BY digest HAVING count(*) > 1 UNION
-               SELECT digest FROM examples SEMI JOIN mine USING (digest)
-               GROUP BY digest HAVING count(*) > 1"""
-        )
-        differs = " OR ".join(f"{name} IS DISTINCT FROM {sql}" for name, sql in TYPED.items())
-        # A join carries every text along: where most of the catalog is meant, look at it all.
-        stored = con.execute("SELECT count(*) FROM examples").fetchall()[0][0]
-        only = "" if manifest.count * 2 >= stored else "SEMI JOIN mine USING (digest)"
         con.execute(
-            f"""CREATE TEMP TABLE wrong AS SELECT digest
-                FROM (SELECT *, TRY({PARSED}) AS d FROM examples {only})
-                WHERE digest <> sha256(canonical) OR {differs}"""
+            """CREATE TEMP TABLE mine AS
+               SELECT position, digest, split FROM members WHERE key = ?""",
+            [key],
         )
-        changed = digests("SELECT DISTINCT digest FROM wrong SEMI JOIN mine USING (digest)")
-        sound = not missing and not changed and not duplicated
-        drifted = _split_drift(con, manifest) if sound else []
+        with ThreadPoolExecutor(1) as beside:  # half of it is Python's, half DuckDB's
+            looked = beside.submit(_wrong, con.cursor(), manifest)
+            have = _digests(con, "mine")
+            notes = _notes(con, manifest, key, have)
+            once = _each_once(con, manifest.count)
+            wrong = looked.result()
+        changed: list[str] = []
+        if wrong:
+            within = "SELECT DISTINCT digest FROM mine WHERE digest IN (SELECT unnest(?))"
+            changed = [digest for (digest,) in con.execute(within, [wrong]).fetchall()]
+        missing: list[str] = []
+        extra: list[str] = []
+        duplicated: list[str] = []
+        drifted: list[str] = []
+        if notes or not once:
+            missing = digests("SELECT DISTINCT digest FROM mine ANTI JOIN examples USING (digest)")
+            duplicated = digests(
+                """SELECT digest FROM mine GROUP BY digest HAVING count(*) > 1 UNION
+                   SELECT digest FROM examples SEMI JOIN mine USING (digest)
+                   GROUP BY digest HAVING count(*) > 1"""
+            )
+            if not (missing or changed or duplicated):
+                drifted = _split_drift(con, manifest)
         snapshot_drift: list[str] = []
         if snapshot is not None:
             con.register("kept", snapshot)
             con.execute("CREATE TEMP TABLE known AS SELECT * FROM kept")
             con.unregister("kept")
-            lost = digests("SELECT digest FROM known ANTI JOIN mine USING (digest)")
-            extra = digests("SELECT DISTINCT digest FROM mine ANTI JOIN known USING (digest)")
-            drifted += digests(
-                """SELECT DISTINCT digest FROM mine m JOIN known k USING (digest)
-                   WHERE m.split <> k.split"""
-            )
-            con.execute("CREATE OR REPLACE TEMP TABLE divided AS SELECT * FROM known")
-            if _dataset_digest(con) == manifest.digest:
-                missing += lost
-            else:
-                snapshot_drift, extra, drifted = [*lost, *extra, *drifted], [], []
-            con.execute(
-                "CREATE OR REPLACE TEMP TABLE divided AS SELECT DISTINCT digest, split FROM mine"
-            )
-        else:
+            kept = _digests(con, "known").dataset
+            if not have.dataset == kept == manifest.digest:
+                lost = digests("SELECT digest FROM known ANTI JOIN mine USING (digest)")
+                extra = digests("SELECT DISTINCT digest FROM mine ANTI JOIN known USING (digest)")
+                drifted += digests(
+                    """SELECT DISTINCT digest FROM mine m JOIN known k USING (digest)
+                       WHERE m.split <> k.split"""
+                )
+                if kept == manifest.digest:
+                    missing += lost
+                else:
+                    snapshot_drift, extra, drifted = [*lost, *extra, *drifted], [], []
+        elif notes:
             # Without it, what stands in a place that is taken, or that there is none of.
             extra = digests(
                 f"""SELECT digest FROM mine
@@ -383,12 +391,9 @@ def verify(path: Path, key: str, snapshot: pa.Table | None) -> Report:
                         SELECT position FROM mine GROUP BY position HAVING count(*) > 1)"""
             )
             extra = [d for d in extra if d not in set(duplicated)]
-        notes: list[str] = []
-        found = (missing, extra, changed, duplicated, drifted, snapshot_drift)
-        if not any(found):
-            notes = _notes(con, manifest, key)
+    found = (missing, extra, changed, duplicated, drifted, snapshot_drift)
     named = dict(zip(KINDS, (list(dict.fromkeys(kind)) for kind in found), strict=True))
-    return Report(**named, notes=notes)
+    return Report(**named, notes=[] if any(found) else notes)
 
 
 def diff(path: Path, before: str, after: str) -> Difference:
@@ -516,17 +521,25 @@ def _comparison(place: str, symbol: str, value: Any) -> tuple[str, list[Any]]:
 
 
 def _manifest(
-    con: duckdb.DuckDBPyConnection, key: str, request: dict[str, Any], parent: str | None
+    con: duckdb.DuckDBPyConnection,
+    key: str,
+    request: dict[str, Any],
+    parent: str | None,
+    *,
+    content: bool = False,
 ) -> Manifest:
-    """The manifest of the temporary table `chosen`; its members go to `divided`."""
+    """The manifest of the temporary table `chosen`; its members go to `divided`.
+
+    With `content`, the request gets the digest of what was given.
+    """
     _divide(con, request["splits"])
-    counts = con.execute("SELECT split, count(*) FROM divided GROUP BY 1 ORDER BY 1").fetchall()
+    found = _digests(con, "divided")
     return Manifest(
         key=key,
-        digest=_dataset_digest(con),
-        count=sum(count for _, count in counts),
-        splits={name: Split(count=n, digest=_split_digest(con, name, n)) for name, n in counts},
-        request=request,
+        digest=found.dataset,
+        count=sum(split.count for split in found.splits.values()),
+        splits=found.splits,
+        request=request | ({"content": found.content} if content else {}),
         stats=_statistics(con),
         parent=parent,
     )
@@ -575,6 +588,53 @@ def _case(splits: dict[str, float]) -> tuple[str, list[str]]:
     return (f"CASE{whens} ELSE '{manifests.TRAIN}' END" if whens else "'train'"), params
 
 
+def _wrong(con: duckdb.DuckDBPyConnection, manifest: Manifest) -> list[str]:
+    """Examples whose text is not what their digest says, or whose columns not what the text says.
+
+    All of the dataset's are looked at, and perhaps others.
+    """
+    stored = con.execute("SELECT count(*) FROM examples").fetchall()[0][0]
+    only, params = "", []
+    # A join carries every text along: where most of the catalog is meant, look at it all.
+    if manifest.count * 2 < stored:
+        only = "SEMI JOIN (SELECT digest FROM members WHERE key = ?) USING (digest)"
+        params = [manifest.key]
+    try:
+        return _differing(con, only, params, PARSED)
+    except (duckdb.InvalidInputException, duckdb.ConversionException):
+        # A text is no JSON. TRY is slower by a third.
+        return _differing(con, only, params, f"TRY({PARSED})")
+
+
+def _differing(
+    con: duckdb.DuckDBPyConnection, only: str, params: list[str], parsed: str
+) -> list[str]:
+    differs = " OR ".join(f"{name} IS DISTINCT FROM {sql}" for name, sql in TYPED.items())
+    rows = con.sql(
+        f"""SELECT digest, canonical, coalesce({differs}, true) AS wrong
+            FROM (SELECT *, {parsed} AS d FROM examples {only})""",
+        params=params,
+    )
+    found: list[str] = []
+    for batch in rows.to_arrow_reader(10_000):
+        # hashlib uses the processor's SHA instructions, DuckDB's sha256 does not.
+        texts, ends = _text(batch["canonical"])
+        hashes = [hashlib.sha256(texts[a:b]).hexdigest() for a, b in itertools.pairwise(ends)]
+        if batch["wrong"].true_count or "".join(hashes).encode() != bytes(_block(batch["digest"])):
+            names, wrong = batch["digest"].to_pylist(), batch["wrong"].to_pylist()
+            rows_of = zip(names, hashes, wrong, strict=True)
+            found += [name for name, own, bad in rows_of if bad or name != own]
+    return found
+
+
+def _each_once(con: duckdb.DuckDBPyConnection, count: int) -> bool:
+    """Whether every member is stored, and stored once."""
+    found = con.execute(
+        "SELECT count(*), count(e.digest) FROM mine m LEFT JOIN examples e USING (digest)"
+    ).fetchall()
+    return found == [(count, count)]
+
+
 def _split_drift(con: duckdb.DuckDBPyConnection, manifest: Manifest) -> list[str]:
     """Members that stand in another split than the request gives them."""
     if not isinstance(manifest.request.get("splits"), dict):
@@ -583,32 +643,32 @@ def _split_drift(con: duckdb.DuckDBPyConnection, manifest: Manifest) -> list[str
         """CREATE TEMP TABLE chosen AS SELECT m.position, e.digest, e.prompt, e.split
            FROM mine m JOIN examples e USING (digest)"""
     )
-    con.execute("DROP TABLE divided")
     try:
         _divide(con, manifest.request["splits"])
     except DatasetError:
-        con.execute("CREATE TEMP TABLE divided AS SELECT DISTINCT digest, split FROM mine")
         return []  # an extra member brought the conflict; it is named as such
     found = con.execute(
         "SELECT digest FROM mine m JOIN divided d USING (digest) WHERE m.split <> d.split"
     ).fetchall()
-    con.execute("CREATE OR REPLACE TEMP TABLE divided AS SELECT DISTINCT digest, split FROM mine")
     return [d for (d,) in found]
 
 
-def _notes(con: duckdb.DuckDBPyConnection, manifest: Manifest, key: str) -> list[str]:
-    counts = con.execute("SELECT split, count(*) FROM divided GROUP BY 1 ORDER BY 1").fetchall()
-    count = sum(n for _, n in counts)
+def _notes(
+    con: duckdb.DuckDBPyConnection, manifest: Manifest, key: str, have: _Digests
+) -> list[str]:
+    """What of the members is not as the manifest says, as a whole."""
+    count = sum(split.count for split in have.splits.values())
     counted = sum(split.count for split in manifest.splits.values())
-    places = con.execute("SELECT min(position), max(position) FROM mine").fetchall()[0]
+    places = con.execute(
+        "SELECT min(position), max(position), count(DISTINCT position) FROM mine"
+    ).fetchall()[0]
     if manifest.key != key or not manifest.count == counted == count:
         return ["the manifest's own key and counts do not agree with its members"]
-    if places != (0, count - 1):
+    if places != (0, count - 1, count):
         return ["the members' positions are not 0, 1, 2, ..."]
-    if _dataset_digest(con) != manifest.digest:
+    if have.dataset != manifest.digest:
         return [f"the members' digest is not the manifest's {manifest.digest[:12]}"]
-    splits = {name: Split(count=n, digest=_split_digest(con, name, n)) for name, n in counts}
-    return [] if splits == manifest.splits else ["the splits are not the manifest's"]
+    return [] if have.splits == manifest.splits else ["the splits are not the manifest's"]
 
 
 def _statistics(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
@@ -629,40 +689,54 @@ def _statistics(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
     return found
 
 
-def _dataset_digest(con: duckdb.DuckDBPyConnection) -> str:
-    """One digest over the members and the splits they are in."""
-    return _set_digest(con, "tunix-dataset-v1", "SELECT digest || ':' || split FROM divided")
+class _Digests(NamedTuple):
+    content: str  # of the members alone
+    dataset: str  # of the members and the splits they are in
+    splits: dict[str, Split]
 
 
-def _split_digest(con: duckdb.DuckDBPyConnection, name: str, count: int) -> str:
-    query = "SELECT digest FROM divided WHERE split = ?"
-    return _set_digest(con, "tunix-split-v1", query, [name], count)
+def _digests(con: duckdb.DuckDBPyConnection, table: str) -> _Digests:
+    """Every digest of a table with digest and split, by one sorted pass over it.
 
-
-def _set_digest(
-    con: duckdb.DuckDBPyConnection,
-    tag: str,
-    query: str,
-    params: list[Any] | None = None,
-    count: int | None = None,
-) -> str:
-    """`canonical.set_digest` of a query's one column, without a Python object a row."""
-    given = params or []
-    if count is None:
-        count = con.execute(f"SELECT count(*) FROM ({query})", given).fetchall()[0][0]
-    lines = con.sql(
-        f"SELECT line || chr(10) AS line FROM ({query}) q(line) ORDER BY 1", params=given
+    Each is `canonical.set_digest` of its lines, without a Python object a row.
+    """
+    counts = dict(
+        con.execute(f"SELECT split, count(*) FROM {table} GROUP BY 1 ORDER BY 1").fetchall()
     )
-    return manifests.line_digest(tag, int(count or 0), _blocks(lines.to_arrow_reader(100_000)))
+    count = sum(counts.values())
+    content = manifests.set_hasher("tunix-source-v1", count)
+    dataset = manifests.set_hasher("tunix-dataset-v1", count)
+    splits = {name: manifests.set_hasher("tunix-split-v1", n) for name, n in counts.items()}
+    lines = con.sql(
+        f"""SELECT split, digest || chr(10) AS own, digest || ':' || split || chr(10) AS line
+            FROM (SELECT digest, split FROM {table} ORDER BY digest, split)"""
+    )
+    for batch in lines.to_arrow_reader(100_000):
+        dataset.update(_block(batch["line"]))
+        content.update(_block(batch["own"]))
+        for name, hasher in splits.items():
+            inside = pc.equal(batch["split"], name)
+            hasher.update(_block(batch["own"].filter(inside)))
+    return _Digests(
+        content.hexdigest(),
+        dataset.hexdigest(),
+        {name: Split(count=n, digest=splits[name].hexdigest()) for name, n in counts.items()},
+    )
 
 
-def _blocks(reader: Any) -> Iterator[Any]:
-    for batch in reader:
-        column = batch.column(0).cast(pa.string())
-        _, offsets, data = column.buffers()
-        ends = np.frombuffer(offsets, np.int32)[column.offset :]
-        if len(column):
-            yield memoryview(data)[int(ends[0]) : int(ends[len(column)])]
+def _block(column: pa.StringArray) -> memoryview:
+    """The texts of a column as one block of bytes."""
+    data, ends = _text(column)
+    return data[ends[0] : ends[-1]]
+
+
+def _text(column: pa.StringArray) -> tuple[memoryview, list[int]]:
+    """The bytes of a column's texts, and where each begins and the last one ends."""
+    if not len(column):
+        return memoryview(b""), [0]
+    _, offsets, data = column.cast(pa.string()).buffers()
+    ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
+    return memoryview(data), ends.tolist()
 
 
 def _keep(
@@ -681,12 +755,10 @@ def _keep(
     con.execute(
         "INSERT INTO manifests VALUES (?, ?, ?)", [made.key, manifests.to_document(made), now]
     )
-    con.execute(
-        "INSERT INTO members SELECT ?, position, digest, split FROM ("
-        " SELECT row_number() OVER (ORDER BY position) - 1 AS position, digest, split"
-        " FROM divided)",
-        [made.key],
-    )
+    position = "position"
+    if con.execute("SELECT max(position) FROM divided").fetchall()[0][0] >= made.count:
+        position = "row_number() OVER (ORDER BY position) - 1"  # duplicates left gaps
+    con.execute(f"INSERT INTO members SELECT ?, {position}, digest, split FROM divided", [made.key])
     for source in sources:
         con.execute(
             "INSERT INTO sources VALUES (?, ?)", [made.key, canonical.encode(source).decode()]

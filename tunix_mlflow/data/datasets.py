@@ -10,6 +10,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 
 from tunix_mlflow import state
 from tunix_mlflow.config import LimitsConfig
-from tunix_mlflow.data import canonical, catalog, files, formats, seeds, snapshot, staging
+from tunix_mlflow.data import canonical, catalog, files, formats, parsing, seeds, snapshot, staging
 from tunix_mlflow.data import manifest as manifests
 from tunix_mlflow.data.catalog import Report
 from tunix_mlflow.data.examples import Example
@@ -85,7 +86,7 @@ def seed(
         "splits": dict(manifests.HELD_OUT),
     }
     with staging.new_stage() as stage:
-        staging.of_examples(stage, seeds.examples(found, number=number, count=count))
+        stage.add_all(seeds.examples(found, number=number, count=count))
         built = Built(*catalog.take_in(state.catalog_path(), stage, stored_as, request, []))
     _snapshot_if_small(built.manifest)
     return built
@@ -130,7 +131,7 @@ def ingest(
     sources = files.sources(words)
     path = state.catalog_path()
     with staging.new_stage() as stage:
-        parsed = staging.of_files(
+        parsed = parsing.of_files(
             stage,
             sources,
             form=form,
@@ -145,7 +146,7 @@ def ingest(
         if skip_bad is not None:
             torn = catalog.conflicts(path, stage)
             rejects += [
-                staging.Reject(
+                parsing.Reject(
                     f"{sources[c.source].path}:{c.number}",
                     f"its prompt stands in another split than {c.split!r} too",
                     c.canonical[:2_000],
@@ -163,7 +164,7 @@ def ingest(
         rows = sum(source["rows"] for source in parsed.sources)
     if skip_bad is not None:
         with _whole(skip_bad) as part, part.open("w", encoding="utf-8") as out:
-            staging.write_rejects(out, rejects)
+            parsing.write_rejects(out, rejects)
     _snapshot_if_small(manifest)
     return Ingested(manifest, created, parsed.form, rows, duplicates, len(rejects))
 
@@ -366,18 +367,28 @@ def _writer(part: Path, name: str) -> Iterator[Callable[[list[Any]], None]]:
         rows: list[Any] = []
         yield rows.extend
         try:
-            table = pa.Table.from_pylist(_columns(msgspec.to_builtins(rows)))
+            table = pa.Table.from_pylist(_columns(msgspec.json.decode(msgspec.json.encode(rows))))
         except pa.ArrowException as error:
             raise DatasetError(f"the meta of these examples has no columns: {error}") from error
         pq.write_table(table, part, compression="zstd")
         return
     encoder = msgspec.json.Encoder()
-    with gzip.open(part, "wb") if name.endswith(".gz") else part.open("wb") as out:
-        yield lambda records: _write_lines(out, encoder, records)
+    pending: Future[Any] | None = None
 
+    def write(records: list[Any]) -> None:
+        nonlocal pending
+        data = encoder.encode_lines(records)
+        if pending is not None:
+            pending.result()
+        pending = behind.submit(out.write, data)  # while the next are made
 
-def _write_lines(out: Any, encoder: msgspec.json.Encoder, records: list[Any]) -> None:
-    out.write(encoder.encode_lines(records))
+    with (
+        gzip.open(part, "wb") if name.endswith(".gz") else part.open("wb") as out,
+        ThreadPoolExecutor(1) as behind,
+    ):
+        yield write
+        if pending is not None:
+            pending.result()
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -41,14 +41,6 @@ class Source(NamedTuple):
     kind: str  # jsonl, parquet, text or arrow
     zipped: bool
     split: str | None
-
-
-class Raw(NamedTuple):
-    """One row: where it stands, and its bytes (a line) or its columns."""
-
-    number: int  # line or row, from 1
-    line: bytes | None
-    record: dict[str, Any] | None
 
 
 def sources(named: Sequence[str]) -> list[Source]:
@@ -90,41 +82,61 @@ def digest(source: Source) -> str:
 
 def columns(source: Source, longest: int) -> dict[str, bool]:
     """Column -> whether the first row has a value there; of the first line that can be read."""
-    for raw in itertools.islice(rows(source, longest), 100):
-        tree: Any = raw.record
-        if raw.line is not None:
-            with contextlib.suppress(ValueError, RecursionError):
-                tree = json.loads(raw.line)
+    found: Iterable[Any]
+    if source.kind == "jsonl":
+        found = (_tree(line) for line in lines(source, longest))
+    else:
+        found = (record for _, record in records(source, longest))
+    for tree in itertools.islice(found, 100):
         if isinstance(tree, dict) and tree:
             return {name: value is not None for name, value in tree.items()}
     return {}
 
 
-def rows(source: Source, longest: int) -> Iterator[Raw]:
-    """Every row of a file, in order.
+def _tree(line: bytes) -> Any:
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(line)
+    return None
+
+
+def lines(source: Source, longest: int, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """Every line of a JSONL file, with its end, in order.
 
     Args:
         source: the file.
         longest: bytes that are read of one line; a line that is longer comes as its first
             `longest` + 2 bytes.
+        start: leave out lines that begin before this byte.
+        end: and those that begin at or after this one.
 
     Raises:
         DatasetError: when the file cannot be read.
     """
     try:
-        if source.kind in ("jsonl", "text"):
+        with _open(source) as handle:
+            yield from _lines(handle, longest, start, end)
+    except (OSError, EOFError) as error:
+        raise DatasetError(f"cannot read {source.path}: {_reason(error)}") from error
+
+
+def records(source: Source, longest: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every row of a file of another kind, with its number from 1, in order.
+
+    Raises:
+        DatasetError: when the file cannot be read.
+    """
+    number = 0
+    try:
+        if source.kind == "text":
             with _open(source) as handle:
-                for number, line in enumerate(_lines(handle, longest), start=1):
-                    if source.kind == "jsonl":
-                        yield Raw(number, line, None)
-                    elif line.strip():
-                        yield Raw(number, None, {"text": line.decode("utf-8").rstrip("\r\n")})
+                for number, line in enumerate(_lines(handle, longest, 0, None), start=1):
+                    if line.strip():
+                        yield number, {"text": line.decode("utf-8").rstrip("\r\n")}
         else:
-            number = 0
             for batch in _batches(source):
                 for record in batch.to_pylist():
                     number += 1
-                    yield Raw(number, None, record)
+                    yield number, record
     except UnicodeDecodeError as error:
         raise DatasetError(f"{source.path}:{number}: not UTF-8: {error.reason}") from error
     except (OSError, EOFError, pa.ArrowException, ValueError) as error:
@@ -137,12 +149,22 @@ def _open(source: Source) -> IO[bytes]:
     return source.path.open("rb", buffering=1 << 20)
 
 
-def _lines(handle: IO[bytes], longest: int) -> Iterator[bytes]:
+def _lines(handle: IO[bytes], longest: int, start: int, end: int | None) -> Iterator[bytes]:
     most = longest + 2  # with its end
-    while line := handle.readline(most):
+    place = start
+    if start:
+        handle.seek(start - 1)
+        place -= 1
+        while line := handle.readline(most):  # the rest of the line before
+            place += len(line)
+            if line.endswith(b"\n"):
+                break
+    while (end is None or place < end) and (line := handle.readline(most)):
+        place += len(line)
         yield line
         while len(line) == most and not line.endswith(b"\n"):  # the rest of one too long
             line = handle.readline(most)
+            place += len(line)
 
 
 def _batches(source: Source) -> Iterator[pa.RecordBatch]:

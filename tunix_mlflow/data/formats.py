@@ -150,30 +150,6 @@ def _numbered(given: list[Any]) -> list[Step]:
     return steps
 
 
-class _Prompt(Struct, gc=False):
-    content: Raw
-    role: str
-
-
-class _Pieces(Struct, gc=False):
-    """An example's canonical text, taken apart and not read."""
-
-    messages: list[_Prompt]
-    answer: Raw = Raw(b"null")
-    steps: Raw = Raw(b"null")
-    meta: Raw = Raw(b"{}")
-
-
-class TraceLine(Struct, gc=False):
-    """A line of our own JSONL, of pieces of canonical JSON."""
-
-    prompt: Raw
-    steps: Raw
-    answer: Raw
-    split: str
-    meta: Raw
-
-
 def writer(form: str) -> Callable[[bytes, str], Any]:
     """A function from canonical bytes and the split to an object that has the form as JSON.
 
@@ -443,18 +419,30 @@ _FORMS: dict[str, Callable[[dict[str, Any], LimitsConfig], Example]] = {
 }
 
 
-def _to_trace(text: bytes, split: str) -> TraceLine:
-    found = _PIECES(text)
-    pieces = (bytes(found.answer), bytes(found.steps))
-    if b"null" in pieces or [m.role for m in found.messages] != ["user"]:
+_CONTENT, _ROLE, _STEPS = b',"messages":[{"content":', b',"role":"user"}]', b',"steps":[{"content":'
+
+
+def _to_trace(text: bytes, split: str) -> Raw:
+    """The trace form, cut out of the canonical text without reading it: that is ten times as fast.
+
+    The keys stand in the order answer, messages, meta, split, steps. What is looked for has
+    quotation marks that no string can hold: there, a backslash stands before them.
+    """
+    answer, _, rest = text.partition(_CONTENT)
+    prompt, one, rest = rest.partition(_ROLE)
+    meta, _, steps = rest.rpartition(_STEPS)
+    # Of one message alone no key follows the content; the steps end the text, not meta's.
+    fits = one and steps[-2:] == b"]}" and answer[:10] == b'{"answer":'
+    if not fits or b'","' in prompt[1:-1]:
         raise DatasetError(
             "an example that is not one prompt with steps and an answer has no trace form;"
             " use --format messages"
         )
-    return TraceLine(found.messages[0].content, found.steps, found.answer, split, found.meta)
-
-
-_PIECES = msgspec.json.Decoder(_Pieces).decode
+    if meta[-1:] == b'"':
+        meta = meta[: meta.rindex(b',"split":"')]  # its own; the dataset's counts
+    own = f',"split":"{split}"'.encode()
+    parts = (b'{"prompt":', prompt, _STEPS, steps[:-1], b",", answer[1:], own, meta, b"}")
+    return Raw(b"".join(parts))
 
 
 def _to_messages(example: Example) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -144,12 +144,9 @@ def bounds(splits: Mapping[str, float]) -> list[tuple[str, str]]:
     return found
 
 
-def line_digest(tag: str, count: int, lines: Iterable[Any]) -> str:
-    """`canonical.set_digest` of sorted lines that come as bytes-like blocks."""
-    hasher = hashlib.sha256(f"{tag}\n{count}\n".encode())
-    for block in lines:
-        hasher.update(block)
-    return hasher.hexdigest()
+def set_hasher(tag: str, count: int) -> hashlib._Hash:
+    """What `canonical.set_digest` begins with; the lines of sorted members are to follow."""
+    return hashlib.sha256(f"{tag}\n{count}\n".encode())
 
 
 def to_document(manifest: Manifest) -> str:

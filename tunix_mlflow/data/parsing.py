@@ -1,0 +1,353 @@
+"""Files -> checked examples in a stage, on all processors.
+
+A large file of plain lines is read in spans, each by a process of its own:
+
+    python -P -m tunix_mlflow.data.parsing      # a span on stdin, progress and outcome on stdout
+
+A process whose parent dies finds its pipe closed and ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from tunix_mlflow.config import LimitsConfig
+from tunix_mlflow.data import canonical, files, formats
+from tunix_mlflow.data.examples import Example, canonical_bytes
+from tunix_mlflow.data.files import Source
+from tunix_mlflow.data.staging import Part, Stage
+from tunix_mlflow.errors import DatasetError
+
+SPAN_BYTES = 32_000_000
+"""Bytes of a file that are worth a process of their own."""
+_MOST_BAD = 20  # named before a strict ingest stops looking
+_REPORT_ROWS = 20_000
+
+
+class Reject(NamedTuple):
+    """A row that was left out."""
+
+    where: str  # file:line
+    reason: str
+    row: str  # as it came, cut at 2,000 characters
+
+
+class Parsed(NamedTuple):
+    """What was read of a set of files."""
+
+    form: str
+    sources: list[dict[str, Any]]  # provenance: name, sha256, bytes, rows, rejected, split
+    rejects: list[Reject]
+
+
+class _Bad(Struct, frozen=True):
+    number: int  # line, counted within the span
+    reason: str
+    row: str
+
+
+class _Span(Struct, frozen=True):
+    """A piece of a file, and how it is read."""
+
+    path: str
+    kind: str
+    zipped: bool
+    split: str | None
+    start: int  # bytes; lines that begin at or after it
+    end: int | None  # and before it; None: to the end
+    form: str
+    mapping: dict[str, str]
+    limits: LimitsConfig
+    skip_bad: bool
+    index: int  # of the file
+    into: str
+
+
+class _Outcome(Struct, frozen=True):
+    """What became of a span."""
+
+    rows: int  # that were read
+    kept: int
+    bad: list[_Bad]
+    stopped: bool  # after too many that were bad
+    error: str | None = None  # the file cannot be read
+
+
+def of_files(
+    stage: Stage,
+    named: list[Source],
+    *,
+    form: str,
+    mapping: Mapping[str, str],
+    limits: LimitsConfig,
+    skip_bad: bool,
+    progress: Callable[[int, int], None],
+) -> Parsed:
+    """Stage the rows of files.
+
+    Args:
+        stage: where they go.
+        named: the files.
+        form: a format, or `auto`.
+        mapping: field -> column.
+        limits: lengths that are taken.
+        skip_bad: leave bad rows out, and return them; else they are an error.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        DatasetError: naming the bad lines, or the file that cannot be read.
+    """
+    columns = files.columns(named[0], limits.body_bytes) if named else {}
+    if mapping or form == "auto":
+        missing = [column for column in mapping.values() if column not in columns]
+        if missing and columns:
+            raise DatasetError(
+                f"{named[0].path} has no column {missing[0]!r}; it has {', '.join(columns)[:300]}"
+            )
+    if form == "auto":
+        renamed = {column: field for field, column in mapping.items()}
+        names = [renamed.get(column, column) for column, filled in columns.items() if filled]
+        form = formats.recognise(names) if names else "trace"  # whose errors then say it
+    total, done = sum(files.size(source) for source in named), 0
+    provenance: list[dict[str, Any]] = []
+    rejects: list[Reject] = []
+    for index, source in enumerate(named):
+        size, start = files.size(source), done
+        spans = [
+            _Span(
+                path=str(source.path.absolute()),
+                kind=source.kind,
+                zipped=source.zipped,
+                split=source.split,
+                start=begin,
+                end=end,
+                form=form,
+                mapping=dict(mapping),
+                limits=limits,
+                skip_bad=skip_bad,
+                index=index,
+                into=str(stage.new_part()),
+            )
+            for begin, end in _cuts(source, size)
+        ]
+        with ThreadPoolExecutor(1) as beside:
+            digest = beside.submit(files.digest, source)
+            outcomes = _read(spans, functools.partial(_say, progress, start, size, total))
+        lines = 0
+        for span, outcome in zip(spans, outcomes, strict=True):
+            if outcome.error is not None:
+                raise DatasetError(outcome.error)
+            rejects += [_reject(source, bad, lines, form) for bad in outcome.bad]
+            if outcome.stopped:  # the lines after it were not all counted
+                raise _refusal(rejects, more=True)
+            stage.append(Path(span.into), outcome.kept, lines)
+            lines += outcome.rows
+        done = start + size
+        progress(done, total)
+        provenance.append(
+            {
+                "file": source.path.name,
+                "sha256": digest.result(),
+                "bytes": size,
+                "rows": lines,
+                "rejected": sum(len(outcome.bad) for outcome in outcomes),
+                "split": source.split,
+            }
+        )
+        if len(rejects) >= _MOST_BAD and not skip_bad:
+            raise _refusal(rejects, more=index + 1 < len(named))
+    if rejects and not skip_bad:
+        raise _refusal(rejects, more=False)
+    return Parsed(form, provenance, rejects)
+
+
+def _say(
+    progress: Callable[[int, int], None], start: int, size: int, total: int, more: int
+) -> None:
+    progress(start + min(more, size), total)  # what is unzipped is more than the file
+
+
+def write_rejects(out: IO[str], rejects: Iterable[Reject]) -> None:
+    """One JSON object a line: where, reason, row."""
+    for reject in rejects:
+        out.write(json.dumps(reject._asdict(), ensure_ascii=True) + "\n")
+
+
+def _cuts(source: Source, size: int) -> list[tuple[int, int | None]]:
+    """Spans of about equal size: one a processor, unless the file is small or not plain lines."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = min(cores or 1, size // SPAN_BYTES)
+    if source.zipped or source.kind != "jsonl" or count < 2:
+        return [(0, None)]
+    places = [size * i // count for i in range(count)]
+    return list(zip(places, [*places[1:], None], strict=True))
+
+
+def _read(spans: list[_Span], progress: Callable[[int], None]) -> list[_Outcome]:
+    """Read each span; the only one here, several in processes of their own."""
+    if len(spans) == 1:
+        return [_parse(spans[0], progress)]
+    command = [sys.executable, "-P", "-m", __name__]
+    children = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in spans
+    ]
+    done = [0] * len(spans)
+
+    def follow(number: int) -> _Outcome:
+        child = children[number]
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(msgspec.json.encode(spans[number]))
+        child.stdin.close()
+        for line in child.stdout:
+            if line[:1] == b"{":
+                return msgspec.json.decode(line, type=_Outcome)
+            done[number] = int(line)
+            progress(sum(done))
+        raise RuntimeError(f"a process that read {spans[number].path} ended with {child.wait()}")
+
+    try:
+        with ThreadPoolExecutor(len(spans)) as threads:
+            followed = [threads.submit(follow, number) for number in range(len(spans))]
+            try:
+                return [each.result() for each in followed]
+            except BaseException:
+                for child in children:
+                    child.kill()
+                raise
+    finally:
+        for child in children:
+            child.wait()
+            if child.stdout is not None:
+                child.stdout.close()
+
+
+def _parse(span: _Span, progress: Callable[[int], None]) -> _Outcome:
+    """Read one span into its part, calling `progress` with the bytes read."""
+    source = Source(Path(span.path), span.kind, span.zipped, span.split)
+    part = Part(Path(span.into), span.index)
+    bad: list[_Bad] = []
+    number = done = 0
+    rows: Iterable[tuple[int, Any]]
+    if span.kind == "jsonl":
+        rows = enumerate(files.lines(source, span.limits.body_bytes, span.start, span.end), start=1)
+        parse: Callable[[Any], Example] = _line_parser(span)
+    else:
+        rows = files.records(source, span.limits.body_bytes)
+        parse = _record_parser(span)
+    for number, row in rows:
+        try:
+            part.add(canonical_bytes(parse(row)), number)
+        except (ValueError, RecursionError) as error:
+            bad.append(_bad(number, row, error))
+            if not span.skip_bad and len(bad) >= _MOST_BAD:
+                break
+        if span.kind == "jsonl":
+            done += len(row)
+            if number % _REPORT_ROWS == 0:
+                progress(done)
+    part.close()
+    return _Outcome(number, part.rows, bad, not span.skip_bad and len(bad) >= _MOST_BAD)
+
+
+def _record_parser(span: _Span) -> Callable[[dict[str, Any]], Example]:
+    read = formats.reader(span.form, span.limits, span.mapping, span.split)
+
+    def parse(record: dict[str, Any]) -> Example:
+        if len(msgspec.json.encode(record, enc_hook=str)) > span.limits.body_bytes:
+            raise ValueError(f"the row is longer than {span.limits.body_bytes} bytes as JSON")
+        return read(record)
+
+    return parse
+
+
+def _line_parser(span: _Span) -> Callable[[bytes], Example]:
+    limits, split, most = span.limits, span.split, span.limits.body_bytes
+    read = formats.reader(span.form, limits, span.mapping, split)
+    quotes, trace_quotes, from_trace = canonical.quotes, formats.trace_quotes, formats.from_trace
+    decode = formats.trace_decoder(limits)
+    slow = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # the slow way says more
+
+    def parse_trace(line: bytes) -> Example:
+        if len(line) <= most:
+            try:
+                trace = decode(line)
+            except slow:
+                return parse(line)
+            if quotes(line) == trace_quotes(trace):
+                return from_trace(trace, split)
+        return parse(line)
+
+    def parse(line: bytes) -> Example:
+        if len(line) - line.endswith(b"\n") > most:
+            raise ValueError(f"the line is longer than {most} bytes")
+        if line.startswith(b"\xef\xbb\xbf"):
+            raise ValueError("starts with a byte-order mark; save the file without it")
+        if not line.strip():
+            raise ValueError("empty line; remove it")
+        tree = canonical.parse(line)
+        if not isinstance(tree, dict):
+            raise ValueError(f"Expected `object`, got {type(tree).__name__}")
+        return read(tree)
+
+    return parse_trace if span.form == "trace" and not span.mapping else parse
+
+
+def _bad(number: int, row: Any, error: Exception) -> _Bad:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    text = row.decode("utf-8", "replace") if isinstance(row, bytes) else str(row)
+    # A lone surrogate in a message would have no UTF-8.
+    return _Bad(number, _printable(reason), _printable(text[:2_000]))
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _reject(source: Source, bad: _Bad, lines: int, form: str) -> Reject:
+    what = "a reasoning trace" if form == "trace" else f"a row of {form}"
+    return Reject(f"{source.path}:{lines + bad.number}", f"not {what}: {bad.reason}", bad.row)
+
+
+def _refusal(rejects: list[Reject], *, more: bool) -> DatasetError:
+    said = "; ".join(f"{r.where}: {r.reason[:300]}" for r in rejects[:5])
+    count = len(rejects) - 5
+    if count > 0 or more:
+        said += f"; and {max(count, 0)} more" + (" so far" if more else "")
+    plural = "them" if len(rejects) > 1 else "it"
+    return DatasetError(f"{said}. Nothing was stored; mend {plural}, or give --skip-bad")
+
+
+def _main() -> None:
+    """Read the span that stdin names."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    span = msgspec.json.decode(sys.stdin.buffer.read(), type=_Span)
+
+    def say(line: bytes) -> None:
+        try:
+            sys.stdout.buffer.write(line + b"\n")
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:  # nobody waits for this any more
+            os._exit(1)
+
+    try:
+        outcome = _parse(span, lambda done: say(b"%d" % done))
+    except DatasetError as error:
+        outcome = _Outcome(0, 0, [], False, str(error))
+    say(msgspec.json.encode(outcome))
+
+
+if __name__ == "__main__":
+    _main()
