@@ -23,6 +23,7 @@ SECONDS = 60 if COUNT >= 50 else 4
 
 WORK = {
     "ingest": "datasets.ingest(Path(FILE), KEY)",
+    "ingest in spans": "parsing.SPAN_BYTES = 100_000; datasets.ingest(Path(FILE), KEY)",
     "build": "datasets.build(KEY, Selection(order='random'))",
     "export": "datasets.export('base-v1', Path(FILE + '.out.jsonl'))",
 }
@@ -31,7 +32,7 @@ WORK = {
 def start(code: str) -> subprocess.Popen[bytes]:
     head = (
         "from pathlib import Path\n"
-        "from tunix_mlflow.data import datasets\n"
+        "from tunix_mlflow.data import datasets, parsing\n"
         "from tunix_mlflow.data.manifest import Selection\n"
         "print('ready', flush=True)\n"
     )
