@@ -15,6 +15,7 @@ from typing import Any
 
 from tunix_mlflow import bootstrap
 from tunix_mlflow.config import Config
+from tunix_mlflow.errors import TrackingError
 
 from . import console
 from .evaluate import evaluate
@@ -43,6 +44,11 @@ def run_all(config: Config) -> dict[str, Any]:
             seed(config)
         trained = train(config)
         summarize(trained)
+        if trained.model_id is None:
+            raise TrackingError(
+                f"MLflow went away, so the model of run {trained.run_id} is not logged yet: when"
+                f" it is back, tunix-mlflow sync {trained.run_id}, then evaluate and promote it"
+            )
         scored = evaluate(config, trained.model_id)
         promoted = promote(config, trained.model_id)
         figures = {
@@ -58,7 +64,7 @@ def run_all(config: Config) -> dict[str, Any]:
             "verdict": promoted.verdict,
             "run_id": run.run_id,
             "train_run_id": trained.run_id,
-            "link": store.run_link(run.experiment_id),
+            "link": store.run_link(run.experiment_id or ""),
             "ui": store.ui_command(),
         }
         run.log_figures(

@@ -1,7 +1,8 @@
-"""Train a decoder on a dataset, from scratch or from the last checkpoint of a run.
+"""Train a decoder on a dataset, from scratch or from a checkpoint of a run.
 
     mlflow run . -e train --env-manager local -P dataset=golden-v2
     tunix-mlflow train column-addition training.steps=200
+    tunix-mlflow train golden-v2 resume=auto tracking.key=job-17
     tunix-mlflow resume RUN_ID
 
 Two cores: golden-v2 takes half a minute, column-addition one and a half.
@@ -9,22 +10,40 @@ Two cores: golden-v2 takes half a minute, column-addition one and a half.
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from tunix_mlflow import bootstrap
+from tunix_mlflow import bootstrap, state
 from tunix_mlflow import config as configs
 from tunix_mlflow.config import Config
 from tunix_mlflow.data.manifest import Manifest
-from tunix_mlflow.errors import ConfigError, DatasetError, Refused
+from tunix_mlflow.errors import CheckpointError, ConfigError, Refused
 
 from . import console
 
-OWN = ("resume",)
+if TYPE_CHECKING:
+    from tunix_mlflow.tracking.session import RunSession
+    from tunix_mlflow.training.checkpoint import Checkpoints
+    from tunix_mlflow.training.setup import Setup
+    from tunix_mlflow.training.step import TrainState
+
+OWN = ("resume", "step", "fork")
 DEFAULT = "golden-v2"
+AUTO = "auto"
+
+
+class Start(NamedTuple):
+    """Where training begins, when not at step 0 of a new run."""
+
+    run_id: str
+    step: int | None = None  # None: its newest checkpoint
+    fork: bool = False  # a new run begins there
 
 
 class Trained(NamedTuple):
@@ -33,144 +52,91 @@ class Trained(NamedTuple):
     run_id: str
     link: str
     ui: str | None  # the command that opens the UI on a local store
-    model_id: str
+    model_id: str | None  # None: MLflow was away, and is told later
     manifest: Manifest
     figures: dict[str, float]
 
 
-def train(config: Config, *, resume: str | None = None) -> Trained:
+def train(config: Config, *, start: Start | None = None) -> Trained:
     """Verify the dataset, train, log the model.
 
     Args:
         config: the run's configuration.
-        resume: id of the run to go on with; its configuration must be `config`.
+        start: the run to go on with, or to begin at; its configuration allows `config`.
 
     Raises:
         InputError: for a dataset, device or run that cannot be used; no run is started.
         Refused: if the dataset is not what its manifest says, or an evaluation set leaks.
         TrainingStopped: when the loss is not finite.
     """
-    from tunix_mlflow.data import batches, chat, datasets, snapshot
-    from tunix_mlflow.data.tokenizer import ByteTokenizer
+    from tunix_mlflow.data import datasets
     from tunix_mlflow.evaluation import scoring
     from tunix_mlflow.models import bundle as bundles
     from tunix_mlflow.models import decoder
-    from tunix_mlflow.tracking import flavor, note, store
+    from tunix_mlflow.tracking import note, store
     from tunix_mlflow.tracking.session import session
-    from tunix_mlflow.training import checkpoint, devices, loop, optimizer, step
+    from tunix_mlflow.training import devices, loop
+    from tunix_mlflow.training import setup as setups
 
     if config.dataset is None:
         raise ConfigError("dataset is missing; give dataset=KEY, or seed or ingest one")
-    store.connect(config.tracking)  # a dead server is said before any work
+    store.reach(config.tracking)  # a store that cannot be used is said before any work
     manifest = datasets.ready(config.dataset, console.say)
-    device = devices.use(config.device)
-
-    # Examples -> rows of tokens.
-    tokenizer = ByteTokenizer()
-    if config.data.train_split not in manifest.splits:
-        raise DatasetError(
-            f"dataset {manifest.key} has no split {config.data.train_split!r};"
-            f" it has {', '.join(manifest.splits)}"
-        )
-    wanted = config.evaluation.split
-    if wanted not in manifest.splits and (len(manifest.splits) > 1 or wanted != "test"):
-        raise DatasetError(
-            f"dataset {manifest.key} has no split {wanted!r} to hold out;"
-            f" it has {', '.join(manifest.splits)}. Set evaluation.split"
-        )
-    examples = snapshot.read(manifest.digest, config.data.train_split)
-    held_out = snapshot.read(manifest.digest, config.evaluation.split)
+    setup = setups.assemble(config, manifest, devices.use(config.device))
+    config = setup.config
     leaks = _leakage(config, manifest)
-    config = _with_length(
-        config,
-        batches.longest([*examples, *held_out], tokenizer, config.data.include_steps),
-    )
-    length = config.data.sequence_length or 0
-    rows = batches.tokenize(examples, tokenizer, config.data, length)
-    held_out_rows = batches.tokenize(held_out, tokenizer, config.data, length) if held_out else None
-    max_new_tokens = config.evaluation.max_new_tokens or batches.longest_completion(rows)
-    if held_out_rows is None:
+    count = decoder.parameter_count(setup.state.params)
+    if setup.held_out_rows is None:
         console.say(f"no examples in split {config.evaluation.split!r}: nothing is held out")
-
-    # Parameters and optimizer.
-    graph, params = decoder.build(config.model, tokenizer.vocab_size, config.seed)
-    rule = optimizer.build(config.optimizer, config.training.steps)
-    state = step.init_state(params, rule)
-    count = decoder.parameter_count(params)
     console.say(
-        f"{manifest.key}: {len(examples)} examples in {len(rows.rows)} rows of {length} tokens"
-        f" ({rows.fill:.0%} full), {len(held_out)} held out; {count:,} parameters on {device}"
+        f"{manifest.key}: {len(setup.examples)} examples in {len(setup.rows.rows)} rows of"
+        f" {config.data.sequence_length} tokens ({setup.rows.fill:.0%} full),"
+        f" {len(setup.held_out)} held out; {count:,} parameters on {setup.device}"
     )
-    identity = {
-        "dataset_digest": manifest.digest,
-        "tokenizer_digest": tokenizer.digest,
-        "template_digest": chat.template_digest(config.data.include_steps),
-        "config_digest": configs.digest(config),
-    }
-    tags = {f"tunix.{name}": value for name, value in identity.items()}
-    tags |= {f"tunix.{name}": value for name, value in devices.fingerprint(device).items()}
+    identity, fingerprint = setup.identity(), setup.fingerprint()
+    tags = {f"tunix.{name}": value for name, value in (identity | fingerprint).items()}
     tags |= {"tunix.dataset": manifest.key}
+    resumed = start.run_id if start and not start.fork else None
 
-    with session(config, stage="train", run_id=resume, tags=tags) as run:
+    with session(config, stage="train", run_id=resumed, tags=tags) as run:
         console.say(f"run {run.run_id}: {run.link}")
         run.log_dataset(manifest, config.data.train_split, usage="training")
-        if held_out:
+        if setup.held_out:
             run.log_dataset(manifest, config.evaluation.split, usage="evaluation")
         run.log_note(note.training(config, manifest, run.run_id, run.link))
         run.write_scalars(
             0,
             {
-                "data/fill": rows.fill,
-                "data/truncated": rows.truncated,
-                "data/dropped": rows.dropped,
+                "data/fill": setup.rows.fill,
+                "data/truncated": setup.rows.truncated,
+                "data/dropped": setup.rows.dropped,
                 **leaks,
                 "model/parameters": count,
             },
         )
-        checkpoints = checkpoint.Checkpoints(
-            run.folder / "checkpoints",
-            identity | devices.fingerprint(device),
-            keep_last=config.checkpoints.keep_last,
-            on_sealed=(
-                (lambda folder, _: run.log_folder(folder, f"checkpoints/{folder.name}"))
-                if config.checkpoints.upload
-                else None
-            ),
-        )
-        if resume is not None and config.checkpoints.upload:
-            for folder in checkpoint.steps(checkpoints.folder):  # a kill may have cut one off
-                run.log_folder(folder, f"checkpoints/{folder.name}")
-        restored = checkpoints.restore_latest(state, run.report)
-        if restored is not None:
-            console.say(f"resuming run {run.run_id} after step {restored[0]}")
-            state = restored[1]
-        elif resume is not None:
-            console.say(f"run {run.run_id} has no checkpoint: starting at step 0 again")
+        checkpoints = _checkpoints(run, setup)
+        state = _restored(run, setup, checkpoints, start)
         progress = console.TrainingProgress(int(state.step), config.training.steps)
-
-        def evaluate(state: step.TrainState) -> dict[str, float]:
-            assert held_out_rows is not None
-            parts = batches.eval_batches(held_out_rows, config.training.batch_size)
-            return loop.held_out_loss(graph, state.params, parts)
-
         try:
             console.say(f"if it is interrupted: tunix-mlflow resume {run.run_id}")
             state = loop.fit(
                 config,
                 state,
-                batches.TrainBatches(rows, batch_size=config.training.batch_size, seed=config.seed),
-                graph=graph,
-                optimizer=rule,
+                setup.train_batches(),
+                graph=setup.graph,
+                optimizer=setup.rule,
                 writers=[run, progress],
                 checkpoints=checkpoints,
-                evaluate=evaluate if held_out_rows is not None else None,
+                evaluate=setup.held_out_loss if setup.held_out_rows is not None else None,
             )
         finally:
             progress.close()
             checkpoints.close()
         last = config.training.steps
-        bundle = bundles.Bundle(config.model, graph, state.params, tokenizer, max_new_tokens)
-        sample = scoring.scorable(held_out, config.evaluation.samples)
+        bundle = bundles.Bundle(
+            config.model, setup.graph, state.params, setup.tokenizer, setup.max_new_tokens
+        )
+        sample = scoring.scorable(setup.held_out, config.evaluation.samples)
         figures: dict[str, float] = {}
         if sample:
             judged = scoring.score(sample, bundle.complete, config.evaluation.batch_size)
@@ -178,36 +144,120 @@ def train(config: Config, *, resume: str | None = None) -> Trained:
             run.write_scalars(last, figures)
             run.log_table(scoring.table(judged), f"generations/step-{last:08d}.json")
         figures |= run.log_summary(last)
-        run.sync()
         weights = {"tunix.weights_digest": bundles.weights_digest(state.params)}
-        model_id = flavor.log_model(
-            bundle,
-            run_id=run.run_id,
+        shutil.rmtree(run.folder / "model", ignore_errors=True)
+        bundles.save(bundle, run.folder / "model")
+        run.log_model(
+            run.folder / "model",
             step=last,
-            prompts=[example.prompt for example in (held_out or examples)[:3]],
+            prompts=[example.prompt for example in (setup.held_out or setup.examples)[:3]],
+            weights_digest=weights["tunix.weights_digest"],
             tags=weights | {name: tags[name] for name in ("tunix.dataset", "tunix.dataset_digest")},
         )
         run.set_tags(weights)
-        run.log_file(run.folder / "metrics.jsonl")
+        run.sync()
         figures |= run.last("eval/loss")
-        return Trained(run.run_id, run.link, store.ui_command(), model_id, manifest, figures)
+    return Trained(run.run_id, run.link, store.ui_command(), run.model_id, manifest, figures)
+
+
+def _checkpoints(run: RunSession, setup: Setup) -> Checkpoints:
+    from tunix_mlflow.training import checkpoint
+
+    upload = setup.config.checkpoints.upload
+
+    def sealed(folder: Path, _: int) -> None:
+        if upload:
+            run.log_file(run.folder / "metrics.jsonl")  # so that another machine can go on
+            run.log_folder(folder, f"checkpoints/{folder.name}")
+
+    def removed(step: int) -> None:
+        if upload:
+            run.remove_artifact(f"checkpoints/{step:08d}")
+
+    return checkpoint.Checkpoints(
+        run.folder / "checkpoints",
+        setup.identity() | setup.fingerprint(),
+        retention=checkpoint.Retention.of(setup.config.checkpoints),
+        on_sealed=sealed,
+        on_removed=removed,
+    )
+
+
+def _restored(
+    run: RunSession, setup: Setup, checkpoints: Checkpoints, start: Start | None
+) -> TrainState:
+    """The state to go on from."""
+    if start is None:
+        return setup.state
+    if start.fork:
+        state = _forked(run, setup, start)
+        checkpoints.save(int(state.step), state)  # else a kill would lose where it began
+        return state
+    if start.step is not None:
+        checkpoints.rewind(start.step)
+    restored = checkpoints.restore_latest(setup.state, run.report)
+    if restored is None:
+        console.say(f"run {run.run_id} has no checkpoint: starting at step 0 again")
+        return setup.state
+    step, state = restored
+    console.say(f"resuming run {run.run_id} after step {step}")
+    _compare_environment(run, checkpoints.folder / f"{step:08d}", setup.fingerprint())
+    return state
+
+
+def _forked(run: RunSession, setup: Setup, start: Start) -> TrainState:
+    """The state of another run, as this one's first."""
+    from tunix_mlflow.tracking import runs, store
+    from tunix_mlflow.training import checkpoint
+
+    source = state.run_dir(start.run_id) / "checkpoints"
+    if not checkpoint.steps(source):
+        client = store.connect(setup.config.tracking)
+        runs.fetch_checkpoint(client, start.run_id, source.parent, run.report)
+    others = checkpoint.Checkpoints(
+        source, {}, retention=checkpoint.Retention.of(setup.config.checkpoints)
+    )
+    try:
+        if start.step is not None:
+            found = (start.step, others.restore(start.step, setup.state))
+        else:
+            latest = others.restore_latest(setup.state, run.report)
+            if latest is None:
+                raise CheckpointError(f"run {start.run_id} has no checkpoint to begin from")
+            found = latest
+    finally:
+        others.close()
+    console.say(f"beginning where run {start.run_id} was after step {found[0]}")
+    run.set_tags({"tunix.forked_from": f"{start.run_id}@{found[0]}"})
+    return found[1]
+
+
+def _compare_environment(run: RunSession, folder: Path, now: dict[str, str]) -> None:
+    """Say when this environment is not the one that a checkpoint was made in."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    before = manifest["identity"]
+    other = [f"{k} {before[k]}, now {v}" for k, v in now.items() if before.get(k, v) != v]
+    if other:
+        console.say(f"another environment ({'; '.join(other)}): the bits may differ from here on")
+        run.set_tags({"tunix.environment_changed": f"after step {manifest['step']}: {other}"})
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, train, print."""
     arguments = bootstrap.parse(argv, OWN)
     resume = arguments.stage.get("resume")
+    config: Config | None
+    start: Start | None = None
     if resume is None:
         config = arguments.load(DEFAULT)
         bootstrap.prepare(config)
+    elif resume == AUTO:
+        config, start = _automatic(arguments)
     else:
-        if arguments.config or arguments.overrides:
-            raise ConfigError("a resumed run keeps its configuration; give nothing but its id")
-        from tunix_mlflow.tracking import runs
-
-        config, environment = runs.to_resume(resume)
-        bootstrap.prepare(config, environment)
-    trained = train(config, resume=resume)
+        config, start = _named(arguments, resume)
+    if config is None:
+        return  # it has finished already
+    trained = train(config, start=start)
     summarize(trained)
     if trained.ui:
         console.say(f"to look at it: {trained.ui}")
@@ -217,6 +267,49 @@ def main(argv: Sequence[str]) -> None:
         dataset=trained.manifest.key,
         **trained.figures,
     )
+
+
+def _named(arguments: bootstrap.Arguments, run_id: str) -> tuple[Config, Start]:
+    """Go on with the run that the user names."""
+    from tunix_mlflow.tracking import runs
+
+    if arguments.config:
+        raise ConfigError("a resumed run keeps its configuration; give only key=value to change")
+    fork = arguments.stage.get("fork", "false") == "true"
+    text = arguments.stage.get("step")
+    if text is not None and not text.isdigit():
+        raise ConfigError(f"step: expected a number of updates, got {text!r}")
+    found = runs.to_resume(
+        run_id, lambda before: configs.changed(before, arguments.overrides), fork=fork
+    )
+    bootstrap.prepare(found.config, found.environment)
+    return found.config, Start(found.run_id, int(text) if text else None, fork)
+
+
+def _automatic(arguments: bootstrap.Arguments) -> tuple[Config | None, Start | None]:
+    """Go on with the run of this key, if there is one that has not finished; else begin it."""
+    from tunix_mlflow.tracking import runs
+
+    config = arguments.load(DEFAULT)
+    if not config.tracking.key:
+        raise ConfigError("resume=auto needs tracking.key=NAME, by which the run is found again")
+    found = runs.of_key(config)
+    if found is None:
+        bootstrap.prepare(config)
+        return config, None
+    if found.finished:
+        console.say(f"run {found.run_id} with key {config.tracking.key} has finished already")
+        console.result(run_id=found.run_id, finished=True)
+        return None, None
+
+    def given(before: Config) -> Config:
+        chosen = config.data.sequence_length or before.data.sequence_length
+        data = msgspec.structs.replace(config.data, sequence_length=chosen)
+        return msgspec.structs.replace(config, data=data)
+
+    resumable = runs.to_resume(found.run_id, given)
+    bootstrap.prepare(resumable.config, resumable.environment)
+    return resumable.config, Start(resumable.run_id)
 
 
 def summarize(trained: Trained) -> None:
@@ -264,21 +357,6 @@ def _leakage(config: Config, manifest: Manifest) -> dict[str, float]:
                 )
             console.say(f"{message}: recorded on the run")
     return figures
-
-
-def _with_length(config: Config, needed: int) -> Config:
-    from tunix_mlflow.data.batches import LONGEST_FIT, fit_length
-
-    if config.data.sequence_length is not None:
-        return config
-    if needed > LONGEST_FIT:
-        raise DatasetError(
-            f"the longest example of {config.dataset} needs {needed} tokens; attention takes"
-            " memory by the square of that. Set data.sequence_length, and if need be"
-            " data.overlong=truncate or drop"
-        )
-    data = msgspec.structs.replace(config.data, sequence_length=fit_length(needed))
-    return msgspec.structs.replace(config, data=data)
 
 
 if __name__ == "__main__":

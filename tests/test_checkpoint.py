@@ -13,7 +13,7 @@ import pytest
 from tunix_mlflow.errors import CheckpointError, IntegrityError
 from tunix_mlflow.models import arrays
 from tunix_mlflow.training import checkpoint
-from tunix_mlflow.training.checkpoint import Checkpoints
+from tunix_mlflow.training.checkpoint import Checkpoints, Retention
 
 IDENTITY = {"dataset_digest": "d" * 64, "nproc": "2"}
 
@@ -27,7 +27,7 @@ def state(value: float) -> dict[str, jax.Array]:
 
 
 def manager(folder: Path, **identity: str) -> Checkpoints:
-    return Checkpoints(folder, IDENTITY | identity, keep_last=3)
+    return Checkpoints(folder, IDENTITY | identity, retention=Retention(3))
 
 
 def saved(folder: Path, *numbers: int) -> Path:

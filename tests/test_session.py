@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -17,7 +18,7 @@ from tunix_mlflow import session, state
 from tunix_mlflow.config import Config, TrackingConfig
 from tunix_mlflow.data import datasets
 from tunix_mlflow.errors import ConfigError, Interrupted, TrackingError
-from tunix_mlflow.tracking import runs
+from tunix_mlflow.tracking import delivery, outbox, runs, shipper
 from tunix_mlflow.tracking import store as links
 
 QUIET = Config(tracking=TrackingConfig(system_metrics=False))
@@ -129,32 +130,54 @@ def test_launched_by_mlflow_run(store: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.data.tags["tunix.stage"] == "train"
 
 
-def test_an_unreachable_server_is_said_at_once(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    """In seconds, in one line, with nothing written; offline mode records all the same."""
+def test_an_unreachable_server_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, home: Path, store: str
+) -> None:
+    """Said at once, without the password; the run is recorded, and MLflow told later, once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    uri = f"http://user:secret@127.0.0.1:{port}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    start = time.monotonic()
-    with (
-        pytest.raises(TrackingError, match=r"does not answer.*offline=true") as caught,
-        session(QUIET, stage="train"),
-    ):
-        raise AssertionError
-    assert time.monotonic() - start < 20
-    assert "secret" not in str(caught.value)
-    assert not (home / "runs").exists()
+    monkeypatch.setattr(shipper, "PATIENCE_SECONDS", 0.5)
+    mlflow.set_tracking_uri(f"http://user:secret@127.0.0.1:{port}")
+    reports: list[str] = []
+    with session(QUIET, stage="train", report=reports.append) as run:
+        run.write_scalars(1, {"train/loss": 1.0, "train/tokens": 2})
+        run.log_table({"a": ["b"]}, "t.json")
+        run.log_summary(1)
+    assert "does not answer" in reports[0]
+    assert f"tunix-mlflow sync {run.run_id}" in reports[-1]
+    assert len(reports) == 2
+    assert "secret" not in "".join(reports)
+    mlflow.set_tracking_uri(store)
+    client = MlflowClient()
+    for _ in range(2):
+        runs.catch_up(client, run.folder, reports.append)
+        outbox.move_cursor(run.folder, outbox.Cursor())  # as if a process had died before this
+    runs.catch_up(client, run.folder, reports.append)
+    assert len(reports) == 2
+    found = client.get_run(run.run_id)
+    assert found.data.tags["tunix.local_id"] == run.folder.name != run.run_id
+    assert state.run_dir(run.run_id).resolve() == run.folder
+    assert found.info.status == "FINISHED"
+    assert found.info.end_time < time.time() * 1000
+    assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "train/loss")] == [
+        (1, 1.0)
+    ]
+    assert {f.path for f in client.list_artifacts(run.run_id)} == {
+        *("config.json", "environment.json", "metrics.jsonl", "t.json")
+    }
+    assert len(client.search_runs([found.info.experiment_id])) == 1
+
+
+def test_offline_records_in_a_store_of_its_own(store: str) -> None:
+    """tracking.offline=true touches no server."""
     offline = Config(tracking=TrackingConfig(offline=True, system_metrics=False))
-    try:
-        with session(offline, stage="train") as run:
-            run.write_scalars(1, {"train/loss": 1.0})
-        found = MlflowClient(state.offline_tracking_uri()).get_run(run.run_id)
-        assert found.info.status == "FINISHED"
-        assert found.data.metrics["train/loss"] == 1.0
-    finally:
-        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
-        mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+    with session(offline, stage="train") as run:
+        run.write_scalars(1, {"train/loss": 1.0})
+    found = MlflowClient(state.offline_tracking_uri()).get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics["train/loss"] == 1.0
+    assert MlflowClient(store).search_runs(["0"]) == []
 
 
 def test_another_dataset_is_refused_before_the_run_is_touched(store: str) -> None:
@@ -198,26 +221,27 @@ def test_credentials_stay_out_of_links() -> None:
     assert link.startswith("https://example.org/mlflow/#/experiments/1")
 
 
-def test_an_upload_that_fails_is_said_and_made_good(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server away at a checkpoint costs neither the run nor the checkpoint."""
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "x").write_text("x")
-    reports: list[str] = []
-    real, calls = MlflowClient.log_artifacts, iter([True])
+def test_an_upload_that_fails_is_made_good(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server away at a checkpoint costs neither the run nor the checkpoint; its manifest is
+    the last file to arrive."""
+    real, calls, order = MlflowClient.log_artifacts, iter([True]), []
 
     def flaky(self: MlflowClient, *words: object) -> None:
         if next(calls, False):
             raise ConnectionError("away")
+        order.append(words[-1])
         real(self, *words)
 
     monkeypatch.setattr(MlflowClient, "log_artifacts", flaky)
-    with session(QUIET, stage="train", report=reports.append) as run:
-        run.log_folder(tmp_path / "c", "checkpoints/1")
-    assert reports == ["checkpoints/1 was not uploaded: away"]
+    with session(QUIET, stage="train") as run:
+        place = run.folder / "checkpoints" / "1"
+        (place / "state").mkdir(parents=True)
+        (place / "state" / "x").write_text("x")
+        (place / "manifest.json").write_text("{}")
+        run.log_folder(place, "checkpoints/1")
+    assert order == ["checkpoints/1/state"]
     kept = MlflowClient().list_artifacts(run.run_id, "checkpoints/1")
-    assert [f.path for f in kept] == ["checkpoints/1/x"]
+    assert [f.path for f in kept] == ["checkpoints/1/manifest.json", "checkpoints/1/state"]
 
 
 def test_a_state_root_that_cannot_be_used_starts_no_run(
@@ -239,20 +263,27 @@ def test_a_state_root_that_cannot_be_used_starts_no_run(
 def test_an_error_is_not_hidden_by_a_dead_server(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What ended the block is raised; that its points did not arrive is only reported."""
-    from tunix_mlflow.tracking import journal
-
-    monkeypatch.setattr(journal, "_DRAIN_SECONDS", 0.5)
+    """What ended the block is raised; that not all has arrived is only reported."""
+    monkeypatch.setattr(shipper, "PATIENCE_SECONDS", 0.5)
     reports: list[str] = []
+    real = delivery.step
+
+    def broken(*words: Any) -> bool:
+        raise ConnectionError("away")
+
     with (
         pytest.raises(Interrupted),
         session(QUIET, stage="train", report=reports.append) as run,
     ):
-        monkeypatch.setattr(run, "_ship", None)
+        run.sync()
+        monkeypatch.setattr(delivery, "step", broken)
         run.write_scalars(1, {"train/loss": 1.0})
         raise Interrupted(signal.SIGTERM)
-    assert any("did not reach MLflow" in message for message in reports)
-    assert MlflowClient().get_run(run.run_id).info.status == "KILLED"
+    assert "nothing is lost" in reports[-1]
+    monkeypatch.setattr(delivery, "step", real)
+    runs.catch_up(MlflowClient(), run.folder, reports.append)
+    found = MlflowClient().get_run(run.run_id)
+    assert (found.info.status, found.data.metrics["train/loss"]) == ("KILLED", 1.0)
 
 
 @pytest.mark.parametrize("uri", ["foo://x", "./mlruns", "sqlite:////", "uc:x"])

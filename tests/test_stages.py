@@ -344,6 +344,6 @@ def test_an_offline_run_is_resumed_offline(
     with pytest.raises(KeyboardInterrupt), session(offline, stage="train", tags=tags) as run:
         raise KeyboardInterrupt
     assert run.run_id != launched
-    found, environment = runs.to_resume(run.run_id)
-    assert found == offline
-    assert set(environment) == {"NPROC", "XLA_FLAGS"}
+    found = runs.to_resume(run.run_id)
+    assert found.config == offline
+    assert set(found.environment) == {"NPROC", "XLA_FLAGS"}

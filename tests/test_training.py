@@ -23,7 +23,7 @@ from tunix_mlflow.data.tokenizer import ByteTokenizer
 from tunix_mlflow.errors import DeviceError, Interrupted, TrainingStopped
 from tunix_mlflow.models import decoder
 from tunix_mlflow.training import devices, loop, optimizer, step
-from tunix_mlflow.training.checkpoint import Checkpoints, steps
+from tunix_mlflow.training.checkpoint import Checkpoints, Retention, steps
 from tunix_mlflow.training.signals import StopRequest
 
 CONFIG = configs.load(
@@ -81,7 +81,7 @@ def fit(
     stream: batches.TrainBatches | None = None,
 ) -> step.TrainState:
     """One part of a run: restore what is there, go on to the end."""
-    checkpoints = Checkpoints(folder, {}, keep_last=3)
+    checkpoints = Checkpoints(folder, {}, retention=Retention(3))
     restored = checkpoints.restore_latest(fresh(), print)
     try:
         return loop.fit(
@@ -192,7 +192,7 @@ def test_resuming_without_the_optimizer_is_noticed(
     """The other negative test: parameters alone are not the state."""
     with pytest.raises(Interrupted):
         fit(tmp_path, SignalAt(3, signal.SIGTERM))
-    checkpoints = Checkpoints(tmp_path, {}, keep_last=3)
+    checkpoints = Checkpoints(tmp_path, {}, retention=Retention(3))
     restored = checkpoints.restore_latest(fresh(), print)
     assert restored is not None
     lost = restored[1]._replace(opt_state=fresh().opt_state)
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     """The step is named, and no checkpoint is poisoned."""
     state = fresh()
     params = jax.tree.map(lambda x: x * np.nan, state.params)
-    checkpoints = Checkpoints(tmp_path, {}, keep_last=3)
+    checkpoints = Checkpoints(tmp_path, {}, retention=Retention(3))
     with pytest.raises(TrainingStopped, match="step 1: train/loss is nan"):
         bare(state._replace(params=params), checkpoints)
     checkpoints.close()
@@ -226,7 +226,7 @@ def test_an_update_that_breaks_the_model_is_never_saved(tmp_path: Path) -> None:
     )
     rule = optimizer.build(config.optimizer, 1)
     _, params = decoder.build(config.model, ByteTokenizer.vocab_size, 0)
-    checkpoints = Checkpoints(tmp_path, {}, keep_last=3)
+    checkpoints = Checkpoints(tmp_path, {}, retention=Retention(3))
     with pytest.raises(TrainingStopped, match="step 1: a parameter is not finite"):
         bare(step.init_state(params, optimizer=rule), checkpoints, config, rule)
     checkpoints.close()

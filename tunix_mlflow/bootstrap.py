@@ -11,6 +11,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
@@ -22,6 +24,7 @@ from tunix_mlflow.config import Config
 from tunix_mlflow.errors import ConfigError, Interrupted, TunixError
 
 DETERMINISTIC_GPU = "--xla_gpu_deterministic_ops=true"
+_LOOK_SECONDS = 0.5
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 
 
@@ -131,8 +134,8 @@ def _calm() -> None:
     quiet["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is for the result
     quiet["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     quiet["MLFLOW_DISABLE_TELEMETRY"] = "true"  # it writes into the user's home, and calls out
-    # MLflow's own retries would hold a run for minutes when a server is gone.
-    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+    # The outbox tries again for as long as it takes; MLflow's own retries would hide an outage.
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line a retry
     for name, value in {**quiet, **patience}.items():
         os.environ.setdefault(name, value)
@@ -146,6 +149,8 @@ def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     process and that no session took over gets the message in its tag `tunix.error`.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    if "MLFLOW_RUN_ID" in os.environ:
+        _follow_parent()
     _calm()
     _anchor_store()
     try:
@@ -166,6 +171,19 @@ def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         traceback.print_exc()
         _tag_launched(f"{type(error).__name__}: {error}")
         return 1
+
+
+def _follow_parent() -> None:
+    """End as by SIGTERM when `mlflow run` is gone: it hands on no signal that ends it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+        print("tunix-mlflow: `mlflow run` is gone; ending too", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _anchor_store() -> None:

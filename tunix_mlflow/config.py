@@ -130,8 +130,15 @@ class TrainingConfig(_Section, frozen=True):
     """Held-out loss every so many steps, and after the last; 0: never."""
     save_every_steps: NonNegative = 100
     """A checkpoint every so many steps, and after the last; 0: only after the last."""
+    save_every_minutes: Above0 | None = None
+    """A checkpoint also when so many minutes have passed since the last; null: by steps alone."""
     deterministic: bool = False
     """On a GPU: ask XLA for deterministic kernels. A CPU is deterministic as it is."""
+
+    @property
+    def microbatches(self) -> int:
+        """Forward and backward passes in one update."""
+        return self.batch_size // (self.microbatch_size or self.batch_size)
 
 
 class EvaluationConfig(_Section, frozen=True):
@@ -153,7 +160,15 @@ class CheckpointsConfig(_Section, frozen=True):
     """What to keep in order to resume."""
 
     keep_last: Positive = 3
-    """Local checkpoints that stay; older ones go once the next is safe."""
+    """The newest so many stay; older ones go once the next is safe."""
+    keep_best: NonNegative = 0
+    """So many stay besides, the best by `metric`."""
+    metric: str = "eval/loss"
+    """What is best; of a checkpoint that was evaluated at its step."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less of it is better, or more."""
+    keep_every_steps: NonNegative = 0
+    """Multiples of so many steps stay for good; 0: none."""
     upload: bool = True
     """Copy each checkpoint to the run's artifacts, in the background."""
 
@@ -165,6 +180,8 @@ class TrackingConfig(_Section, frozen=True):
     """MLflow experiment; null: MLFLOW_EXPERIMENT_NAME, else tunix-mlflow."""
     run_name: str | None = None
     """Name of the run; null: dataset and configuration."""
+    key: str | None = None
+    """A name of your choice by which `resume=auto` finds the run again, on any machine."""
     offline: bool = False
     """Record in a private store below the state root, and touch no server."""
     system_metrics: bool = True
@@ -304,6 +321,47 @@ def from_json(data: bytes, where: str) -> Config:
 def digest(config: Config) -> str:
     """sha256 (64 hex) of the canonical JSON."""
     return hashlib.sha256(to_json(config)).hexdigest()
+
+
+FIXED = ("seed", "data", "model", "optimizer", "training")
+"""What decides the path of the parameters, with the data itself."""
+FREE = (
+    *("data.evaluation_sets", "data.leakage", "training.steps", "training.eval_every_steps"),
+    *("training.save_every_steps", "training.save_every_minutes"),
+)
+"""What of it may change when a run goes on."""
+
+
+def changed(config: Config, overrides: Mapping[str, str]) -> Config:
+    """A configuration with some keys set anew.
+
+    Args:
+        config: the one before.
+        overrides: dotted key -> text, as typed on a command line.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    tree: dict[str, Any] = msgspec.to_builtins(config)
+    for key, text in overrides.items():
+        _set(tree, key, text)
+    return resolve(tree, "the run's configuration", overrides)
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """`key: a, now b` for each key that may not change when a run goes on, and did."""
+    old, new = _path(before), _path(after)
+    return [f"{k}: {old.get(k)}, now {new.get(k)}" for k in new if old.get(k) != new.get(k)]
+
+
+def path_digest(config: Config) -> str:
+    """sha256 (64 hex) of what may not change when a run goes on."""
+    return hashlib.sha256(msgspec.json.encode(_path(config), order="sorted")).hexdigest()
+
+
+def _path(config: Config) -> dict[str, Any]:
+    flat = flatten(config).items()
+    return {k: v for k, v in flat if k.partition(".")[0] in FIXED and k not in FREE}
 
 
 def flatten(config: Config) -> dict[str, Any]:

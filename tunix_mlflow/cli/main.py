@@ -15,7 +15,9 @@ import click
 
 from tunix_mlflow import __version__, bootstrap
 from tunix_mlflow.cli import launch
+from tunix_mlflow.cli.checkpoints import checkpoints
 from tunix_mlflow.cli.datasets import datasets
+from tunix_mlflow.cli.runs import runs
 from tunix_mlflow.errors import InputError, Interrupted
 
 _ARGUMENTS = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
@@ -32,6 +34,8 @@ def cli() -> None:
 
 
 cli.add_command(datasets)
+cli.add_command(runs)
+cli.add_command(checkpoints)
 
 
 @cli.command(context_settings=_ARGUMENTS)
@@ -63,11 +67,34 @@ def train(arguments: tuple[str, ...]) -> None:
     launch.stage("train", arguments)
 
 
-@cli.command()
+@cli.command(context_settings=_ARGUMENTS)
 @click.argument("run_id")
-def resume(run_id: str) -> None:
-    """Go on with a training run that was interrupted, in the same MLflow run."""
-    launch.stage("train", ("--resume", run_id))
+@click.option("--step", type=int, help="Begin at the checkpoint of this step, not the newest.")
+@click.option("--fork", is_flag=True, help="Begin a run of its own there; anything may change.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[key=value]...")
+def resume(run_id: str, step: int | None, fork: bool, arguments: tuple[str, ...]) -> None:
+    """Go on with a training run, in the same MLflow run, here or on another machine.
+
+    What decides the path of the parameters stays; the number of steps, how often to evaluate
+    and save, and where to record may change.
+
+    \b
+    tunix-mlflow resume RUN_ID training.steps=400
+    tunix-mlflow resume RUN_ID --step 100 --fork optimizer.learning_rate=1e-4
+    """
+    words = ["--resume", run_id, *arguments]
+    words += ["--step", str(step)] if step is not None else []
+    words += ["--fork", "true"] if fork else []
+    launch.stage("train", words)
+
+
+@cli.command()
+@click.argument("run_id", required=False)
+def sync(run_id: str | None) -> None:
+    """Tell MLflow what it does not have yet: of one run, or of all on this machine."""
+    from tunix_mlflow.cli import runs as commands
+
+    commands.sync(run_id)
 
 
 @cli.command(context_settings=_ARGUMENTS)

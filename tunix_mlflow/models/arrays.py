@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from tunix_mlflow.errors import IntegrityError
@@ -26,6 +27,16 @@ def flatten(tree: Any) -> dict[str, Any]:
     """A pytree as one flat dict, from the path of each leaf to the leaf."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def digest(tree: Any) -> str:
+    """sha256 (64 hex) of names, shapes, types and bytes: equal arrays, equal digest."""
+    hasher = hashlib.sha256()
+    for name, leaf in sorted(flatten(tree).items()):
+        array = np.asarray(leaf)
+        hasher.update(f"{name}|{array.shape}|{array.dtype}\n".encode())
+        hasher.update(array.tobytes())
+    return hasher.hexdigest()
 
 
 def write(folder: Path, tree: Any) -> None:
@@ -87,6 +98,23 @@ def seal(folder: Path, content: Mapping[str, Any]) -> None:
     temporary.rename(folder / MANIFEST)
 
 
+def content(folder: Path) -> dict[str, Any]:
+    """What a folder's manifest says; its files are not looked at.
+
+    Raises:
+        IntegrityError: if it is missing, or not what was written.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        written = manifest.pop("digest")
+        dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{folder / MANIFEST} is missing or damaged") from error
+    if written != _digest(manifest):
+        raise IntegrityError(f"{folder / MANIFEST} is damaged")
+    return manifest
+
+
 def check(folder: Path) -> dict[str, Any]:
     """Compare a folder with its manifest.
 
@@ -96,14 +124,8 @@ def check(folder: Path) -> dict[str, Any]:
     Raises:
         IntegrityError: naming the first file that is missing, unknown or changed.
     """
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        written = manifest.pop("digest")
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{folder / MANIFEST} is missing or damaged") from error
-    if written != _digest(manifest):
-        raise IntegrityError(f"{folder / MANIFEST} is damaged")
+    manifest = content(folder)
+    files = manifest["files"]
     present = {
         path.relative_to(folder).as_posix(): path
         for path in folder.rglob("*")

@@ -7,7 +7,6 @@ manifest.json    size and sha256 of every file, written last
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import msgspec
-import numpy as np
 
 from tunix_mlflow.config import ModelConfig
 from tunix_mlflow.data import canonical, chat
@@ -61,12 +59,7 @@ def prompt(text: str) -> Example:
 
 def weights_digest(params: Params) -> str:
     """sha256 (64 hex) of names, shapes, types and bytes: equal weights, equal digest."""
-    hasher = hashlib.sha256()
-    for name, leaf in sorted(arrays.flatten(params).items()):
-        array = np.asarray(leaf)
-        hasher.update(f"{name}|{array.shape}|{array.dtype}\n".encode())
-        hasher.update(array.tobytes())
-    return hasher.hexdigest()
+    return arrays.digest(params)
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:

@@ -6,6 +6,7 @@ a model's requirements name this version.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ SIGNATURE = ModelSignature(
 
 def save_model(
     path: str,
-    bundle: Bundle,
+    bundle: Path,
+    weights_digest: str,
     input_example: pd.DataFrame,
     mlflow_model: Model | None = None,
     validate_serving_input: bool = False,
@@ -55,15 +57,14 @@ def save_model(
 
     Args:
         path: a folder that does not exist.
-        bundle: the model.
+        bundle: the folder that `bundles.save` wrote.
+        weights_digest: of its weights.
         input_example: a frame with the column `prompt`.
         mlflow_model: filled in by `Model.log`.
         validate_serving_input: read by `Model.log` alone, which hands every argument on.
     """
-    from tunix_mlflow.models import bundle as bundles
-
     folder = Path(path)
-    bundles.save(bundle, folder / _DATA)
+    shutil.copytree(bundle, folder / _DATA)
     requirement = f"tunix-mlflow=={__version__}"
     (folder / "requirements.txt").write_text(f"{requirement}\n")
     version = ".".join(str(part) for part in sys.version_info[:3])
@@ -83,21 +84,28 @@ def save_model(
         FLAVOR,
         data=_DATA,
         version=__version__,
-        weights_digest=bundles.weights_digest(bundle.params),
+        weights_digest=weights_digest,
     )
     model.save(str(folder / MLMODEL_FILE_NAME))
 
 
 def log_model(
-    bundle: Bundle, *, run_id: str, step: int, prompts: list[str], tags: dict[str, str]
+    bundle: Path,
+    *,
+    run_id: str,
+    step: int,
+    prompts: list[str],
+    weights_digest: str,
+    tags: dict[str, str],
 ) -> str:
     """Log a bundle as the run's model.
 
     Args:
-        bundle: the model.
+        bundle: the folder that `bundles.save` wrote.
         run_id: the run that made it.
         step: after how many updates.
         prompts: an input example.
+        weights_digest: of its weights.
         tags: the logged model's tags.
 
     Returns:
@@ -113,6 +121,7 @@ def log_model(
         tags=tags,
         model_type="decoder",
         bundle=bundle,
+        weights_digest=weights_digest,
         input_example=pd.DataFrame({"prompt": prompts}),
         validate_serving_input=False,
     )

@@ -1,9 +1,8 @@
-"""Metrics go to a file first, and from there to MLflow in batches, in the background.
+"""metrics.jsonl: every metric of a run, on the disk first.
 
-A line of `metrics.jsonl` is one flushed write: {"step", "timestamp", "metrics"}, or
-{"part", "timestamp"} where a process began. MLflow stores a point once for the same key,
-step and timestamp, so a journal can be shipped again and nothing doubles: that is how a
-resumed run makes sure that everything arrived.
+A line is one flushed write: {"step", "timestamp", "metrics"}, or {"part", "timestamp"} where a
+process began. The file is the record; delivery.py tells MLflow of it. MLflow stores a point once
+for the same key, step and timestamp, so lines can be delivered again and nothing doubles.
 """
 
 from __future__ import annotations
@@ -11,20 +10,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunix_mlflow.errors import NotShipped, TrackingError
+from tunix_mlflow.errors import TrackingError
+from tunix_mlflow.tracking import outbox
 
+JOURNAL = "metrics.jsonl"
 COMPARED = ("train/", "eval/")
-BATCH = 1000
-_INTERVAL_SECONDS = 2.0
-_POLL_SECONDS = 0.05
-_DRAIN_SECONDS = 60.0
 
 
 class Point(NamedTuple):
@@ -37,133 +33,61 @@ class Point(NamedTuple):
 
 
 class Journal:
-    """A MetricWriter that records and ships.
+    """A MetricWriter that writes metrics.jsonl. Safe to use from several threads.
 
     Args:
-        path: metrics.jsonl; what it holds already is shipped again.
-        ship: sends a batch of at most BATCH points; may raise, and is then tried again.
-        report: told once when shipping fails, and of lost determinism.
+        path: the file; what it holds was written by earlier parts of the run.
+        report: told of lost determinism.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        ship: Callable[[Sequence[Point]], None],
-        report: Callable[[str], None],
-    ) -> None:
-        self.path, self._ship, self._report = path, ship, report
+    def __init__(self, path: Path, report: Callable[[str], None]) -> None:
+        self.path, self._report = path, report
+        self._lock = threading.Lock()
         self._seen: dict[tuple[str, int], float] = {}
-        self._queue: queue.SimpleQueue[Point | None] = queue.SimpleQueue()
-        self._hurry = threading.Event()
-        self._written = self._shipped = 0  # each has one writing thread
         self.different: list[str] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         for line in read(path, mend=True):
-            for point in _points(line):
+            for point in points(line):
                 self._seen[point.key, point.step] = point.value
-                self._put(point)
         self._file = path.open("a", encoding="utf-8")
         self._append({"part": os.getpid(), "timestamp": _now()})
-        self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
-        self._thread.start()
-
-    @property
-    def unshipped(self) -> int:
-        """Points that MLflow did not take yet."""
-        return self._written - self._shipped
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Append one line and queue its points.
+        """Append one line.
 
         A point that an earlier part of this run wrote is not written again; if it is of a
         kind that must repeat exactly and does not, that is reported.
         """
-        fresh = {}
-        for key, value in scalars.items():
-            before = self._seen.get((key, step))
-            if before is None:
-                fresh[key] = self._seen[key, step] = float(value)
-            elif key.startswith(COMPARED) and not _same(before, float(value)):
-                self.different.append(f"{key} at step {step}: {before!r}, now {value!r}")
-                if len(self.different) == 1:
-                    self._report(f"not the same as before the resume: {self.different[0]}")
-        if fresh:
-            line = {"step": step, "timestamp": _now(), "metrics": fresh}
-            self._append(line)
-            for point in _points(line):
-                self._put(point)
+        with self._lock:
+            fresh = {}
+            for key, value in scalars.items():
+                before = self._seen.get((key, step))
+                if before is None:
+                    fresh[key] = self._seen[key, step] = float(value)
+                elif key.startswith(COMPARED) and not _same(before, float(value)):
+                    self.different.append(f"{key} at step {step}: {before!r}, now {value!r}")
+                    if len(self.different) == 1:
+                        self._report(f"not the same as before the resume: {self.different[0]}")
+            if fresh:
+                self._append({"step": step, "timestamp": _now(), "metrics": fresh})
+
+    def next_step(self, prefix: str) -> int:
+        """The step after the last one of the metrics that begin so."""
+        return 1 + max((step for key, step in self._seen if key.startswith(prefix)), default=-1)
 
     def flush(self) -> None:
         """Force the file to disk."""
         os.fsync(self._file.fileno())
 
-    def drain(self, seconds: float = _DRAIN_SECONDS) -> bool:
-        """Wait until everything written so far is shipped; False if time ran out."""
-        self._hurry.set()
-        deadline = time.monotonic() + seconds
-        while self.unshipped and time.monotonic() < deadline:
-            time.sleep(0.02)
-        self._hurry.clear()
-        return not self.unshipped
-
     def close(self) -> None:
-        """Ship what is left.
-
-        Raises:
-            NotShipped: if MLflow did not take it in time; the file has everything.
-        """
-        self._queue.put(None)
-        self._thread.join(_DRAIN_SECONDS)
-        self.flush()
-        self._file.close()
-        if self.unshipped:
-            raise NotShipped(
-                f"{self.unshipped} metric points did not reach MLflow; they are in {self.path},"
-                " and are shipped when the run is opened again"
-            )
-
-    def _put(self, point: Point) -> None:
-        self._written += 1
-        self._queue.put(point)
+        """Force the file to disk, and close it."""
+        with self._lock:
+            self.flush()
+            self._file.close()
 
     def _append(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-
-    def _run(self) -> None:
-        waiting: list[Point] = []
-        ended = failed = False
-        deadline = math.inf
-        while True:
-            until = time.monotonic() + _INTERVAL_SECONDS
-            while not ended and len(waiting) < BATCH and time.monotonic() < until:
-                try:
-                    item = self._queue.get(timeout=_POLL_SECONDS)
-                except queue.Empty:
-                    if self._hurry.is_set():
-                        break
-                    continue
-                if item is None:
-                    ended = True
-                    deadline = time.monotonic() + _DRAIN_SECONDS
-                else:
-                    waiting.append(item)
-            if waiting:
-                try:
-                    self._ship(waiting[:BATCH])
-                except Exception as error:  # whatever the client raises, the points are kept
-                    if not failed:
-                        self._report(f"MLflow does not take metrics ({error}); trying again")
-                    failed = True
-                    if time.monotonic() > deadline:
-                        return
-                    time.sleep(1.0)
-                else:
-                    failed = False
-                    self._shipped += len(waiting[:BATCH])
-                    waiting = waiting[BATCH:]
-            if ended and not waiting:
-                return
 
 
 def read(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
@@ -176,13 +100,7 @@ def read(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
     Raises:
         TrackingError: if another line is damaged.
     """
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if mend and len(whole) < len(data):
-        with path.open("r+b") as handle:
-            handle.truncate(len(whole))
+    whole = outbox.whole_lines(path, mend=mend)
     lines = []
     for number, raw in enumerate(whole.splitlines(), start=1):
         try:
@@ -232,7 +150,32 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _points(line: Mapping[str, Any]) -> list[Point]:
+def merge(path: Path, known: Iterable[Point]) -> int:
+    """Add points that MLflow has and the file has not, with MLflow's timestamps.
+
+    Returns:
+        How many were added.
+    """
+    lines = read(path, mend=True)
+    have = {(point.key, point.step) for line in lines for point in points(line)}
+    missing: dict[tuple[int, int], dict[str, float]] = {}
+    for point in known:
+        if (point.key, point.step) not in have:
+            missing.setdefault((point.timestamp, point.step), {})[point.key] = point.value
+    if missing:
+        lines += [
+            {"step": step, "timestamp": timestamp, "metrics": metrics}
+            for (timestamp, step), metrics in missing.items()
+        ]
+        lines.sort(key=lambda line: int(line["timestamp"]))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        outbox.write_whole(path, text.encode())
+    return sum(len(metrics) for metrics in missing.values())
+
+
+def points(line: Mapping[str, Any]) -> list[Point]:
+    """The points of a line."""
     return [
         Point(key, value, line["timestamp"], line["step"])
         for key, value in line.get("metrics", {}).items()

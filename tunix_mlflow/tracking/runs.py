@@ -1,46 +1,327 @@
-"""Looking up runs that exist, before one goes on."""
+"""Runs that exist: which can go on, how, and what another machine knows of them."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 from tunix_mlflow import config as configs
 from tunix_mlflow import state
 from tunix_mlflow.config import Config
-from tunix_mlflow.errors import TrackingError
-from tunix_mlflow.tracking import store
+from tunix_mlflow.errors import IntegrityError, TrackingError
+from tunix_mlflow.tracking import delivery, journal, lease, outbox, store
+from tunix_mlflow.tracking.outbox import Cursor
+
+CHECKPOINTS = "checkpoints"
 
 
-def to_resume(run_id: str) -> tuple[Config, dict[str, str]]:
-    """Configuration and environment of a training run that did not finish.
+class Described(NamedTuple):
+    """A training run."""
+
+    run_id: str
+    config: Config
+    environment: dict[str, str]
+    status: str | None  # None: it was cut off, and MLflow is away
+    client: MlflowClient | None  # None: MLflow is away
+
+
+class Keyed(NamedTuple):
+    """The run that has a key."""
+
+    run_id: str
+    finished: bool
+
+
+def to_resume(
+    run_id: str, change: Callable[[Config], Config] = lambda before: before, *, fork: bool = False
+) -> Described:
+    """Configuration and environment of a training run that can go on.
 
     They are read from the run's local folder, else from its artifacts.
 
+    Args:
+        run_id: MLflow's, or the name of a folder that MLflow has not heard of.
+        change: from the run's configuration to the one to go on with; what may change is told
+            by `configs.FREE`.
+        fork: a new run will begin where this one is; then anything may change.
+
     Raises:
-        TrackingError: if there is no such run, it is no training run, or it has finished.
+        TrackingError: if there is no such run, it is no training run, it has finished, or what
+            may not change would.
     """
+    found = look_up(run_id)
+    config = change(found.config)
+    longer = config.training.steps > found.config.training.steps
+    if found.status == "FINISHED" and not longer and not fork:
+        raise TrackingError(
+            f"run {found.run_id} has finished; there is nothing to resume. More steps go on with"
+            f" it: training.steps={2 * found.config.training.steps}"
+        )
+    if not fork and (differences := configs.differences(found.config, config)):
+        raise TrackingError(
+            f"run {found.run_id} cannot go on with {'; '.join(differences)}; leave it as it was,"
+            " or start a run of its own from there with --fork"
+        )
+    return found._replace(config=config)
+
+
+def look_up(run_id: str) -> Described:
+    """A training run of ours, by MLflow's id or the name of a folder.
+
+    Raises:
+        TrackingError: if there is none, or MLflow is away and it is not on this machine.
+    """
+    if not run_id.isalnum():
+        raise TrackingError(f"{run_id[:80]!r} is no run id: expected 32 hex digits")
     folder = state.run_dir(run_id)
     local = folder / "config.json"
     try:
         found = configs.from_json(local.read_bytes(), str(local)) if local.is_file() else Config()
     except OSError as error:
         raise TrackingError(f"cannot read {local}: {error.strerror}") from error
-    client = store.connect(found.tracking)
+    client, away = store.reach(found.tracking)
+    if away is not None:
+        if not local.is_file():
+            raise TrackingError(f"{away}, and run {run_id} is not on this machine")
+        status = _recorded_status(folder)
+        texts = [(folder / name).read_bytes() for name in ("config.json", "environment.json")]
+    else:
+        if (folder / outbox.OUTBOX).exists() and outbox.known(folder) is None:
+            catch_up(client, folder, lambda _: None)  # it began while the server was away
+        known = outbox.known(folder)
+        run_id = known.run_id if known else run_id
+        run = _training_run(client, run_id)
+        status = run.info.status
+        texts = _described(client, run_id, folder)
+    return Described(
+        run_id,
+        configs.from_json(texts[0], f"config.json of run {run_id}"),
+        {k: str(v) for k, v in json.loads(texts[1]).items()},
+        status,
+        client if away is None else None,
+    )
+
+
+def of_key(config: Config) -> Keyed | None:
+    """The newest training run with `tracking.key`.
+
+    Raises:
+        TrackingError: if the store cannot be used.
+    """
+    key = config.tracking.key
+    client, away = store.reach(config.tracking)
+    if away is None:
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        where = f"tags.`tunix.key` = '{key}' and tags.`tunix.stage` = 'train'"
+        order = ["attributes.start_time DESC"]
+        found = client.search_runs(experiments, where, order_by=order, max_results=1)
+        if found:
+            return Keyed(found[0].info.run_id, found[0].info.status == "FINISHED")
+    for folder in folders():
+        try:
+            own = configs.from_json((folder / "config.json").read_bytes(), str(folder))
+        except OSError:
+            continue  # not far enough to have one
+        if own.tracking.key == key and (away is not None or outbox.known(folder) is None):
+            return Keyed(folder.name, _recorded_status(folder) == "FINISHED")
+    return None
+
+
+def training_runs(client: MlflowClient, limit: int) -> list[Run]:
+    """The newest training runs of all experiments, without mere launchers."""
+    experiments = [e.experiment_id for e in client.search_experiments(max_results=1000)]
+    found: list[Run] = []
+    token = None
+    while len(found) < limit:
+        page = client.search_runs(
+            experiments,
+            "tags.`tunix.stage` = 'train'",
+            order_by=["attributes.start_time DESC"],
+            max_results=min(1000, limit),
+            page_token=token,
+        )
+        found += [run for run in page if store.LAUNCHER_TAG not in run.data.tags]
+        token = page.token
+        if not token:
+            break
+    return found[:limit]
+
+
+def end_if_dead(client: MlflowClient, folder: Path) -> None:
+    """Give a run its status whose process died before it could record one."""
+    known = outbox.known(folder)
+    if known is None or _recorded_status(folder) is not None or is_open(folder):
+        return
+    if client.get_run(known.run_id).info.status == "RUNNING":
+        message = f"its process died; tunix-mlflow resume {known.run_id}"
+        client.set_tag(known.run_id, "tunix.error", message)
+        client.set_terminated(known.run_id, "KILLED")
+
+
+def folders() -> list[Path]:
+    """The run folders of this state root, each once, the newest first."""
+    root = state.run_dir("")
+    found = (
+        [p for p in root.iterdir() if p.is_dir() and not p.is_symlink()] if root.exists() else []
+    )
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def is_open(folder: Path) -> bool:
+    """Whether a process on this machine has the run open."""
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def catch_up(client: MlflowClient, folder: Path, report: Callable[[str], None]) -> int:
+    """Tell MLflow what a folder holds.
+
+    Returns:
+        Bytes that were delivered.
+
+    Raises:
+        TrackingError: when the server goes away meanwhile.
+    """
+    before = outbox.waiting(folder)
+    try:
+        while delivery.step(client, folder, report):
+            pass
+    except Exception as error:
+        raise TrackingError(
+            f"MLflow did not take all of {folder}: {store.one_line(error)}; nothing is lost, try"
+            " again"
+        ) from error
+    return before - outbox.waiting(folder)
+
+
+def refill(client: MlflowClient, run_id: str, folder: Path, report: Callable[[str], None]) -> None:
+    """Bring a run's folder up to what MLflow knows: other machines may have gone on with it.
+
+    Metrics come with MLflow's own timestamps, so that telling it again doubles nothing.
+
+    Raises:
+        MlflowException: if MLflow does not answer.
+    """
+    path = folder / journal.JOURNAL
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        points = []
+        if journal.JOURNAL in {found.path for found in client.list_artifacts(run_id)}:
+            kept = Path(client.download_artifacts(run_id, journal.JOURNAL, scratch))
+            if path.exists():
+                points = [p for line in journal.read(kept) for p in journal.points(line)]
+            else:
+                kept.replace(path)
+        points += history(client, run_id)
+        if journal.merge(path, points):
+            report(f"run {run_id}: its history was completed from MLflow")
+        outbox.move_cursor(folder, Cursor(outbox.cursor(folder).outbox, 0))
+    fetch_checkpoint(client, run_id, folder, report)
+
+
+def history(
+    client: MlflowClient, run_id: str, keys: Collection[str] | None = None
+) -> list[journal.Point]:
+    """Every point that MLflow has of a run, or of some of its metrics."""
+    have = client.get_run(run_id).data.metrics
+    return [
+        journal.Point(m.key, m.value, m.timestamp, m.step)
+        for key in have
+        if keys is None or key in keys
+        for m in client.get_metric_history(run_id, key)
+    ]
+
+
+def mark_stale(client: MlflowClient, experiment_id: str) -> list[str]:
+    """End runs whose process died without a word: RUNNING, and their lease is over.
+
+    Returns:
+        Their ids.
+    """
+    found = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
+    stale = [
+        run.info.run_id
+        for run in found
+        if lease.holder(run.data.tags) is not None and lease.expired(run.data.tags)
+    ]
+    for run_id in stale:
+        client.set_tag(run_id, "tunix.error", f"its process died; tunix-mlflow resume {run_id}")
+        client.set_terminated(run_id, "KILLED")
+    return stale
+
+
+def uploaded_steps(client: MlflowClient, run_id: str) -> dict[int, str]:
+    """Step -> artifact path of each checkpoint that was uploaded whole."""
+    found = {}
+    for entry in client.list_artifacts(run_id, CHECKPOINTS):
+        name = Path(entry.path).name
+        if entry.is_dir and name.isdigit():
+            inside = {Path(file.path).name for file in client.list_artifacts(run_id, entry.path)}
+            if "manifest.json" in inside:  # which goes last
+                found[int(name)] = entry.path
+    return found
+
+
+def fetch_checkpoint(
+    client: MlflowClient, run_id: str, folder: Path, report: Callable[[str], None]
+) -> None:
+    """Download the newest checkpoint that is whole, unless a newer one is here."""
+    from tunix_mlflow.models import arrays
+    from tunix_mlflow.training import checkpoint
+
+    place = folder / CHECKPOINTS
+    place.mkdir(parents=True, exist_ok=True)
+    have = max((int(path.name) for path in checkpoint.steps(place)), default=-1)
+    for step, artifact in sorted(uploaded_steps(client, run_id).items(), reverse=True):
+        if step <= have:
+            return
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            fetched = Path(client.download_artifacts(run_id, artifact, scratch))
+            try:
+                arrays.check(fetched)
+            except IntegrityError as error:
+                report(f"the uploaded checkpoint of step {step} is damaged ({error}); not used")
+                continue
+            final = place / fetched.name
+            if final.exists():
+                shutil.rmtree(final)  # one that was never sealed
+            fetched.rename(final)
+        report(f"run {run_id}: fetched the checkpoint of step {step} from MLflow")
+        return
+
+
+def _training_run(client: MlflowClient, run_id: str) -> Run:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
         raise TrackingError(f"there is no run {run_id!r}: {store.one_line(error)}") from error
-    stage = run.data.tags.get("tunix.stage")
-    if stage != "train" or "tunix.dataset_digest" not in run.data.tags:
+    tags = run.data.tags
+    if store.LAUNCHER_TAG in tags:
+        target = tags[store.LAUNCHER_TAG]
+        raise TrackingError(f"run {run_id} only launched run {target}; resume that one")
+    if run.info.lifecycle_stage == "deleted":
+        raise TrackingError(f"run {run_id} was deleted; restore it in MLflow first")
+    if tags.get("tunix.stage") != "train" or "tunix.dataset_digest" not in tags:
         raise TrackingError(f"run {run_id} is not a training run of ours; see it in the UI")
-    if run.info.status == "FINISHED":
-        raise TrackingError(f"run {run_id} has finished; there is nothing to resume")
+    return run
+
+
+def _described(client: MlflowClient, run_id: str, folder: Path) -> list[bytes]:
+    texts = []
     with tempfile.TemporaryDirectory() as fetched:
-        texts = []
         for name in ("config.json", "environment.json"):
             path = folder / name
             if not path.is_file():
@@ -51,5 +332,20 @@ def to_resume(run_id: str) -> tuple[Config, dict[str, str]]:
                         f"run {run_id} has no {name}, here or in MLflow: {store.one_line(error)}"
                     ) from error
             texts.append(path.read_bytes())
-    config = configs.from_json(texts[0], f"config.json of run {run_id}")
-    return config, {str(k): str(v) for k, v in json.loads(texts[1]).items()}
+    return texts
+
+
+def _recorded_status(folder: Path) -> str | None:
+    """The status that was last recorded in a folder; None for a run that was cut off."""
+    status = None
+    for record in _records(folder):
+        if record["op"] in ("create", "params"):  # a part begins
+            status = None
+        if record["op"] == "status" and record.get("run_id") is None:
+            status = record["status"]
+    return status
+
+
+def _records(folder: Path) -> Iterator[dict[str, Any]]:
+    for raw in outbox.whole_lines(folder / outbox.OUTBOX).splitlines():
+        yield json.loads(raw)

@@ -5,42 +5,48 @@
         for step in ...:
             run.write_scalars(step, {"train/loss": loss})
 
+Everything goes to the run's folder first, and from there to MLflow in the background: no step
+waits for a server, and a server that is away costs nothing but a later `tunix-mlflow sync`.
 Whichever way the block ends, the run gets its status: FINISHED, FAILED with the message in
 the tag `tunix.error`, or KILLED by a signal.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import signal
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import msgspec
 from filelock import FileLock, Timeout
-from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
 from tunix_mlflow import __version__, state
 from tunix_mlflow import config as configs
 from tunix_mlflow.config import Config
 from tunix_mlflow.data.manifest import Manifest
-from tunix_mlflow.errors import Interrupted, NotShipped, TrackingError
-from tunix_mlflow.tracking import context, store
+from tunix_mlflow.errors import Interrupted, TrackingError
+from tunix_mlflow.tracking import context, delivery, lease, outbox, runs, store
 from tunix_mlflow.tracking.dataset import TunixDataset
-from tunix_mlflow.tracking.journal import Journal, Point, read, summary
+from tunix_mlflow.tracking.journal import JOURNAL, Journal, read, summary
+from tunix_mlflow.tracking.outbox import Outbox
+from tunix_mlflow.tracking.shipper import Shipper
+from tunix_mlflow.tracking.system_metrics import SystemMetrics
 
-_PARAM_LIMIT = 6000
-_TAG_LIMIT = 5000
+_INSIST_SECONDS = 2.0
+_open: list[RunSession] = []  # of this process, the innermost last
 
 
 def to_stderr(message: str) -> None:
@@ -49,51 +55,75 @@ def to_stderr(message: str) -> None:
 
 
 class RunSession:
-    """One open MLflow run. Made by :func:`session`; a MetricWriter."""
+    """One open run. Made by :func:`session`; a MetricWriter."""
 
     def __init__(
-        self, client: MlflowClient, run_id: str, experiment: str, report: Callable[[str], None]
+        self, client: MlflowClient, folder: Path, lock: FileLock, report: Callable[[str], None]
     ) -> None:
-        self.client, self.run_id, self.experiment_id = client, run_id, experiment
-        self.report = report
-        self.folder = state.run_dir(run_id)
-        self._uploader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
-        self._uploads: list[tuple[Path, str, Future[bool]]] = []
-        self._journal: Journal | None = None
+        self.client, self.folder, self.report = client, folder, report
+        self.outbox = Outbox(folder)
+        self.journal = Journal(folder / JOURNAL, report)
+        self.shipper = Shipper(folder, client, report, self._lost)
+        self._lock = lock
+        self._taken = False
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run; while MLflow has not heard of it, the folder's name."""
+        known = outbox.known(self.folder)
+        return known.run_id if known else self.folder.name
+
+    @property
+    def experiment_id(self) -> str | None:
+        """The run's experiment; None while MLflow has not heard of it."""
+        known = outbox.known(self.folder)
+        return known.experiment_id if known else None
+
+    @property
+    def model_id(self) -> str | None:
+        """The logged model; None while MLflow has not heard of it."""
+        known = outbox.known(self.folder)
+        return known.model_id if known else None
 
     @property
     def link(self) -> str:
-        """The run's page in the UI."""
+        """The run's page in the UI; its folder while there is none."""
+        if self.experiment_id is None:
+            return str(self.folder)
         return store.run_link(self.experiment_id, self.run_id)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record metrics of one step; returns after one write to a local file."""
-        if self._journal is None:
-            self._journal = Journal(self.folder / "metrics.jsonl", self._ship, self.report)
-        self._journal.write_scalars(step, scalars)
+        """Record metrics of one step; returns after one write to a local file.
+
+        Raises:
+            TrackingError: when another process has taken up the run.
+        """
+        if self._taken:
+            raise TrackingError(
+                f"run {self.run_id} was taken up by another process while this one was silent;"
+                " this one stops"
+            )
+        self.journal.write_scalars(step, scalars)
 
     def flush(self) -> None:
         """Make the local record durable."""
-        if self._journal is not None:
-            self._journal.flush()
+        self.journal.flush()
 
-    def sync(self) -> None:
-        """Wait until MLflow has the metrics written so far, as long as it takes them."""
-        if self._journal is not None:
-            self._journal.drain()
+    def sync(self) -> bool:
+        """Wait until MLflow has what was recorded so far, as long as it answers.
+
+        Returns:
+            Whether it has.
+        """
+        return self.shipper.drain()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record parameters; one that the run has already keeps its spelling."""
-        have = self.client.get_run(self.run_id).data.params
-        new = [Param(k, str(v)[:_PARAM_LIMIT]) for k, v in params.items() if k not in have]
-        for start in range(0, len(new), 100):
-            self.client.log_batch(self.run_id, params=new[start : start + 100])
+        self._put("params", params={key: str(value) for key, value in params.items()})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Record tags; later values win."""
-        self.client.log_batch(
-            self.run_id, tags=[RunTag(k, str(v)[:_TAG_LIMIT]) for k, v in tags.items()]
-        )
+        self._put("tags", tags={key: str(value) for key, value in tags.items()})
 
     def log_dataset(self, manifest: Manifest, split: str, *, usage: str) -> tuple[str, str]:
         """Record one split as an input of the run.
@@ -107,29 +137,30 @@ class RunSession:
             Name and digest by which MLflow knows it.
         """
         entity = TunixDataset(manifest, split)._to_mlflow_entity()
-        tags = [InputTag("mlflow.data.context", usage)]
-        self.client.log_inputs(self.run_id, [DatasetInput(entity, tags)])
+        self._put("dataset", dataset=dict(entity), usage=usage)
         return entity.name, entity.digest
 
     def log_model_input(self, model_id: str) -> None:
         """Record that the run used a logged model."""
-        self.client.log_inputs(self.run_id, models=[LoggedModelInput(model_id)])
+        self._put("model_input", model_id=model_id)
 
     def log_text(self, text: str, artifact: str) -> None:
         """Store a text as an artifact."""
-        self.client.log_text(self.run_id, text, artifact)
+        self.outbox.put_text(text, artifact)
+        self.shipper.wake()
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
-        """Store a file as an artifact."""
-        self.client.log_artifact(self.run_id, str(path), folder)
+        """Store a file of the run's folder as an artifact."""
+        artifact = f"{folder}/{path.name}" if folder else path.name
+        self._put("artifact", path=self._below(path), artifact=artifact)
 
     def log_folder(self, path: Path, artifact: str) -> None:
-        """Store a folder's content as an artifact folder, in the background.
+        """Store the content of a folder in the run's folder as an artifact folder."""
+        self._put("artifact", path=self._below(path), artifact=artifact)
 
-        A server that does not take it does not stop the run: it is said, and tried again when
-        the session ends.
-        """
-        self._uploads.append((path, artifact, self._uploader.submit(self._upload, path, artifact)))
+    def remove_artifact(self, artifact: str) -> None:
+        """Delete an artifact of the run."""
+        self._put("no_artifact", artifact=artifact)
 
     def log_table(self, columns: Mapping[str, Sequence[Any]], artifact: str) -> None:
         """Store a table that the UI shows as one; it replaces one of the same name.
@@ -140,13 +171,8 @@ class RunSession:
         """
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
         table = {"columns": list(columns), "data": rows}
-        self.client.log_text(self.run_id, json.dumps(table, ensure_ascii=False), artifact)
-        # The UI finds tables by this tag, which MLflow's own log_table sets too.
-        tag = "mlflow.loggedArtifacts"
-        shown = json.loads(self.client.get_run(self.run_id).data.tags.get(tag, "[]"))
-        entry = {"path": artifact, "type": "table"}
-        if entry not in shown:
-            self.client.set_tag(self.run_id, tag, json.dumps([*shown, entry]))
+        self.log_text(json.dumps(table, ensure_ascii=False), artifact)
+        self._put("table", artifact=artifact)
 
     def log_note(self, markdown: str) -> None:
         """Write the description on the run's page."""
@@ -158,7 +184,7 @@ class RunSession:
         Returns:
             The figures, empty if the run has no training loss.
         """
-        figures = summary(read(self.folder / "metrics.jsonl"))
+        figures = summary(read(self.folder / JOURNAL))
         if figures:
             self.write_scalars(step, figures)
         return figures
@@ -166,7 +192,7 @@ class RunSession:
     def last(self, key: str) -> dict[str, float]:
         """The latest value of a metric as {key: value}; empty if it was never written."""
         found: dict[str, float] = {}
-        for line in read(self.folder / "metrics.jsonl"):
+        for line in read(self.folder / JOURNAL):
             if key in line.get("metrics", {}):
                 found[key] = line["metrics"][key]
         return found
@@ -185,60 +211,71 @@ class RunSession:
             model_id: the logged model they belong to.
             dataset: MLflow's name and digest of the dataset they were measured on.
         """
-        name, digest = dataset or (None, None)
-        now = mlflow.utils.time.get_current_time_millis()
-        self.client.log_batch(
-            self.run_id,
-            metrics=[
-                Metric(
-                    key,
-                    value,
-                    now,
-                    0,
-                    model_id=model_id,
-                    dataset_name=name,
-                    dataset_digest=digest,
-                    run_id=self.run_id,
-                )
-                for key, value in figures.items()
-            ],
+        self._put(
+            "figures",
+            figures=dict(figures),
+            timestamp=delivery.now(),
+            model_id=model_id,
+            dataset=list(dataset) if dataset else None,
         )
 
-    def close(self, *, quietly: bool = False) -> None:
-        """Ship what is left.
+    def log_model(
+        self,
+        bundle: Path,
+        *,
+        step: int,
+        prompts: Sequence[str],
+        weights_digest: str,
+        tags: Mapping[str, str],
+    ) -> None:
+        """Log the run's model.
 
         Args:
-            quietly: report what cannot be shipped, in place of raising.
+            bundle: a folder below the run's, written by `bundles.save`.
+            step: after how many updates.
+            prompts: an input example.
+            weights_digest: of the bundle.
+            tags: the logged model's tags.
+        """
+        self._put(
+            "model",
+            bundle=self._below(bundle),
+            at_step=step,
+            prompts=list(prompts),
+            weights_digest=weights_digest,
+            tags=dict(tags),
+        )
 
-        Raises:
-            NotShipped: if it cannot be shipped.
+    def end(self, status: str, *, launcher: str | None) -> bool:
+        """Record the status, tell MLflow what is left, and close the files.
+
+        Returns:
+            Whether MLflow has everything.
         """
         try:
-            if self._journal is not None:
-                self._journal.close()
-            self._uploader.shutdown(wait=True)
-            for path, artifact, upload in self._uploads:
-                if upload.result() or not path.exists():
-                    continue  # it is there, or a newer checkpoint took its place
-                if not self._upload(path, artifact):
-                    raise NotShipped(f"{artifact} was not uploaded; it is in {path}")
-        except NotShipped as error:
-            if not quietly:
-                raise
-            self.report(str(error))
+            self.journal.close()
+            self._put("artifact", path=JOURNAL, artifact=JOURNAL)
+            for run_id in (None, launcher) if launcher else (None,):
+                self._put("status", status=status, end_time=delivery.now(), run_id=run_id)
+            done = not self._taken and self.shipper.drain()
+            if done and self.shipper.lease is not None:
+                with contextlib.suppress(Exception):  # it ends by itself
+                    self.shipper.lease.release()
+            return done
+        finally:
+            self.shipper.close()
+            self.outbox.close()
+            self._lock.release()
 
-    def _upload(self, path: Path, artifact: str) -> bool:
-        try:
-            self.client.log_artifacts(self.run_id, str(path), artifact)
-        except Exception as error:  # whatever the client raises, the folder is still there
-            if path.exists():
-                self.report(f"{artifact} was not uploaded: {store.one_line(error)}")
-            return False
-        return True
+    def _put(self, op: str, **fields: Any) -> None:
+        self.outbox.put(op, **fields)
+        self.shipper.wake()
 
-    def _ship(self, points: Sequence[Point]) -> None:
-        metrics = [Metric(p.key, p.value, p.timestamp, p.step) for p in points]
-        self.client.log_batch(self.run_id, metrics=metrics)
+    def _below(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def _lost(self) -> None:
+        self._taken = True
 
 
 @contextmanager
@@ -261,13 +298,29 @@ def session(
         report: receives one-line messages.
 
     Raises:
-        TrackingError: if MLflow cannot be reached, or there is no such run.
+        TrackingError: if the store cannot be used, there is no such run, or another process has
+            it. A server that is merely away is no error.
     """
-    client = store.connect(config.tracking)
+    # MLflow's own retries would only hide an outage from the outbox.
+    unset = {name: value for name, value in _PATIENT.items() if name not in os.environ}
+    with store.environment(unset):
+        yield from _session(config, stage, run_id, tags, report)
+
+
+def _session(
+    config: Config,
+    stage: str,
+    run_id: str | None,
+    tags: Mapping[str, str] | None,
+    report: Callable[[str], None],
+) -> Iterator[RunSession]:
+    client, away = store.reach(config.tracking)
     _check_state_root()
     launched = None
-    if run_id is None and mlflow.active_run() is None and not config.tracking.offline:
-        run_id = launched = os.environ.pop("MLFLOW_RUN_ID", None)
+    if not _open and not config.tracking.offline and mlflow.active_run() is None:
+        launched = os.environ.pop("MLFLOW_RUN_ID", None)
+    launcher = launched if run_id not in (None, launched) else None
+    run_id = run_id or launched
     own = {
         "tunix.stage": stage,
         "tunix.version": __version__,
@@ -275,84 +328,144 @@ def session(
         "tunix.python": platform.python_version(),
         **(tags or {}),
     }
-    lock = None
+    if config.tracking.key:
+        own["tunix.key"] = config.tracking.key
     try:
-        lock = _lock(run_id) if run_id else None
-        active = _start(client, config, run_id, own, stage)
+        run = _begin(client, away, config, run_id, own, stage, report)
     except BaseException:
-        if lock is not None:
-            lock.release()
         if launched is not None:
             os.environ["MLFLOW_RUN_ID"] = launched  # so that the error finds it
         raise
-    run = RunSession(client, active.info.run_id, active.info.experiment_id, report)
-    monitor: SystemMetricsMonitor | None = None
-    status = "FAILED"
+    if launcher is not None:
+        run._put("launcher", run_id=launcher)
+    status, message = "FAILED", ""
     context.enter(own)
+    _open.append(run)
+    monitor = SystemMetrics(run.journal) if config.tracking.system_metrics else None
     try:
-        if lock is None:
-            lock = _lock(run.run_id)
         _describe(run, config, own)
-        if config.tracking.system_metrics:
-            monitor = SystemMetricsMonitor(
-                run.run_id, sampling_interval=5, resume_logging=run_id is not None
-            )
-            monitor.start()
-        try:
-            yield run
-        except BaseException:
-            run.close(quietly=True)  # what ended the block is the news
-            raise
-        run.close()
-        if "tunix.error" in client.get_run(run.run_id).data.tags:
-            client.delete_tag(run.run_id, "tunix.error")  # of a part that was interrupted
+        yield run
         status = "FINISHED"
+        run._put("untag", name="tunix.error")  # of a part that was interrupted
     except (Interrupted, KeyboardInterrupt) as error:
-        status = "KILLED"
         number = error.signum if isinstance(error, Interrupted) else signal.SIGINT
-        _tag_error(run, f"interrupted by {signal.Signals(number).name}")
+        status, message = "KILLED", f"interrupted by {signal.Signals(number).name}"
         raise
     except BaseException as error:
-        _tag_error(run, store.one_line(error))
+        message = store.one_line(error)
         raise
     finally:
-        with _undisturbed():
+        with _undisturbed(run):
             context.leave()
-            _end(run, status)
+            _open.remove(run)
             if monitor is not None:
                 monitor.finish()
-            if lock is not None:
-                lock.release()
+            if message:
+                run.set_tags({"tunix.error": message})
+            if not run.end(status, launcher=launcher):
+                report(
+                    f"MLflow does not have all of run {run.run_id} yet; nothing is lost. When the"
+                    f" server is back: tunix-mlflow sync {run.run_id}"
+                )
+            _leave_fluent(run, status)
+
+
+def _begin(
+    client: MlflowClient,
+    away: str | None,
+    config: Config,
+    run_id: str | None,
+    tags: dict[str, str],
+    stage: str,
+    report: Callable[[str], None],
+) -> RunSession:
+    """Make or attach the run, here if MLflow is away, and open its folder."""
+    outer = _open[-1] if _open else None
+    name = config.tracking.run_name or _run_name(config, stage)
+    if away is not None:
+        folder = state.run_dir(run_id or uuid.uuid4().hex)
+        if run_id is not None and not (folder / "config.json").exists():
+            raise TrackingError(f"{away}, and run {run_id} is not on this machine")
+        run = RunSession(client, folder, _locked(folder), report)
+        report(f"{away}: recording in {folder}; MLflow is told when it is back")
+        run.shipper.said = True
+        if run_id is None:
+            run._put(
+                "create",
+                name=name,
+                experiment=config.tracking.experiment,
+                tags=tags,
+                parent=outer.folder.name if outer else None,
+                start_time=delivery.now(),
+            )
+        return run
+    with contextlib.ExitStack() as undo:
+        try:
+            if run_id is None:
+                active = _start(client, config, name, tags)
+                folder = state.run_dir(active.info.run_id)
+                lock = _locked(folder)
+                undo.callback(lock.release)
+                held = lease.acquire(client, active.info.run_id, folder)
+            else:
+                folder = state.run_dir(run_id)
+                lock = _locked(folder)
+                undo.callback(lock.release)
+                folder = folder.resolve()
+                before = client.get_run(run_id).data.tags
+                _check_same(before, tags, run_id)
+                held = lease.acquire(client, run_id, folder)
+                own_last = (lease.holder(before) or ("", 0))[0] == lease.owner_of(folder)
+                if "tunix.stage" in before and not (own_last and (folder / JOURNAL).exists()):
+                    runs.refill(client, run_id, folder, report)
+                active = mlflow.start_run(run_id=run_id, nested=True)
+            delivery.adopt(folder, active.info.run_id, active.info.experiment_id)
+        except MlflowException as error:
+            raise TrackingError(f"cannot start the run: {store.one_line(error)}") from error
+        run = RunSession(client, folder, lock, report)
+        run.shipper.lease = held
+        undo.pop_all()
+    if stage == "train":
+        for stale in runs.mark_stale(client, active.info.experiment_id):
+            report(f"run {stale} was left RUNNING by a process that died; it is KILLED now")
+    return run
 
 
 def _start(
-    client: MlflowClient, config: Config, run_id: str | None, tags: dict[str, str], stage: str
+    client: MlflowClient, config: Config, name: str, tags: dict[str, str]
 ) -> mlflow.ActiveRun:
+    outer = mlflow.active_run()
+    experiment = (
+        outer.info.experiment_id
+        if outer is not None
+        else store.experiment_id(client, config.tracking.experiment)
+    )
+    context.enter(tags)
+    # A launcher's run is on a server and cannot go on in the offline store. MLflow would
+    # take it up; afterwards the variable is back, so that an error still finds the run.
+    launched = os.environ.pop("MLFLOW_RUN_ID", None)
     try:
-        if run_id is not None:
-            _check_same(client.get_run(run_id).data.tags, tags, run_id)
-            return mlflow.start_run(run_id=run_id, nested=True)
-        outer = mlflow.active_run()
-        experiment = (
-            outer.info.experiment_id
-            if outer is not None
-            else store.experiment_id(client, config.tracking)
-        )
-        context.enter(tags)
-        # A launcher's run is on a server and cannot go on in the offline store. MLflow would
-        # take it up; afterwards the variable is back, so that an error still finds the run.
-        launched = os.environ.pop("MLFLOW_RUN_ID", None)
-        try:
-            name = config.tracking.run_name or _run_name(config, stage)
-            return mlflow.start_run(
-                experiment_id=experiment, run_name=name, nested=outer is not None
-            )
-        finally:
-            context.leave()
-            if launched is not None:
-                os.environ["MLFLOW_RUN_ID"] = launched
-    except MlflowException as error:
-        raise TrackingError(f"cannot start the run: {store.one_line(error)}") from error
+        return mlflow.start_run(experiment_id=experiment, run_name=name, nested=outer is not None)
+    finally:
+        context.leave()
+        if launched is not None:
+            os.environ["MLFLOW_RUN_ID"] = launched
+
+
+def _leave_fluent(run: RunSession, status: str) -> None:
+    """End MLflow's own notion of the active run; its status is recorded already."""
+    active = mlflow.active_run()
+    if active is None or active.info.run_id != run.run_id:
+        return
+    try:
+        with store.environment(_IMPATIENT):
+            mlflow.end_run(status)
+    except Exception as error:  # the server is away; the outbox has it
+        del error
+
+
+_PATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+_IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
 
 
 def _check_state_root() -> None:
@@ -365,16 +478,16 @@ def _check_state_root() -> None:
         ) from error
 
 
-def _lock(run_id: str) -> FileLock:
+def _locked(folder: Path) -> FileLock:
     """The lock of a run's folder; the system drops it with the process, however it dies."""
-    folder = state.run_dir(run_id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        folder = folder.resolve()
         lock = FileLock(folder / "lock")
         lock.acquire(timeout=0)
     except Timeout as error:
         raise TrackingError(
-            f"run {run_id} is open in another process on this machine; wait for it or end it"
+            f"run {folder.name} is open in another process on this machine; wait for it or end it"
         ) from error
     except OSError as error:
         raise TrackingError(f"cannot write to {folder}: {error.strerror}") from error
@@ -382,13 +495,19 @@ def _lock(run_id: str) -> FileLock:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """No second signal keeps a run from getting its status."""
+def _undisturbed(run: RunSession) -> Iterator[None]:
+    """No signal keeps a run from getting its status; one after 2 s ends the wait for MLflow."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    begun = time.monotonic()
+
+    def insist(*_: object) -> None:
+        if time.monotonic() - begun > _INSIST_SECONDS:
+            run.shipper.give_up()
+
+    before = [signal.signal(number, insist) for number in numbers]
     try:
         yield
     finally:
@@ -398,7 +517,9 @@ def _undisturbed() -> Iterator[None]:
 
 def _check_same(stored: Mapping[str, str], now: Mapping[str, str], run_id: str) -> None:
     for name, value in now.items():
-        if name.endswith("_digest") and stored.get(name, value) != value:
+        if not name.endswith("_digest") or name == "tunix.config_digest":
+            continue
+        if stored.get(name, value) != value:
             raise TrackingError(
                 f"run {run_id} was made with another {name.removeprefix('tunix.')}"
                 f" ({stored[name][:16]}, now {value[:16]}); start a new run"
@@ -406,29 +527,14 @@ def _check_same(stored: Mapping[str, str], now: Mapping[str, str], run_id: str) 
 
 
 def _describe(run: RunSession, config: Config, tags: Mapping[str, str]) -> None:
-    (run.folder / "config.json").write_bytes(configs.to_json(config))
-    (run.folder / "environment.json").write_text(
-        json.dumps({name: os.environ.get(name, "") for name in ("NPROC", "XLA_FLAGS")})
-    )
-    store.mark_experiment(run.client, run.experiment_id)
+    outbox.write_whole(run.folder / "config.json", configs.to_json(config))
+    environment = {name: os.environ.get(name, "") for name in ("NPROC", "XLA_FLAGS")}
+    outbox.write_whole(run.folder / "environment.json", msgspec.json.encode(environment))
     run.set_tags(tags)
     run.log_params(configs.flatten(config))
     run.log_file(run.folder / "config.json")
     run.log_file(run.folder / "environment.json")
-
-
-def _tag_error(run: RunSession, message: str) -> None:
-    try:
-        run.set_tags({"tunix.error": message})
-    except Exception as error:  # the first error matters more than a dead server
-        run.report(f"the run's error could not be recorded: {store.one_line(error)}")
-
-
-def _end(run: RunSession, status: str) -> None:
-    try:
-        mlflow.end_run(status)
-    except Exception as error:  # as above; the status stays RUNNING on a dead server
-        run.report(f"the run's status could not be recorded: {store.one_line(error)}")
+    run._put("experiment_kind")
 
 
 def _run_name(config: Config, stage: str) -> str:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import mlflow
+from filelock import FileLock
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 
 from tunix_mlflow import state
@@ -18,7 +24,9 @@ from tunix_mlflow.errors import TrackingError
 
 DEFAULT_EXPERIMENT = "tunix-mlflow"
 _KIND_TAG = {"mlflow.experimentKind": "custom_model_development"}
-_PROBE_SECONDS = 5
+_PROBE_SECONDS = 4
+LAUNCHER_TAG = "tunix.launcher_of"
+"""On a run that `mlflow run` made only to go on with another: that one's id."""
 
 
 def connect(config: TrackingConfig) -> MlflowClient:
@@ -27,49 +35,96 @@ def connect(config: TrackingConfig) -> MlflowClient:
     Raises:
         TrackingError: in seconds, not in the minutes that MLflow's own retries take.
     """
+    client, away = reach(config)
+    if away is not None:
+        raise TrackingError(
+            f"{away}; start it, set MLFLOW_TRACKING_URI, or record locally with"
+            " tracking.offline=true"
+        )
+    return client
+
+
+def reach(config: TrackingConfig) -> tuple[MlflowClient, str | None]:
+    """Point this process at its tracking store.
+
+    Returns:
+        A client, and why the server does not answer; None if it does.
+
+    Raises:
+        TrackingError: for a store that cannot be used even when its server answers.
+    """
     if config.offline:
         state.offline_artifacts().mkdir(parents=True, exist_ok=True)
         mlflow.set_tracking_uri(state.offline_tracking_uri())
         mlflow.set_registry_uri(state.offline_tracking_uri())
     uri = mlflow.get_tracking_uri()
     if uri.startswith(("http://", "https://")):
-        _probe(uri)
+        away = _probe(uri)
+        if away is not None:
+            return MlflowClient(), away
     elif uri.startswith("sqlite:///") and Path(uri.removeprefix("sqlite:///")).is_dir():
         raise TrackingError(f"cannot use the MLflow store {uri}: it is a folder, not a database")
     try:
-        client = MlflowClient()
-        client.search_experiments(max_results=1)
+        with _alone(uri):
+            client = MlflowClient()
+            client.search_experiments(max_results=1)
     except Exception as error:  # SQLAlchemy's and the HTTP client's errors share no base
         hint = ""
         if "401" in str(error) or "403" in str(error):
             hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: "
+        elif uri.startswith("http") and _is_away(error):
+            return MlflowClient(), f"the MLflow server {public(uri)} fails: {one_line(error)}"
         raise TrackingError(
-            f"cannot use the MLflow store {_public(uri)}: {hint}{one_line(error)}"
+            f"cannot use the MLflow store {public(uri)}: {hint}{one_line(error)}"
         ) from error
-    return client
+    return client, None
 
 
-def experiment_id(client: MlflowClient, config: TrackingConfig) -> str:
+def _is_away(error: Exception) -> bool:
+    if isinstance(error, MlflowException):
+        return int(error.get_http_status_code()) >= 500
+    return isinstance(error, OSError)
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process of this machine at a time, for a local database.
+
+    Eight that open a fresh one at once would all migrate it, and leave it unusable.
+    """
+    if not uri.startswith("sqlite:"):
+        yield
+        return
+    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"tunix-mlflow-{os.getuid()}-{name}.lock"):
+        yield
+
+
+def experiment_id(client: MlflowClient, experiment: str | None) -> str:
     """The experiment to record in; made, and shown by the UI as model development, if new.
+
+    Args:
+        client: reaches the store.
+        experiment: its name; None: MLFLOW_EXPERIMENT_NAME, else tunix-mlflow.
 
     Raises:
         TrackingError: if it was deleted or may not be made.
+        MlflowException: if MLflow does not answer.
     """
-    name = config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
-    try:
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            try:
-                made: str = client.create_experiment(
-                    name, artifact_location=_artifacts(config), tags=_KIND_TAG
-                )
-                return made
-            except MlflowException:
-                found = client.get_experiment_by_name(name)  # another process was first
-                if found is None:
+    name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            made: str = client.create_experiment(
+                name, artifact_location=_artifacts(name), tags=_KIND_TAG
+            )
+            return made
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)  # another process was first
+            if found is None:
+                if _is_away(error):
                     raise
-    except MlflowException as error:
-        raise TrackingError(f"experiment {name!r}: {one_line(error)}") from error
+                raise TrackingError(f"experiment {name!r}: {one_line(error)}") from error
     if found.lifecycle_stage == "deleted":
         raise TrackingError(
             f"experiment {name!r} was deleted; restore it, or set tracking.experiment"
@@ -93,7 +148,7 @@ def run_link(experiment: str, run_id: str | None = None, base: str | None = None
         uri = "http://127.0.0.1:5000"
     page = f"/runs/{run_id}" if run_id else "/runs"
     return (
-        f"{_public(uri).rstrip('/')}/#/experiments/{experiment}{page}?workflowType=machine_learning"
+        f"{public(uri).rstrip('/')}/#/experiments/{experiment}{page}?workflowType=machine_learning"
     )
 
 
@@ -104,7 +159,22 @@ def ui_command() -> str | None:
         return None
     # In an environment that is not activated, the plain name is not found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")
-    return f"{program} server --backend-store-uri {_public(uri)} --port 5000"
+    return f"{program} server --backend-store-uri {public(uri)} --port 5000"
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment, which MLflow reads at each request, for a block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def one_line(error: BaseException) -> str:
@@ -113,34 +183,43 @@ def one_line(error: BaseException) -> str:
     return text[:500] or type(error).__name__
 
 
-def _artifacts(config: TrackingConfig) -> str | None:
+def delete_artifacts(client: MlflowClient, run_id: str, artifact: str) -> None:
+    """Delete an artifact, or a folder of them; one that is not there is no error."""
+    parent = str(Path(artifact).parent).strip(".")
+    if artifact in {found.path for found in client.list_artifacts(run_id, parent or None)}:
+        uri = client.get_run(run_id).info.artifact_uri
+        get_artifact_repository(uri).delete_artifacts(artifact)
+
+
+def _artifacts(name: str) -> str | None:
     # For a local database MLflow would choose a folder in the current one.
-    if config.offline:
-        return state.offline_artifacts().as_uri()
     uri = mlflow.get_tracking_uri()
+    if uri == state.offline_tracking_uri():
+        return state.offline_artifacts().as_uri()
     if uri.startswith("sqlite:///"):
         folder = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute().parent
-        name = config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
         return (folder / "mlruns" / safe).as_uri()
     return None
 
 
-def _probe(uri: str) -> None:
+def _probe(uri: str) -> str | None:
+    """Why a server does not answer; None if it does."""
     import requests
 
     try:
-        requests.get(f"{uri.rstrip('/')}/health", timeout=_PROBE_SECONDS)
+        answer = requests.get(f"{uri.rstrip('/')}/health", timeout=_PROBE_SECONDS)
     except requests.exceptions.SSLError:
-        pass  # it is there; whether its certificate will do is for MLflow's settings to say
+        return None  # it is there; whether its certificate will do is for MLflow's settings to say
     except requests.RequestException as error:
-        raise TrackingError(
-            f"the MLflow server {_public(uri)} does not answer ({type(error).__name__}); start it,"
-            " set MLFLOW_TRACKING_URI, or record locally with tracking.offline=true"
-        ) from error
+        return f"the MLflow server {public(uri)} does not answer ({type(error).__name__})"
+    if answer.status_code >= 500:
+        return f"the MLflow server {public(uri)} answers {answer.status_code}"
+    return None
 
 
-def _public(uri: str) -> str:
+def public(uri: str) -> str:
+    """An address without user and password."""
     parts = urlsplit(uri)
     if parts.hostname and "@" in parts.netloc:
         host = parts.netloc.rpartition("@")[2]

@@ -10,20 +10,64 @@ moved to quarantine/, and the one before it is used.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from tunix_mlflow.config import CheckpointsConfig
 from tunix_mlflow.errors import CheckpointError, IntegrityError
 from tunix_mlflow.models import arrays
 
 STATE = "state"
-QUARANTINE = "quarantine"
+QUARANTINE, SUPERSEDED = "quarantine", "superseded"
+_DOOMED = ".deleting-"
 _T = TypeVar("_T")
+
+
+class Retention(NamedTuple):
+    """Which checkpoints stay."""
+
+    keep_last: int
+    keep_best: int = 0
+    metric: str = "eval/loss"
+    mode: Literal["min", "max"] = "min"
+    every_steps: int = 0  # multiples of it stay for good; 0: none
+
+    @classmethod
+    def of(cls, config: CheckpointsConfig) -> Retention:
+        """What a configuration asks for."""
+        return cls(
+            config.keep_last, config.keep_best, config.metric, config.mode, config.keep_every_steps
+        )
+
+
+def doomed(found: Sequence[tuple[int, Mapping[str, float]]], retention: Retention) -> list[int]:
+    """The steps that may go, in ascending order.
+
+    Args:
+        found: step and metrics of each checkpoint.
+        retention: what stays. Of equally good ones the newer counts as the better; one without
+            the metric, or with a NaN, is none of the best.
+    """
+    steps = sorted(step for step, _ in found)
+    stay = set(steps[max(0, len(steps) - retention.keep_last) :])
+    if retention.every_steps:
+        stay |= {step for step in steps if step % retention.every_steps == 0}
+    sign = 1 if retention.mode == "min" else -1
+    scored = [
+        (sign * metrics[retention.metric], -step)
+        for step, metrics in found
+        if not math.isnan(metrics.get(retention.metric, math.nan))
+    ]
+    stay |= {-step for _, step in sorted(scored)[: retention.keep_best]}
+    return [step for step in steps if step not in stay]
 
 
 class Checkpoints:
@@ -32,8 +76,9 @@ class Checkpoints:
     Args:
         folder: where they live.
         identity: digests and fingerprint; part of every manifest, compared when restoring.
-        keep_last: older ones are deleted once the next is sealed.
+        retention: which stay; older ones are deleted once the next is sealed.
         on_sealed: called with folder and step, in the background, for example to upload.
+        on_removed: called with the step of one that was deleted, after `on_sealed` of the next.
     """
 
     def __init__(
@@ -41,19 +86,25 @@ class Checkpoints:
         folder: Path,
         identity: Mapping[str, str],
         *,
-        keep_last: int,
+        retention: Retention,
         on_sealed: Callable[[Path, int], None] | None = None,
+        on_removed: Callable[[int], None] | None = None,
     ) -> None:
-        self.folder, self.identity = folder, dict(identity)
-        self.keep_last, self.on_sealed = keep_last, on_sealed
+        self.folder, self.identity, self.retention = folder, dict(identity), retention
+        self.on_sealed, self.on_removed = on_sealed, on_removed
         self._orbax = ocp.StandardCheckpointer()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Start writing; returns when the arrays are copied, before they are on disk.
 
         A step that is sealed already is left as it is.
+
+        Args:
+            step: updates done.
+            state: the caller may give its arrays away afterwards.
+            metrics: of this state, for `Retention.keep_best`.
 
         Raises:
             CheckpointError: if the save before this one failed, for example on a full disk.
@@ -63,13 +114,18 @@ class Checkpoints:
         if (folder / arrays.MANIFEST).exists():
             return  # sealed already; what is safe is never written again
         try:
-            if folder.exists():
-                shutil.rmtree(folder)  # what a killed save left
+            self._sweep()
             folder.mkdir(parents=True)
+            copy = jax.tree.map(lambda leaf: np.array(leaf), state)
             self._orbax.save((folder / STATE).absolute(), arrays.flatten(state))
         except OSError as error:
             raise self._failed(folder, error) from error
-        self._pending = self._worker.submit(self._finish, step, folder)
+        content = {
+            "step": step,
+            "identity": self.identity,
+            "metrics": {k: v for k, v in (metrics or {}).items() if math.isfinite(v)},
+        }
+        self._pending = self._worker.submit(self._finish, folder, content, copy)
 
     def wait(self) -> None:
         """Return when nothing is being written any more.
@@ -81,7 +137,7 @@ class Checkpoints:
         if pending is not None:
             try:
                 pending.result()
-            except OSError as error:
+            except (OSError, ValueError) as error:  # Orbax's storage says ValueError for some
                 raise self._failed(self.folder, error) from error
 
     def close(self) -> None:
@@ -114,35 +170,78 @@ class Checkpoints:
                 manifest = arrays.check(folder)
             except IntegrityError as error:
                 report(f"{error}; moved to {QUARANTINE}/, the checkpoint before it is used")
-                _quarantine(folder)
+                _put_aside(folder, QUARANTINE)
                 continue
-            self._compare(folder, manifest["identity"])
-            return int(manifest["step"]), arrays.read(folder / STATE, target)
+            return int(manifest["step"]), self._read(folder, manifest, target)
         return None
 
-    def _finish(self, step: int, folder: Path) -> None:
-        self._orbax.wait_until_finished()
-        arrays.seal(folder, {"step": step, "identity": self.identity})
-        for old in steps(self.folder)[: -self.keep_last]:
-            doomed = old.with_name(f".deleting-{old.name}")
-            old.rename(doomed)
-            shutil.rmtree(doomed)
-        if self.on_sealed is not None:
-            self.on_sealed(folder, step)
+    def restore(self, step: int, target: _T) -> _T:
+        """The checkpoint of one step.
 
-    def _compare(self, folder: Path, stored: Mapping[str, str]) -> None:
+        Raises:
+            CheckpointError: if there is none, or it was made of something else.
+            IntegrityError: if it is damaged.
+        """
+        folder = self._of(step)
+        return self._read(folder, arrays.check(folder), target)
+
+    def rewind(self, step: int) -> None:
+        """Put the checkpoints after `step` aside, so that training can go on from there.
+
+        Raises:
+            CheckpointError: if there is no checkpoint of that step.
+        """
+        self._of(step)
+        for folder in steps(self.folder):
+            if int(folder.name) > step:
+                _put_aside(folder, SUPERSEDED)
+
+    def _of(self, step: int) -> Path:
+        folder = self.folder / f"{step:08d}"
+        if folder not in steps(self.folder):
+            have = ", ".join(str(int(path.name)) for path in steps(self.folder)) or "none"
+            raise CheckpointError(f"there is no checkpoint of step {step} in {self.folder}: {have}")
+        return folder
+
+    def _read(self, folder: Path, manifest: Mapping[str, Any], target: _T) -> _T:
         for name, value in self.identity.items():
-            if name.endswith("_digest") and stored.get(name) != value:
+            stored = manifest["identity"].get(name)
+            if name.endswith("_digest") and stored != value:
                 raise CheckpointError(
                     f"{folder} was made with another {name.removesuffix('_digest')}:"
-                    f" {str(stored.get(name))[:16]}, now {value[:16]}; start a new run"
+                    f" {str(stored)[:16]}, now {value[:16]}; start a new run"
                 )
+        restored = arrays.read(folder / STATE, target)
+        if manifest["state_digest"] != arrays.digest(restored):
+            raise IntegrityError(f"{folder} does not hold the state that was saved")
+        return restored
 
-    def _failed(self, folder: Path, error: OSError) -> CheckpointError:
+    def _finish(self, folder: Path, content: Mapping[str, Any], copy: Any) -> None:
+        self._orbax.wait_until_finished()
+        arrays.seal(folder, {**content, "state_digest": arrays.digest(copy)})
+        if self.on_sealed is not None:
+            self.on_sealed(folder, content["step"])
+        for step in doomed(
+            [(int(p.name), _metrics(p)) for p in steps(self.folder)], self.retention
+        ):
+            remove(self.folder / f"{step:08d}")
+            if self.on_removed is not None:
+                self.on_removed(step)
+
+    def _sweep(self) -> None:
+        """Delete what a killed process left: torn saves, and what it was deleting."""
+        sealed = steps(self.folder)
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            torn = path.name.partition(".")[0].isdigit() and path not in sealed
+            if torn or path.name.startswith(_DOOMED):
+                shutil.rmtree(path)
+
+    def _failed(self, folder: Path, error: Exception) -> CheckpointError:
         free = shutil.disk_usage(self.folder if self.folder.exists() else Path.cwd()).free
+        reason = error.strerror if isinstance(error, OSError) else None
+        said = " ".join((reason or str(error)).split())[:300]
         return CheckpointError(
-            f"cannot write the checkpoint {folder}: {error.strerror or error};"
-            f" {free // 2**20} MiB are free there"
+            f"cannot write the checkpoint {folder}: {said}; {free // 2**20} MiB are free there"
         )
 
 
@@ -157,8 +256,20 @@ def steps(folder: Path) -> list[Path]:
     )
 
 
-def _quarantine(folder: Path) -> None:
-    place = folder.parent / QUARANTINE
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; a kill meanwhile leaves nothing that counts as one."""
+    going = folder.with_name(f"{_DOOMED}{folder.name}")
+    folder.rename(going)
+    shutil.rmtree(going)
+
+
+def _metrics(folder: Path) -> Mapping[str, float]:
+    found: Mapping[str, float] = arrays.content(folder).get("metrics", {})
+    return found
+
+
+def _put_aside(folder: Path, name: str) -> None:
+    place = folder.parent / name
     place.mkdir(exist_ok=True)
     number = 0
     while (place / f"{folder.name}.{number}").exists():

@@ -67,12 +67,13 @@ def fit(
         Interrupted: after SIGINT or SIGTERM; the state was saved first.
     """
     training = config.training
-    microbatches = training.batch_size // (training.microbatch_size or training.batch_size)
     rates = optimizers.learning_rates(config.optimizer, training.steps)
     remedy = "lower optimizer.learning_rate"
     flight: _Flight | None = None
     first = int(state.step)
     clock = time.perf_counter()
+    saved = time.monotonic()
+    patience = 60 * (training.save_every_minutes or math.inf)
 
     def land() -> None:
         nonlocal flight, clock
@@ -101,22 +102,25 @@ def fit(
         for writer in writers:
             writer.write_scalars(landed.step, scalars)
 
-    def save(step: int) -> None:
+    def save(step: int, held_out: dict[str, float]) -> None:
+        nonlocal saved
         if not bool(is_finite(state.params)):
             raise TrainingStopped(f"step {step}: a parameter is not finite; {remedy}")
         for writer in writers:
             writer.flush()
-        checkpoints.save(step, state)
+        checkpoints.save(step, state, held_out)
+        saved = time.monotonic()
 
     with StopRequest() as stop:
         for step in range(first, training.steps):
             batch = batches.at(step)
             state, metrics = train_step(
-                state, batch, graph=graph, optimizer=optimizer, microbatches=microbatches
+                state, batch, graph=graph, optimizer=optimizer, microbatches=training.microbatches
             )
             land()
             flight = _Flight(step + 1, metrics, int(np.count_nonzero(batch.segments)))
             done = step + 1
+            held_out: dict[str, float] = {}
             if evaluate is not None and _due(done, training.eval_every_steps, training.steps):
                 land()
                 held_out = evaluate(state)
@@ -126,13 +130,15 @@ def fit(
                 for writer in writers:
                     writer.write_scalars(done, held_out)
                 clock = time.perf_counter()
-            if done == training.steps or _due(done, training.save_every_steps, training.steps):
+            late = time.monotonic() - saved > patience
+            last = done == training.steps
+            if last or late or _due(done, training.save_every_steps, training.steps):
                 land()
-                save(done)
+                save(done, held_out)
                 clock = time.perf_counter()
             if stop.signum is not None and done < training.steps:
                 land()
-                save(done)
+                save(done, held_out)
                 checkpoints.wait()
                 raise Interrupted(stop.signum)
     checkpoints.wait()

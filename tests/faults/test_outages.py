@@ -1,0 +1,216 @@
+"""A tracking server that is down, flaps, hangs or fails: nothing is lost, nothing doubled.
+
+Quick by default; with TUNIX_FAULTS=50 or more the outages last a minute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+
+from tests.conftest import BIN
+from tests.test_server import end, free_port, launch, wait_for
+from tunix_mlflow import session
+from tunix_mlflow.config import Config, TrackingConfig
+from tunix_mlflow.tracking import outbox, runs, shipper
+from tunix_mlflow.tracking.session import RunSession
+
+SECONDS = 60.0 if int(os.environ.get("TUNIX_FAULTS", "4")) >= 50 else 6.0
+QUIET = Config(tracking=TrackingConfig(system_metrics=False))
+KEYS = ("train/loss", "train/grad_norm", "train/learning_rate", "perf/step_time_ms")
+
+
+class Proxy:
+    """A port in front of a server that does as it is told: pass, down, hang or 500."""
+
+    def __init__(self, target: int) -> None:
+        self.port, self._target, self._mode = free_port(), target, "down"
+        self._sockets: list[socket.socket] = []
+        self._listener: socket.socket | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def be(self, mode: str) -> None:
+        self._mode = mode
+        for old in [*self._sockets, self._listener]:
+            if old is not None:
+                with contextlib.suppress(OSError):
+                    old.shutdown(socket.SHUT_RDWR)
+                old.close()
+        self._sockets, self._listener = [], None
+        if mode != "down":
+            self._listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
+            threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                self._sockets.append(client)
+                if self._mode == "pass":
+                    server = socket.create_connection(("127.0.0.1", self._target))
+                    self._sockets.append(server)
+                    for a, b in ((client, server), (server, client)):
+                        threading.Thread(target=self._copy, args=(a, b), daemon=True).start()
+                elif self._mode == "500":
+                    threading.Thread(target=self._fail, args=(client,), daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for each in (source, target):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    @staticmethod
+    def _fail(client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            client.recv(65536)
+            client.sendall(
+                b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 2\r\n"
+                b"Connection: close\r\n\r\n{}"
+            )
+            client.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A real `mlflow server`; its port."""
+    folder = tmp_path_factory.mktemp("server")
+    port = free_port()
+    words = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port)]
+    words += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"]
+    words += ["--artifacts-destination", str(folder / "artifacts")]
+    process = launch(words, folder / "log", {})
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
+        yield port
+    finally:
+        end(process)
+
+
+@pytest.fixture
+def proxy(server: int) -> Iterator[Proxy]:
+    it = Proxy(server)
+    mlflow.set_tracking_uri(it.uri)
+    mlflow.set_registry_uri(it.uri)
+    yield it
+    it.be("down")
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+
+
+class Loop:
+    """Steps of some milliseconds that write four metrics each."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.took: list[float] = []
+
+    def go(self, run: RunSession, seconds: float) -> float:
+        """Median milliseconds of one write in that time."""
+        until, before = time.monotonic() + seconds, len(self.took)
+        while time.monotonic() < until:
+            self.step += 1
+            begun = time.perf_counter()
+            run.write_scalars(self.step, dict.fromkeys(KEYS, self.step / 7))
+            self.took.append(1000 * (time.perf_counter() - begun))
+            time.sleep(0.01)
+        return statistics.median(self.took[before:])
+
+
+def assert_all_there(client: MlflowClient, run_id: str, steps: int) -> None:
+    """Every point of every step, once, with its value."""
+    for key in KEYS:
+        found = sorted((m.step, m.value) for m in client.get_metric_history(run_id, key))
+        assert found == [(step, step / 7) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize("fault", ["down", "flapping", "hang", "500"])
+def test_an_outage_loses_and_doubles_nothing(proxy: Proxy, fault: str) -> None:
+    """The loop goes on, the user is told, and everything arrives before the run ends."""
+    proxy.be("pass")
+    reports: list[tuple[float, str]] = []
+    loop = Loop()
+    with session(
+        QUIET, stage="train", report=lambda m: reports.append((time.monotonic(), m))
+    ) as run:
+        calm = loop.go(run, 2.0)
+        began = time.monotonic()
+        if fault == "flapping":
+            shaken = []
+            while time.monotonic() - began < SECONDS:
+                for mode in ("down", "pass", "500", "pass"):
+                    proxy.be(mode)
+                    shaken.append(loop.go(run, 0.4))
+            stormy = statistics.median(shaken)
+        else:
+            proxy.be(fault)
+            stormy = loop.go(run, SECONDS)
+        proxy.be("pass")
+        loop.go(run, 1.0)
+    client = MlflowClient()
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert_all_there(client, run.run_id, loop.step)
+    said = [(at - began, message) for at, message in reports]
+    if fault != "flapping":
+        assert [m.partition(" (")[0].partition(":")[0] for _, m in said] == [
+            "MLflow does not answer",
+            "MLflow takes records again",
+        ]
+        print(f"{fault}: said after {said[0][0]:.1f} s; ", end="")
+    points = loop.step * len(KEYS)
+    print(
+        f"{fault}: 0 of {points} points lost, 0 doubled; a write took {calm:.3f} ms before,"
+        f" {stormy:.3f} ms meanwhile (medians)"
+    )
+
+
+def test_a_server_dead_from_the_start(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is recorded here; MLflow gets all of it when it is told, and only once."""
+    monkeypatch.setattr(shipper, "PATIENCE_SECONDS", 1.0)
+    loop, reports = Loop(), list[str]()
+    with session(QUIET, stage="train", report=reports.append) as run:
+        loop.go(run, 2.0)
+        run.log_text("hello", "notes/a.txt")
+    assert not outbox.known(run.folder)
+    proxy.be("pass")
+    client = MlflowClient()
+    while outbox.waiting(run.folder):  # as many processes that die after each delivery
+        at = outbox.cursor(run.folder)
+        runs.delivery.step(client, run.folder, reports.append)
+        outbox.move_cursor(run.folder, at)
+        runs.delivery.step(client, run.folder, reports.append)
+    found = client.get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    assert_all_there(client, run.run_id, loop.step)
+    assert len(client.search_runs([found.info.experiment_id], "tags.`tunix.local_id` != ''")) == 1
+    assert [f.path for f in client.list_artifacts(run.run_id, "notes")] == ["notes/a.txt"]
+    assert not [r for r in reports if "not recorded" in r]
+
+
+def test_a_run_goes_on_when_the_server_comes_back(proxy: Proxy, tmp_path: Path) -> None:
+    """Dead at the start and alive at the end: nothing is left to do by hand."""
+    loop, reports = Loop(), list[str]()
+    with session(QUIET, stage="train", report=reports.append) as run:
+        local = run.run_id
+        loop.go(run, 1.0)
+        proxy.be("pass")
+        loop.go(run, 3.0)
+    assert run.run_id != local
+    assert_all_there(MlflowClient(), run.run_id, loop.step)
+    assert "sync" not in "".join(reports)

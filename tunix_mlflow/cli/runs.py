@@ -1,0 +1,124 @@
+"""`tunix-mlflow runs` and `sync`: training runs, their proof, and what MLflow lacks of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from tunix_mlflow.errors import Refused, TrackingError
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group()
+def runs() -> None:
+    """Look at training runs, and prove them."""
+
+
+@runs.command("list")
+@click.option("--limit", type=click.IntRange(1), default=20, help="The newest so many.")
+@_json
+def list_(limit: int, as_json: bool) -> None:
+    """Training runs of all experiments, the newest first.
+
+    Runs that `mlflow run` made only to go on with another are left out.
+    """
+    from tunix_mlflow.config import TrackingConfig
+    from tunix_mlflow.tracking import runs as operations
+    from tunix_mlflow.tracking import store
+
+    client = store.connect(TrackingConfig())
+    found = [_row(run) for run in operations.training_runs(client, limit)]
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    if not found:
+        click.echo("no training runs yet; `tunix-mlflow train` makes one")
+    for row in found:
+        loss = "" if row["final_loss"] is None else f"loss {row['final_loss']:.4f}"
+        click.echo(
+            f"{row['run_id']}  {row['status']:9} {row['dataset'] or '':24}"
+            f" {row['steps'] or 0:>7} steps  {loss}"
+        )
+
+
+@runs.command()
+@click.argument("run_id")
+@_json
+def verify(run_id: str, as_json: bool) -> None:
+    """Train a run's last segment again, and compare state and losses to the bit.
+
+    The verdict is put on the run as the tag tunix.verified. Exit code 3 when something differs.
+    """
+    from tunix_mlflow import bootstrap
+    from tunix_mlflow.data import datasets
+    from tunix_mlflow.tracking import runs as operations
+
+    found = operations.look_up(run_id)
+    bootstrap.prepare(found.config, found.environment)
+    if found.config.dataset is None:
+        raise TrackingError(f"run {found.run_id} names no dataset")
+    from tunix_mlflow.tracking import replay
+
+    def say(message: str) -> None:
+        click.echo(message, err=True)
+
+    manifest = datasets.ready(found.config.dataset, say)
+    verdict = replay.verify(found.client, found.run_id, found.config, manifest, say)
+    if found.client is not None:
+        found.client.set_tag(found.run_id, replay.VERDICT_TAG, verdict.summary()[:5000])
+    if as_json:
+        click.echo(json.dumps(verdict._asdict() | {"run_id": found.run_id, "ok": verdict.ok}))
+    if not verdict.ok:
+        raise Refused(f"run {found.run_id} {verdict.summary()}")
+    if not as_json:
+        click.echo(f"run {found.run_id} {verdict.summary()}")
+
+
+def sync(run_id: str | None) -> None:
+    """Tell MLflow what it does not have yet.
+
+    Raises:
+        TrackingError: if there is no such run here, or MLflow does not answer.
+    """
+    from tunix_mlflow import state
+    from tunix_mlflow.config import TrackingConfig
+    from tunix_mlflow.tracking import outbox, store
+    from tunix_mlflow.tracking import runs as operations
+
+    folders = operations.folders()
+    if run_id is not None:
+        one = state.run_dir(run_id) if run_id.isalnum() else None
+        if one is None or not (one / outbox.OUTBOX).exists():
+            raise TrackingError(f"there is no run {run_id[:80]!r} in {state.run_dir('')}")
+        folders = [one.resolve()]
+    client = store.connect(TrackingConfig())
+    for folder in folders:
+        if not (folder / outbox.OUTBOX).exists():
+            continue
+        if operations.is_open(folder):
+            click.echo(f"run {folder.name} is open in another process, which tells MLflow itself")
+            continue
+        told = operations.catch_up(client, folder, lambda message: click.echo(message, err=True))
+        known = outbox.known(folder)
+        if known is not None and (told or run_id is not None):
+            operations.end_if_dead(client, folder)
+            link = store.run_link(known.experiment_id, known.run_id)
+            click.echo(f"run {known.run_id}: {told:,} bytes of records delivered; {link}")
+
+
+def _row(run: Any) -> dict[str, Any]:
+    tags, metrics = run.data.tags, run.data.metrics
+    return {
+        "run_id": run.info.run_id,
+        "name": run.info.run_name,
+        "status": run.info.status,
+        "dataset": tags.get("tunix.dataset"),
+        "steps": int(metrics["total_steps"]) if "total_steps" in metrics else None,
+        "final_loss": metrics.get("final_loss"),
+        "exact_match": metrics.get("eval/exact_match"),
+        "verified": tags.get("tunix.verified"),
+        "key": tags.get("tunix.key"),
+    }

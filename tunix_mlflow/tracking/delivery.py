@@ -1,0 +1,324 @@
+"""From a run folder to MLflow: the one place where records become calls.
+
+Delivering a record twice changes nothing: a run is looked for by its local id before it is made,
+parameters keep their first value, tags and artifacts their last, MLflow drops a metric point or an
+input that it has.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import Dataset as DatasetEntity
+from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from tunix_mlflow import state
+from tunix_mlflow.tracking import flavor, journal, outbox, store
+from tunix_mlflow.tracking.outbox import Cursor, Known
+
+BATCH = 1000  # points in one request; MLflow takes no more
+LOCAL_ID_TAG = "tunix.local_id"
+_PARAM_LIMIT, _TAG_LIMIT = 6000, 5000
+_TABLES_TAG = "mlflow.loggedArtifacts"
+
+
+class Undeliverable(Exception):
+    """MLflow will never take this record."""
+
+
+def step(client: MlflowClient, folder: Path, report: Callable[[str], None]) -> bool:
+    """Deliver the next record, or the next batch of metrics, and move the cursor.
+
+    A record that MLflow will never take is reported, and passed over.
+
+    Returns:
+        False when there was nothing to deliver.
+
+    Raises:
+        Exception: what MLflow's client raises while the server is away; nothing was moved.
+    """
+    at = outbox.cursor(folder)
+    line = _next_line(folder / outbox.OUTBOX, at.outbox)
+    if line is not None:
+        try:
+            deliver(client, folder, json.loads(line))
+        except Undeliverable as error:
+            report(f"not recorded in MLflow: {error}")
+        outbox.move_cursor(folder, Cursor(at.outbox + len(line), at.journal))
+        return True
+    whole = _some_lines(folder / journal.JOURNAL, at.journal)
+    if not whole:
+        return False
+    metrics = [
+        Metric(p.key, p.value, p.timestamp, p.step)
+        for raw in whole.splitlines()
+        for p in journal.points(json.loads(raw))
+    ]
+    run_id = _known(folder).run_id
+    for start in range(0, len(metrics), BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+    outbox.move_cursor(folder, Cursor(at.outbox, at.journal + len(whole)))
+    return True
+
+
+def deliver(client: MlflowClient, folder: Path, record: dict[str, Any]) -> None:
+    """Tell MLflow one thing.
+
+    Raises:
+        Undeliverable: when it will never take it.
+        Exception: what MLflow's client raises while the server is away.
+    """
+    fields = dict(record)
+    op = fields.pop("op")
+    try:
+        _OPERATIONS[op](client, folder, **fields)
+    except MlflowException as error:
+        if error.get_http_status_code() in (400, 404) and op != "create":
+            raise Undeliverable(f"{op}: {store.one_line(error)}") from error
+        raise
+
+
+def _create(
+    client: MlflowClient,
+    folder: Path,
+    *,
+    name: str,
+    experiment: str | None,
+    tags: dict[str, str],
+    parent: str | None,
+    start_time: int,
+) -> None:
+    if outbox.known(folder) is not None:
+        return
+    experiment_id = store.experiment_id(client, experiment)
+    local_id = folder.name
+    found = client.search_runs([experiment_id], f"tags.`{LOCAL_ID_TAG}` = '{local_id}'")
+    if found:  # a process died after it made the run
+        run_id = found[0].info.run_id
+    else:
+        if parent is not None:
+            above = outbox.known(state.run_dir(parent))
+            tags = tags | {"mlflow.parentRunId": above.run_id if above else parent}
+        made = client.create_run(
+            experiment_id, start_time, tags | {LOCAL_ID_TAG: local_id}, run_name=name
+        )
+        run_id = made.info.run_id
+    adopt(folder, run_id, experiment_id)
+
+
+def adopt(folder: Path, run_id: str, experiment_id: str) -> None:
+    """Remember that a folder is this MLflow run's, and make it findable by MLflow's id."""
+    uri = store.public(mlflow.get_tracking_uri())
+    outbox.set_known(folder, Known(run_id, experiment_id, uri))
+    link = state.run_dir(run_id)
+    if folder != link and not link.exists():
+        link.symlink_to(folder.name)
+
+
+def _params(client: MlflowClient, folder: Path, *, params: dict[str, str]) -> None:
+    run_id = _known(folder).run_id
+    have = client.get_run(run_id).data.params
+    new = [Param(k, v[:_PARAM_LIMIT]) for k, v in params.items() if k not in have]
+    for start in range(0, len(new), 100):
+        client.log_batch(run_id, params=new[start : start + 100])
+
+
+def _tags(client: MlflowClient, folder: Path, *, tags: dict[str, str]) -> None:
+    client.log_batch(
+        _known(folder).run_id, tags=[RunTag(k, v[:_TAG_LIMIT]) for k, v in tags.items()]
+    )
+
+
+def _untag(client: MlflowClient, folder: Path, *, name: str) -> None:
+    run_id = _known(folder).run_id
+    if name in client.get_run(run_id).data.tags:
+        client.delete_tag(run_id, name)
+
+
+def _dataset(client: MlflowClient, folder: Path, *, dataset: dict[str, str], usage: str) -> None:
+    given = DatasetInput(DatasetEntity(**dataset), [InputTag("mlflow.data.context", usage)])
+    client.log_inputs(_known(folder).run_id, [given])
+
+
+def _model_input(client: MlflowClient, folder: Path, *, model_id: str) -> None:
+    client.log_inputs(_known(folder).run_id, models=[LoggedModelInput(model_id)])
+
+
+def _artifact(client: MlflowClient, folder: Path, *, path: str, artifact: str) -> None:
+    """A file, or a folder whose manifest.json goes last: it says that all is there."""
+    source = folder / path
+    if not source.exists():
+        return  # a newer checkpoint took its place
+    run_id = _known(folder).run_id
+    try:
+        if source.is_dir():
+            children = sorted(source.iterdir(), key=lambda child: child.name == "manifest.json")
+            for child in children:
+                if child.is_dir():
+                    client.log_artifacts(run_id, str(child), f"{artifact}/{child.name}")
+                else:
+                    client.log_artifact(run_id, str(child), artifact)
+            return
+        # A copy: the journal grows while it is sent.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            copy = Path(scratch) / Path(artifact).name
+            shutil.copyfile(source, copy)
+            client.log_artifact(run_id, str(copy), str(Path(artifact).parent).strip("."))
+    except FileNotFoundError:
+        if source.exists():
+            raise
+
+
+def _no_artifact(client: MlflowClient, folder: Path, *, artifact: str) -> None:
+    store.delete_artifacts(client, _known(folder).run_id, artifact)
+
+
+def _table(client: MlflowClient, folder: Path, *, artifact: str) -> None:
+    # The UI finds tables by this tag, which MLflow's own log_table sets too.
+    run_id = _known(folder).run_id
+    shown = json.loads(client.get_run(run_id).data.tags.get(_TABLES_TAG, "[]"))
+    entry = {"path": artifact, "type": "table"}
+    if entry not in shown:
+        client.set_tag(run_id, _TABLES_TAG, json.dumps([*shown, entry]))
+
+
+def _figures(
+    client: MlflowClient,
+    folder: Path,
+    *,
+    figures: dict[str, float],
+    timestamp: int,
+    model_id: str | None,
+    dataset: list[str] | None,
+) -> None:
+    name, digest = dataset or (None, None)
+    run_id = _known(folder).run_id
+    client.log_batch(
+        run_id,
+        metrics=[
+            Metric(
+                key,
+                value,
+                timestamp,
+                0,
+                model_id=model_id,
+                dataset_name=name,
+                dataset_digest=digest,
+                run_id=run_id,
+            )
+            for key, value in figures.items()
+        ],
+    )
+
+
+def _model(
+    client: MlflowClient,
+    folder: Path,
+    *,
+    bundle: str,
+    at_step: int,
+    prompts: list[str],
+    weights_digest: str,
+    tags: dict[str, str],
+) -> None:
+    mine = _known(folder)
+    run = client.get_run(mine.run_id)
+    model_id = None
+    for output in run.outputs.model_outputs if run.outputs else []:
+        logged = client.get_logged_model(output.model_id)
+        same = logged.tags.get("tunix.weights_digest") == weights_digest
+        if str(logged.status) == "READY" and same and output.step == at_step:
+            model_id = logged.model_id
+    model_id = model_id or flavor.log_model(
+        folder / bundle,
+        run_id=mine.run_id,
+        step=at_step,
+        prompts=prompts,
+        weights_digest=weights_digest,
+        tags=tags,
+    )
+    outbox.set_known(
+        folder, Known(mine.run_id, mine.experiment_id, mine.tracking_uri, model_id=model_id)
+    )
+
+
+def _status(
+    client: MlflowClient, folder: Path, *, status: str, end_time: int, run_id: str | None = None
+) -> None:
+    client.set_terminated(run_id or _known(folder).run_id, status, end_time)
+
+
+def _launcher(client: MlflowClient, folder: Path, *, run_id: str) -> None:
+    client.set_tag(run_id, store.LAUNCHER_TAG, _known(folder).run_id)
+
+
+def _experiment_kind(client: MlflowClient, folder: Path) -> None:
+    store.mark_experiment(client, _known(folder).experiment_id)
+
+
+_OPERATIONS: dict[str, Callable[..., None]] = {
+    "create": _create,
+    "params": _params,
+    "tags": _tags,
+    "untag": _untag,
+    "dataset": _dataset,
+    "model_input": _model_input,
+    "artifact": _artifact,
+    "no_artifact": _no_artifact,
+    "table": _table,
+    "figures": _figures,
+    "model": _model,
+    "status": _status,
+    "launcher": _launcher,
+    "experiment_kind": _experiment_kind,
+}
+
+
+def _known(folder: Path) -> Known:
+    found = outbox.known(folder)
+    if found is None:
+        raise Undeliverable(f"{folder} has no MLflow run")
+    return found
+
+
+def _next_line(path: Path, start: int) -> bytes | None:
+    if not path.exists():
+        return None
+    with path.open("rb") as handle:
+        handle.seek(start)
+        line = handle.readline()
+    return line if line.endswith(b"\n") else None
+
+
+def _some_lines(path: Path, start: int) -> bytes:
+    """Whole lines that hold about BATCH points."""
+    if not path.exists():
+        return b""
+    with path.open("rb") as handle:
+        handle.seek(start)
+        data = handle.read(256_000)
+        if data and b"\n" not in data:
+            data += handle.readline()
+    end, count = 0, 0
+    for raw in data.splitlines(keepends=True):
+        if not raw.endswith(b"\n"):
+            break
+        count += max(1, raw.count(b":") - 3)  # step, timestamp, metrics
+        if end and count > BATCH:
+            break
+        end += len(raw)
+    return data[:end]
+
+
+def now() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,124 @@
+"""From a dataset and a configuration to everything that the loop works with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import msgspec
+import optax
+
+from tunix_mlflow import config as configs
+from tunix_mlflow.config import Config
+from tunix_mlflow.data import batches, chat, snapshot
+from tunix_mlflow.data.batches import TokenRows, TrainBatches
+from tunix_mlflow.data.examples import Example
+from tunix_mlflow.data.manifest import Manifest
+from tunix_mlflow.data.tokenizer import ByteTokenizer
+from tunix_mlflow.errors import DatasetError
+from tunix_mlflow.models import decoder
+from tunix_mlflow.models.decoder import Graph
+from tunix_mlflow.training import devices, loop, optimizer, step
+from tunix_mlflow.training.step import TrainState
+
+
+class Setup(NamedTuple):
+    """What a run trains, on what, and how."""
+
+    config: Config  # with the sequence length that was chosen
+    manifest: Manifest
+    tokenizer: ByteTokenizer
+    examples: list[Example]
+    held_out: list[Example]
+    rows: TokenRows
+    held_out_rows: TokenRows | None
+    max_new_tokens: int
+    graph: Graph
+    rule: optax.GradientTransformation
+    state: TrainState  # before the first update
+    device: jax.Device
+
+    def train_batches(self) -> TrainBatches:
+        """The batches of every step."""
+        return TrainBatches(
+            self.rows, batch_size=self.config.training.batch_size, seed=self.config.seed
+        )
+
+    def held_out_loss(self, state: TrainState) -> dict[str, float]:
+        """`eval/loss` of a state."""
+        assert self.held_out_rows is not None
+        parts = batches.eval_batches(self.held_out_rows, self.config.training.batch_size)
+        return loop.held_out_loss(self.graph, state.params, parts)
+
+    def identity(self) -> dict[str, str]:
+        """Digests of what decides the path of the parameters."""
+        return {
+            "dataset_digest": self.manifest.digest,
+            "tokenizer_digest": self.tokenizer.digest,
+            "template_digest": chat.template_digest(self.config.data.include_steps),
+            "trajectory_digest": configs.path_digest(self.config),
+        }
+
+    def fingerprint(self) -> dict[str, str]:
+        """What bit-identity depends on besides."""
+        return devices.fingerprint(self.device)
+
+
+def assemble(config: Config, manifest: Manifest, device: jax.Device) -> Setup:
+    """Read the splits, make rows of tokens, and initialise the parameters.
+
+    Args:
+        config: the run's.
+        manifest: of a dataset that is verified and has a snapshot.
+        device: where arrays go.
+
+    Raises:
+        DatasetError: for a split that is not there, or examples longer than attention can take.
+    """
+    train, wanted = config.data.train_split, config.evaluation.split
+    if train not in manifest.splits:
+        raise DatasetError(
+            f"dataset {manifest.key} has no split {train!r}; it has {', '.join(manifest.splits)}"
+        )
+    if wanted not in manifest.splits and (len(manifest.splits) > 1 or wanted != "test"):
+        raise DatasetError(
+            f"dataset {manifest.key} has no split {wanted!r} to hold out;"
+            f" it has {', '.join(manifest.splits)}. Set evaluation.split"
+        )
+    tokenizer = ByteTokenizer()
+    examples = snapshot.read(manifest.digest, train)
+    held_out = snapshot.read(manifest.digest, wanted)
+    include = config.data.include_steps
+    config = _with_length(config, batches.longest([*examples, *held_out], tokenizer, include))
+    length = config.data.sequence_length or 0
+    rows = batches.tokenize(examples, tokenizer, config.data, length)
+    held_out_rows = batches.tokenize(held_out, tokenizer, config.data, length) if held_out else None
+    graph, params = decoder.build(config.model, tokenizer.vocab_size, config.seed)
+    rule = optimizer.build(config.optimizer, config.training.steps)
+    return Setup(
+        config=config,
+        manifest=manifest,
+        tokenizer=tokenizer,
+        examples=examples,
+        held_out=held_out,
+        rows=rows,
+        held_out_rows=held_out_rows,
+        max_new_tokens=config.evaluation.max_new_tokens or batches.longest_completion(rows),
+        graph=graph,
+        rule=rule,
+        state=step.init_state(params, rule),
+        device=device,
+    )
+
+
+def _with_length(config: Config, needed: int) -> Config:
+    if config.data.sequence_length is not None:
+        return config
+    if needed > batches.LONGEST_FIT:
+        raise DatasetError(
+            f"the longest example of {config.dataset} needs {needed} tokens; attention takes"
+            " memory by the square of that. Set data.sequence_length, and if need be"
+            " data.overlong=truncate or drop"
+        )
+    data = msgspec.structs.replace(config.data, sequence_length=batches.fit_length(needed))
+    return msgspec.structs.replace(config, data=data)
