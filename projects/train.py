@@ -151,7 +151,6 @@ def train(config: Config, *, start: Start | None = None) -> Trained:
             run.folder / "model",
             step=last,
             prompts=[example.prompt for example in (setup.held_out or setup.examples)[:3]],
-            weights_digest=weights["tunix.weights_digest"],
             tags=weights | {name: tags[name] for name in ("tunix.dataset", "tunix.dataset_digest")},
         )
         run.set_tags(weights)

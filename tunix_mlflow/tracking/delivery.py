@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import msgspec
 from mlflow.entities import Dataset as DatasetEntity
 from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -227,28 +228,32 @@ def _model(
     bundle: str,
     at_step: int,
     prompts: list[str],
-    weights_digest: str,
     tags: dict[str, str],
 ) -> None:
     mine = _known(folder)
-    run = client.get_run(mine.run_id)
-    model_id = None
-    for output in run.outputs.model_outputs if run.outputs else []:
-        logged = client.get_logged_model(output.model_id)
-        same = logged.tags.get("tunix.weights_digest") == weights_digest
-        if str(logged.status) == "READY" and same and output.step == at_step:
-            model_id = logged.model_id
-    model_id = model_id or flavor.log_model(
-        folder / bundle,
-        run_id=mine.run_id,
-        step=at_step,
-        prompts=prompts,
-        weights_digest=weights_digest,
-        tags=tags,
-    )
-    outbox.set_known(
-        folder, Known(mine.run_id, mine.experiment_id, mine.tracking_uri, model_id=model_id)
-    )
+    tags = tags | {"tunix.step": str(at_step)}
+    of_run = f"source_run_id = '{mine.run_id}'"
+    logged = None
+    for one in client.search_logged_models([mine.experiment_id], of_run):
+        same = all(one.tags.get(k) == tags[k] for k in ("tunix.weights_digest", "tunix.step"))
+        if same and str(one.status) in ("READY", "PENDING"):
+            logged = one  # a process died after it made it
+    if logged is None:
+        # Not by Model.log, which takes the experiment of this thread's active run: it has none.
+        params = client.get_run(mine.run_id).data.params
+        logged = client.create_logged_model(
+            mine.experiment_id, "model", mine.run_id, tags, params, "decoder"
+        )
+    if str(logged.status) != "READY":
+        flavor.log_model(
+            folder / bundle,
+            model_id=logged.model_id,
+            run_id=mine.run_id,
+            step=at_step,
+            prompts=prompts,
+            weights_digest=tags["tunix.weights_digest"],
+        )
+    outbox.set_known(folder, msgspec.structs.replace(mine, model_id=logged.model_id))
 
 
 def _status(

@@ -90,43 +90,31 @@ def save_model(
 
 
 def log_model(
-    bundle: Path,
-    *,
-    run_id: str,
-    step: int,
-    prompts: list[str],
-    weights_digest: str,
-    tags: dict[str, str],
-) -> str:
-    """Log a bundle as the run's model.
+    bundle: Path, *, model_id: str, run_id: str, step: int, prompts: list[str], weights_digest: str
+) -> None:
+    """Upload a bundle as the files of a logged model, and make that READY.
 
     Args:
         bundle: the folder that `bundles.save` wrote.
+        model_id: the logged model, PENDING.
         run_id: the run that made it.
         step: after how many updates.
         prompts: an input example.
         weights_digest: of its weights.
-        tags: the logged model's tags.
-
-    Returns:
-        The logged model's id.
     """
-    info = Model.log(
+    Model.log(
         artifact_path=None,
         name="model",
         flavor=sys.modules[__name__],
         flavor_name=FLAVOR,
+        model_id=model_id,
         run_id=run_id,
         step=step,
-        tags=tags,
-        model_type="decoder",
         bundle=bundle,
         weights_digest=weights_digest,
         input_example=pd.DataFrame({"prompt": prompts}),
         validate_serving_input=False,
     )
-    model_id: str = info.model_id
-    return model_id
 
 
 @contextmanager

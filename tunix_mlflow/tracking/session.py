@@ -225,7 +225,6 @@ class RunSession:
         *,
         step: int,
         prompts: Sequence[str],
-        weights_digest: str,
         tags: Mapping[str, str],
     ) -> None:
         """Log the run's model.
@@ -234,15 +233,13 @@ class RunSession:
             bundle: a folder below the run's, written by `bundles.save`.
             step: after how many updates.
             prompts: an input example.
-            weights_digest: of the bundle.
-            tags: the logged model's tags.
+            tags: the logged model's tags; `tunix.weights_digest` is the bundle's.
         """
         self._put(
             "model",
             bundle=self._below(bundle),
             at_step=step,
             prompts=list(prompts),
-            weights_digest=weights_digest,
             tags=dict(tags),
         )
 
