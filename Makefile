@@ -6,6 +6,7 @@ ifneq ($(PYTHON),python3.11)
 VENV := .venv-$(notdir $(PYTHON))
 endif
 BIN := $(VENV)/bin
+KILLS ?= 200
 STAMP := $(VENV)/.installed
 
 .PHONY: help venv demo test test-install faults lint format lock wheel clean
@@ -30,8 +31,8 @@ test: venv  ## the tests
 test-install: venv  ## the tests that build environments: uv, and the wheel in an empty one
 	$(BIN)/python -m pytest -q -m install tests/test_install.py
 
-faults: venv  ## the long counts: 50 kills of each kind, a minute of readers, 5,000 fuzzed inputs
-	TUNIX_FAULTS=50 $(BIN)/python -m pytest -q -s -n 0 tests/test_faults.py
+faults: venv  ## the long counts: KILLS=200 of training, 50 of each work on datasets, long outages
+	TUNIX_FAULTS=50 KILLS=$(KILLS) $(BIN)/python -m pytest -q -s -n 0 tests/faults
 
 lint: venv  ## style and types
 	$(BIN)/ruff check .

@@ -182,6 +182,8 @@ class TrackingConfig(_Section, frozen=True):
     """Name of the run; null: dataset and configuration."""
     key: str | None = None
     """A name of your choice by which `resume=auto` finds the run again, on any machine."""
+    lease_seconds: Annotated[int, Meta(ge=2, le=3600)] = 60
+    """How long a run stays this process's after its last sign of life."""
     offline: bool = False
     """Record in a private store below the state root, and touch no server."""
     system_metrics: bool = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
 
 from mlflow.tracking import MlflowClient
@@ -18,22 +18,21 @@ from mlflow.tracking import MlflowClient
 from tunix_mlflow.errors import TrackingError
 
 TAG = "tunix.lease"
-SECONDS = 60.0
-RENEW_SECONDS = 15.0
 _SETTLE_SECONDS = 0.5
+_LOOK_SECONDS = 0.5
 _FILE = "lease"
 
 
 class Lease:
     """A run's lease, held by this process."""
 
-    def __init__(self, client: MlflowClient, run_id: str, owner: str) -> None:
+    def __init__(self, client: MlflowClient, run_id: str, owner: str, seconds: float) -> None:
         self._client, self._run_id, self._owner = client, run_id, owner
-        self._renewed = 0.0
+        self._seconds, self._renewed = seconds, 0.0
 
     def due(self) -> bool:
         """Whether it is time to renew."""
-        return time.monotonic() - self._renewed > RENEW_SECONDS
+        return time.monotonic() - self._renewed > self._seconds / 4
 
     def renew(self) -> bool:
         """Hold it for another while; False when somebody else has taken it."""
@@ -45,7 +44,7 @@ class Lease:
 
     def write(self) -> None:
         """Hold it from now on."""
-        ends = int(1000 * (time.time() + SECONDS))
+        ends = int(1000 * (time.time() + self._seconds))
         self._client.set_tag(self._run_id, TAG, f"{self._owner} {ends}")
         self._renewed = time.monotonic()
 
@@ -76,24 +75,43 @@ def owner_of(folder: Path) -> str:
     return path.read_text()
 
 
-def acquire(client: MlflowClient, run_id: str, folder: Path) -> Lease:
+def acquire(
+    client: MlflowClient,
+    run_id: str,
+    folder: Path,
+    seconds: float,
+    report: Callable[[str], None],
+) -> Lease:
     """Take a run's lease. The caller holds the lock of the run's folder.
 
+    A lease that somebody else holds is waited for; when it is renewed meanwhile, its holder is
+    alive.
+
+    Args:
+        client: reaches MLflow.
+        run_id: the run.
+        folder: its folder on this machine.
+        seconds: for how long it is taken, each time.
+        report: told when there is something to wait for.
+
     Raises:
-        TrackingError: if another machine, or another state root, holds it.
+        TrackingError: if another machine, or another state root, has the run open.
     """
     owner = owner_of(folder)
-    lease = Lease(client, run_id, owner)
-    tags = client.get_run(run_id).data.tags
-    held = holder(tags)
-    if held is not None and held[0] != owner and held[1] >= time.time():
-        until = datetime.fromtimestamp(held[1], UTC).strftime("%H:%M:%S")
-        raise TrackingError(
-            f"run {run_id} is open in another process, elsewhere; its lease ends at {until} UTC"
-            " unless that process renews it. Wait for it or end it"
-        )
+    lease = Lease(client, run_id, owner, seconds)
+    held = first = holder(client.get_run(run_id).data.tags)
+    while held is not None and held[0] != owner and held[1] >= time.time():
+        if first is None or held != first:
+            raise TrackingError(
+                f"run {run_id} is open in another process, elsewhere; wait for it or end it"
+            )
+        if held is first:
+            left = held[1] - time.time()
+            report(f"run {run_id} may be open elsewhere: waiting {left:.0f} s for its lease to end")
+        time.sleep(_LOOK_SECONDS)
+        held = holder(client.get_run(run_id).data.tags)
     lease.write()
-    if held is not None:
+    if held is not None and held[0] != owner:
         time.sleep(_SETTLE_SECONDS)  # two may have found it free
         now = holder(client.get_run(run_id).data.tags)
         if now is None or now[0] != owner:

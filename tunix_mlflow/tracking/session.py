@@ -379,6 +379,7 @@ def _begin(
     """Make or attach the run, here if MLflow is away, and open its folder."""
     outer = _open[-1] if _open else None
     name = config.tracking.run_name or _run_name(config, stage)
+    seconds = config.tracking.lease_seconds
     if away is not None:
         folder = state.run_dir(run_id or uuid.uuid4().hex)
         if run_id is not None and not (folder / "config.json").exists():
@@ -403,7 +404,7 @@ def _begin(
                 folder = state.run_dir(active.info.run_id)
                 lock = _locked(folder)
                 undo.callback(lock.release)
-                held = lease.acquire(client, active.info.run_id, folder)
+                held = lease.acquire(client, active.info.run_id, folder, seconds, report)
             else:
                 folder = state.run_dir(run_id)
                 lock = _locked(folder)
@@ -411,7 +412,7 @@ def _begin(
                 folder = folder.resolve()
                 before = client.get_run(run_id).data.tags
                 _check_same(before, tags, run_id)
-                held = lease.acquire(client, run_id, folder)
+                held = lease.acquire(client, run_id, folder, seconds, report)
                 own_last = (lease.holder(before) or ("", 0))[0] == lease.owner_of(folder)
                 if "tunix.stage" in before and not (own_last and (folder / JOURNAL).exists()):
                     runs.refill(client, run_id, folder, report)

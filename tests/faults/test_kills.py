@@ -1,0 +1,164 @@
+"""kill -9 at random moments of training: no run is lost, and the bits are those of an
+uninterrupted one.
+
+KILLS=200 (`make faults KILLS=200`) for the long count. A chain begins a run by a key of its own,
+and whoever comes after a kill goes on with it by that key, until it has finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from tests.conftest import ROOT, as_arguments, environment, tiny
+
+KILLS = int(os.environ.get("KILLS", "5"))
+LOST_DISKS = max(1, KILLS // 10)
+STEPS = 40
+RUN = tiny(
+    dataset="golden-v2",
+    training__steps=str(STEPS),
+    training__eval_every_steps="10",
+    training__save_every_steps="4",
+    tracking__lease_seconds="2",
+    evaluation__samples="0",
+)
+
+
+class Victims:
+    """Trainings that can be killed."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.forkserver", str(log)],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, key: str, home: Path, kill_after: float | None = None) -> int:
+        """The exit code of a training that may be killed after some seconds."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        arguments = ["golden-v2", "resume=auto", f"tracking.key={key}", *as_arguments(RUN)]
+        request = {"arguments": arguments, "environment": {"TUNIX_MLFLOW_HOME": str(home)}}
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        pid = int(self._server.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return int(self._server.stdout.readline())
+
+    def close(self) -> None:
+        self._server.kill()
+        self._server.communicate()
+
+
+@pytest.fixture
+def victims(store: str, tmp_path: Path) -> Iterator[Victims]:
+    it = Victims(tmp_path / "log")
+    yield it
+    it.close()
+
+
+def of_key(key: str) -> str:
+    client = MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = client.search_runs(experiments, f"tags.`tunix.key` = '{key}'")
+    return str(run.info.run_id)
+
+
+def outcome(key: str) -> tuple[str, dict[str, list[tuple[int, float]]]]:
+    """Digest of the weights, and (step, value) of every train/* and eval/* metric."""
+    client = MlflowClient()
+    run = client.get_run(of_key(key))
+    assert run.info.status == "FINISHED"
+    keys = [k for k in run.data.metrics if k.startswith(("train/", "eval/"))]
+    history = {
+        k: sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, k))
+        for k in keys
+    }
+    assert len(history["train/loss"]) == STEPS
+    return run.data.tags["tunix.weights_digest"], history
+
+
+def test_any_death_comes_back_bit_for_bit(victims: Victims, home: Path) -> None:
+    """Killed again and again, on one disk, at moments from the start to the end."""
+    begun = time.monotonic()
+    assert victims.run("whole", home) == 0, victims.log.read_text()[-2000:]
+    took = time.monotonic() - begun
+    expected = outcome("whole")
+    rng, kills, chains, moments = random.Random(KILLS), 0, 0, Counter[str]()
+    while kills < KILLS:
+        key = f"chain{chains}"
+        chains += 1
+        while True:
+            enough = kills >= KILLS
+            code = victims.run(key, home, None if enough else rng.uniform(0.05, 1.1) * took)
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, victims.log.read_text()[-3000:]
+            kills += 1
+            moments[_moment(home)] += 1
+        assert outcome(key) == expected
+    shutil.rmtree(home / "runs")
+    print(
+        f"{kills} kills in {chains} runs: {chains} of {chains} finished bit for bit; 0 of {kills}"
+        f" lost (95 %: below {3 / kills:.1%}); {dict(moments)}"
+    )
+    assert "not the same as before" not in victims.log.read_text()
+
+
+def _moment(home: Path) -> str:
+    """Where a run was when it was killed, roughly."""
+    newest = max(home.glob("runs/*"), key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        return "before the run"
+    torn = [
+        p
+        for p in newest.glob("checkpoints/*")
+        if p.name.isdigit() and not (p / "manifest.json").exists()
+    ]
+    return "amid a save" if torn else "else"
+
+
+def test_a_lost_disk_goes_on_elsewhere(victims: Victims, tmp_path: Path) -> None:
+    """Killed, and everything on the machine is gone: another one takes up what was uploaded."""
+    begun = time.monotonic()
+    assert victims.run("whole", tmp_path / "first") == 0, victims.log.read_text()[-2000:]
+    took = time.monotonic() - begun
+    expected = outcome("whole")
+    rng, client = random.Random(1), MlflowClient()
+    for n in range(LOST_DISKS):
+        key, here, there = f"lost{n}", tmp_path / f"here{n}", tmp_path / f"there{n}"
+        victims.run(key, here, rng.uniform(0.3, 1.0) * took)
+        shutil.rmtree(here)
+        try:
+            run_id = of_key(key)
+        except ValueError:  # killed before MLflow heard of it
+            run_id = None
+        shipped = client.get_metric_history(run_id, "train/loss") if run_id else []
+        assert victims.run(key, there) == 0, victims.log.read_text()[-3000:]
+        assert outcome(key) == expected
+        after = client.get_metric_history(of_key(key), "train/loss")
+        kept = {(m.step, m.value, m.timestamp) for m in after}
+        assert {(m.step, m.value, m.timestamp) for m in shipped} <= kept
+    print(f"{LOST_DISKS} of {LOST_DISKS} runs went on elsewhere; 0 points lost, 0 doubled")
