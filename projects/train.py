@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from tunix_mlflow import bootstrap, state
+from tunix_mlflow import bootstrap
 from tunix_mlflow import config as configs
+from tunix_mlflow import state as state_root
 from tunix_mlflow.config import Config
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import CheckpointError, ConfigError, Refused
@@ -97,6 +98,7 @@ def train(config: Config, *, start: Start | None = None) -> Trained:
     tags = {f"tunix.{name}": value for name, value in (identity | fingerprint).items()}
     tags |= {"tunix.dataset": manifest.key}
     resumed = start.run_id if start and not start.fork else None
+    forked = _forked(setup, start) if start and start.fork else None
 
     with session(config, stage="train", run_id=resumed, tags=tags) as run:
         console.say(f"run {run.run_id}: {run.link}")
@@ -115,7 +117,12 @@ def train(config: Config, *, start: Start | None = None) -> Trained:
             },
         )
         checkpoints = _checkpoints(run, setup)
-        state = _restored(run, setup, checkpoints, start)
+        if forked is not None:
+            at, state = forked
+            run.set_tags({"tunix.forked_from": f"{start.run_id if start else ''}@{at}"})
+            checkpoints.save(at, state)  # else a kill would lose where it began
+        else:
+            state = _restored(run, setup, checkpoints, start)
         progress = console.TrainingProgress(int(state.step), config.training.steps)
         try:
             console.say(f"if it is interrupted: tunix-mlflow resume {run.run_id}")
@@ -188,10 +195,6 @@ def _restored(
     """The state to go on from."""
     if start is None:
         return setup.state
-    if start.fork:
-        state = _forked(run, setup, start)
-        checkpoints.save(int(state.step), state)  # else a kill would lose where it began
-        return state
     if start.step is not None:
         checkpoints.rewind(start.step)
     restored = checkpoints.restore_latest(setup.state, run.report)
@@ -204,31 +207,29 @@ def _restored(
     return state
 
 
-def _forked(run: RunSession, setup: Setup, start: Start) -> TrainState:
-    """The state of another run, as this one's first."""
-    from tunix_mlflow.tracking import runs, store
+def _forked(setup: Setup, start: Start) -> tuple[int, TrainState]:
+    """Step and state of another run, for a new one to begin with.
+
+    Raises:
+        CheckpointError: if it has no such checkpoint.
+    """
     from tunix_mlflow.training import checkpoint
 
-    source = state.run_dir(start.run_id) / "checkpoints"
-    if not checkpoint.steps(source):
-        client = store.connect(setup.config.tracking)
-        runs.fetch_checkpoint(client, start.run_id, source.parent, run.report)
-    others = checkpoint.Checkpoints(
-        source, {}, retention=checkpoint.Retention.of(setup.config.checkpoints)
-    )
+    retention = checkpoint.Retention.of(setup.config.checkpoints)
+    source = state_root.run_dir(start.run_id) / "checkpoints"
+    others = checkpoint.Checkpoints(source, {}, retention=retention)
     try:
         if start.step is not None:
             found = (start.step, others.restore(start.step, setup.state))
         else:
-            latest = others.restore_latest(setup.state, run.report)
+            latest = others.restore_latest(setup.state, console.say)
             if latest is None:
                 raise CheckpointError(f"run {start.run_id} has no checkpoint to begin from")
             found = latest
     finally:
         others.close()
     console.say(f"beginning where run {start.run_id} was after step {found[0]}")
-    run.set_tags({"tunix.forked_from": f"{start.run_id}@{found[0]}"})
-    return found[1]
+    return found
 
 
 def _compare_environment(run: RunSession, folder: Path, now: dict[str, str]) -> None:
@@ -272,7 +273,7 @@ def _named(arguments: bootstrap.Arguments, run_id: str) -> tuple[Config, Start]:
     """Go on with the run that the user names."""
     from tunix_mlflow.tracking import runs
 
-    if arguments.config:
+    if arguments.config not in (None, DEFAULT):  # which is what MLproject hands on
         raise ConfigError("a resumed run keeps its configuration; give only key=value to change")
     fork = arguments.stage.get("fork", "false") == "true"
     text = arguments.stage.get("step")
@@ -281,8 +282,11 @@ def _named(arguments: bootstrap.Arguments, run_id: str) -> tuple[Config, Start]:
     found = runs.to_resume(
         run_id, lambda before: configs.changed(before, arguments.overrides), fork=fork
     )
+    step = int(text) if text else None
     bootstrap.prepare(found.config, found.environment)
-    return found.config, Start(found.run_id, int(text) if text else None, fork)
+    if fork or step is not None:
+        runs.need_checkpoint(found, step, console.say)
+    return found.config, Start(found.run_id, step, fork)
 
 
 def _automatic(arguments: bootstrap.Arguments) -> tuple[Config | None, Start | None]:
@@ -306,7 +310,11 @@ def _automatic(arguments: bootstrap.Arguments) -> tuple[Config | None, Start | N
         data = msgspec.structs.replace(config.data, sequence_length=chosen)
         return msgspec.structs.replace(config, data=data)
 
-    resumable = runs.to_resume(found.run_id, given)
+    try:
+        resumable = runs.to_resume(found.run_id, given)
+    except runs.NotDescribed:  # killed in its first moments
+        bootstrap.prepare(config)
+        return config, Start(found.run_id)
     bootstrap.prepare(resumable.config, resumable.environment)
     return resumable.config, Start(resumable.run_id)
 

@@ -82,6 +82,11 @@ def move_cursor(folder: Path, to: Cursor) -> None:
     write_whole(folder / CURSOR, msgspec.json.encode(to))
 
 
+def skip(folder: Path) -> None:
+    """Leave what was not delivered untold."""
+    move_cursor(folder, Cursor(_size(folder / OUTBOX), _size(folder / "metrics.jsonl")))
+
+
 def known(folder: Path) -> Known | None:
     """The MLflow run of a folder; None while it has none."""
     found: Known | None = _read(folder / RUN, Known)

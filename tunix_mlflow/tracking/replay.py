@@ -137,9 +137,11 @@ def _checkpoints(client: MlflowClient | None, run_id: str, scratch: Path) -> Pat
     uploaded = runs.uploaded_steps(client, run_id)
     if len(uploaded) <= len(checkpoint.steps(here)):
         return here
-    for number in sorted(uploaded)[-2:]:
-        client.download_artifacts(run_id, uploaded[number], str(scratch))
-    return scratch / runs.CHECKPOINTS
+    fetched = [
+        Path(client.download_artifacts(run_id, uploaded[number], str(scratch)))
+        for number in sorted(uploaded)[-2:]
+    ]
+    return fetched[-1].parent
 
 
 def _points(client: MlflowClient | None, run_id: str) -> list[journal.Point]:

@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from tunix_mlflow import config as configs
 from tunix_mlflow import state
 from tunix_mlflow.config import Config
-from tunix_mlflow.errors import IntegrityError, TrackingError
+from tunix_mlflow.errors import CheckpointError, IntegrityError, TrackingError
 from tunix_mlflow.tracking import delivery, journal, lease, outbox, store
 from tunix_mlflow.tracking.outbox import Cursor
 
@@ -32,6 +32,10 @@ class Described(NamedTuple):
     environment: dict[str, str]
     status: str | None  # None: it was cut off, and MLflow is away
     client: MlflowClient | None  # None: MLflow is away
+
+
+class NotDescribed(TrackingError):
+    """A run that died before it recorded its configuration."""
 
 
 class Keyed(NamedTuple):
@@ -78,6 +82,7 @@ def look_up(run_id: str) -> Described:
     """A training run of ours, by MLflow's id or the name of a folder.
 
     Raises:
+        NotDescribed: if it died before it recorded its configuration.
         TrackingError: if there is none, or MLflow is away and it is not on this machine.
     """
     if not run_id.isalnum():
@@ -275,19 +280,53 @@ def uploaded_steps(client: MlflowClient, run_id: str) -> dict[int, str]:
     return found
 
 
+def need_checkpoint(run: Described, step: int | None, report: Callable[[str], None]) -> None:
+    """Make sure that a run's checkpoint is here: of a step, or the newest.
+
+    Raises:
+        CheckpointError: if there is none, here or in MLflow.
+    """
+    from tunix_mlflow.training import checkpoint
+
+    folder = state.run_dir(run.run_id)
+    if run.client is not None:
+        fetch_checkpoint(run.client, run.run_id, folder, report, step)
+    have = [int(path.name) for path in checkpoint.steps(folder / CHECKPOINTS)]
+    if not have or (step is not None and step not in have):
+        listed = ", ".join(map(str, have)) or "none"
+        what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise CheckpointError(f"run {run.run_id} has {what}; there are: {listed}")
+
+
 def fetch_checkpoint(
-    client: MlflowClient, run_id: str, folder: Path, report: Callable[[str], None]
+    client: MlflowClient,
+    run_id: str,
+    folder: Path,
+    report: Callable[[str], None],
+    wanted: int | None = None,
 ) -> None:
-    """Download the newest checkpoint that is whole, unless a newer one is here."""
+    """Download a checkpoint that is whole, unless it is here.
+
+    Args:
+        client: reaches MLflow.
+        run_id: the run.
+        folder: its folder here.
+        report: told of what was fetched, and of what is damaged.
+        wanted: the step; None: the newest, unless a newer one is here.
+    """
     from tunix_mlflow.models import arrays
     from tunix_mlflow.training import checkpoint
 
     place = folder / CHECKPOINTS
-    place.mkdir(parents=True, exist_ok=True)
-    have = max((int(path.name) for path in checkpoint.steps(place)), default=-1)
+    have = {int(path.name) for path in checkpoint.steps(place)}
+    if wanted in have:
+        return
     for step, artifact in sorted(uploaded_steps(client, run_id).items(), reverse=True):
-        if step <= have:
+        if wanted is None and step <= max(have, default=-1):
             return
+        if wanted not in (None, step):
+            continue
+        place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             fetched = Path(client.download_artifacts(run_id, artifact, scratch))
             try:
@@ -328,8 +367,9 @@ def _described(client: MlflowClient, run_id: str, folder: Path) -> list[bytes]:
                 try:
                     path = Path(client.download_artifacts(run_id, name, fetched))
                 except (MlflowException, OSError) as error:
-                    raise TrackingError(
-                        f"run {run_id} has no {name}, here or in MLflow: {store.one_line(error)}"
+                    raise NotDescribed(
+                        f"run {run_id} has no {name}, here or in MLflow: it died before it could"
+                        f" record it; start a new run ({store.one_line(error)})"
                     ) from error
             texts.append(path.read_bytes())
     return texts

@@ -65,7 +65,7 @@ class RunSession:
         self.journal = Journal(folder / JOURNAL, report)
         self.shipper = Shipper(folder, client, report, self._lost)
         self._lock = lock
-        self._taken = False
+        self.taken = False
 
     @property
     def run_id(self) -> str:
@@ -98,7 +98,7 @@ class RunSession:
         Raises:
             TrackingError: when another process has taken up the run.
         """
-        if self._taken:
+        if self.taken:
             raise TrackingError(
                 f"run {self.run_id} was taken up by another process while this one was silent;"
                 " this one stops"
@@ -251,10 +251,13 @@ class RunSession:
         """
         try:
             self.journal.close()
+            if self.taken:
+                outbox.skip(self.folder)  # the run is another's to tell of
+                return True
             self._put("artifact", path=JOURNAL, artifact=JOURNAL)
             for run_id in (None, launcher) if launcher else (None,):
                 self._put("status", status=status, end_time=delivery.now(), run_id=run_id)
-            done = not self._taken and self.shipper.drain()
+            done = self.shipper.drain()
             if done and self.shipper.lease is not None:
                 with contextlib.suppress(Exception):  # it ends by itself
                     self.shipper.lease.release()
@@ -272,7 +275,7 @@ class RunSession:
         return path.relative_to(self.folder).as_posix()
 
     def _lost(self) -> None:
-        self._taken = True
+        self.taken = True
 
 
 @contextmanager
@@ -357,7 +360,7 @@ def _session(
             _open.remove(run)
             if monitor is not None:
                 monitor.finish()
-            if message:
+            if message and not run.taken:
                 run.set_tags({"tunix.error": message})
             if not run.end(status, launcher=launcher):
                 report(
@@ -406,12 +409,11 @@ def _begin(
                 undo.callback(lock.release)
                 held = lease.acquire(client, active.info.run_id, folder, seconds, report)
             else:
-                folder = state.run_dir(run_id)
-                lock = _locked(folder)
-                undo.callback(lock.release)
-                folder = folder.resolve()
                 before = client.get_run(run_id).data.tags
                 _check_same(before, tags, run_id)
+                folder = state.run_dir(run_id).resolve()
+                lock = _locked(folder)
+                undo.callback(lock.release)
                 held = lease.acquire(client, run_id, folder, seconds, report)
                 own_last = (lease.holder(before) or ("", 0))[0] == lease.owner_of(folder)
                 if "tunix.stage" in before and not (own_last and (folder / JOURNAL).exists()):
@@ -454,6 +456,9 @@ def _leave_fluent(run: RunSession, status: str) -> None:
     """End MLflow's own notion of the active run; its status is recorded already."""
     active = mlflow.active_run()
     if active is None or active.info.run_id != run.run_id:
+        return
+    if run.taken:  # end_run would put a status on it
+        mlflow.tracking.fluent._active_run_stack.get().pop()
         return
     try:
         with store.environment(_IMPATIENT):

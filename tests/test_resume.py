@@ -1,0 +1,361 @@
+"""Going on with a run: from any step, with more of them, elsewhere, as another; and what is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+
+from projects import train as training
+from projects.train import Start
+from tests.conftest import ROOT, tiny, write_traces
+from tunix_mlflow import bootstrap, session, state
+from tunix_mlflow import config as configs
+from tunix_mlflow.cli import main as command_line
+from tunix_mlflow.config import Config, TrackingConfig
+from tunix_mlflow.data import datasets
+from tunix_mlflow.errors import CheckpointError, Interrupted, TrackingError
+from tunix_mlflow.tracking import lease, runs
+from tunix_mlflow.training import checkpoint, loop
+
+
+def config(**more: str) -> Config:
+    small = {"dataset": "doubles-v1", "training__steps": "8", "evaluation__samples": "0"}
+    return configs.load(None, tiny(**(small | more)), ROOT / "projects" / "configs")
+
+
+@pytest.fixture
+def doubles(tmp_path: Path, store: str) -> str:
+    datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 60), "doubles-v1")
+    return "doubles-v1"
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, **more: str) -> str:
+    """The id of a run that a SIGTERM ended after so many steps."""
+    real = loop.train_step
+    calls = 0
+
+    def step(*words: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*words, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "train_step", step)
+        with pytest.raises(Interrupted):
+            training.train(config(**more))
+    client = MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run, *_) = client.search_runs(experiments, order_by=["attributes.start_time DESC"])
+    assert run.info.status == "KILLED"
+    return str(run.info.run_id)
+
+
+def command(*arguments: str) -> int:
+    """The exit code of our command line, in this process."""
+    try:
+        return bootstrap.execute(command_line._run, arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def weights(run_id: str) -> str:
+    return str(MlflowClient().get_run(run_id).data.tags["tunix.weights_digest"])
+
+
+def losses(run_id: str) -> list[tuple[int, float]]:
+    found = MlflowClient().get_metric_history(run_id, "train/loss")
+    return sorted((m.step, m.value) for m in found)
+
+
+def stamps(run_id: str) -> set[tuple[int, int]]:
+    found = MlflowClient().get_metric_history(run_id, "train/loss")
+    return {(m.step, m.timestamp) for m in found}
+
+
+def test_from_an_earlier_step(doubles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later checkpoints are put aside and made anew; the run ends as if nothing had been."""
+    whole = training.train(config())
+    run_id = interrupted(monkeypatch, 7)
+    done = training.train(config(), start=Start(run_id, step=4))
+    assert done.run_id == run_id
+    assert weights(run_id) == weights(whole.run_id)
+    assert losses(run_id) == losses(whole.run_id)
+    folder = state.run_dir(run_id) / "checkpoints"
+    assert {p.name for p in (folder / "superseded").iterdir()} == {*("00000006.0", "00000007.0")}
+
+
+def test_more_steps(doubles: str) -> None:
+    """A finished run goes on when it is given more steps, and only then."""
+    run_id = training.train(config()).run_id
+    assert command("resume", run_id) == 2
+    assert command("resume", run_id, "training.steps=12", "training.eval_every_steps=3") == 0
+    assert [step for step, _ in losses(run_id)] == list(range(1, 13))
+    run = MlflowClient().get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["total_steps"] == 12
+    kept = Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="config.json"))
+    assert json.loads(kept.read_text())["training"]["steps"] == 12
+
+
+def test_a_fork_is_a_run_of_its_own(doubles: str) -> None:
+    """It begins where the other was, may change anything, and leaves the other as it was."""
+    first = training.train(config()).run_id
+    before = losses(first)
+    words = ("resume", first, "--step", "4", "--fork", "optimizer.learning_rate=0.01")
+    assert command(*words) == 0
+    client = MlflowClient()
+    experiment = client.get_run(first).info.experiment_id
+    (fork,) = client.search_runs([experiment], f"tags.`tunix.forked_from` = '{first}@4'")
+    assert [step for step, _ in losses(fork.info.run_id)] == [5, 6, 7, 8]
+    assert losses(first) == before
+    assert fork.data.params["optimizer.learning_rate"] == "0.01"
+
+
+def test_elsewhere(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With nothing but the id: configuration, history and checkpoint come from MLflow."""
+    whole = training.train(config())
+    run_id = interrupted(monkeypatch, 5)
+    points = {
+        (m.step, m.timestamp) for m in MlflowClient().get_metric_history(run_id, "train/loss")
+    }
+    monkeypatch.setenv("TUNIX_MLFLOW_HOME", str(tmp_path / "elsewhere"))
+    datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 60), "doubles-v1")
+    assert command("resume", run_id) == 0
+    assert weights(run_id) == weights(whole.run_id)
+    assert losses(run_id) == losses(whole.run_id)
+    now = stamps(run_id)
+    assert points < now
+    assert len(now) == 8
+
+
+def test_a_damaged_upload_is_not_used(
+    doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    """The one before it is."""
+    whole = training.train(config())
+    run_id = interrupted(monkeypatch, 5)
+    client = MlflowClient()
+    place = Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://"))
+    victim = next((place / "checkpoints" / "00000005" / "state").rglob("*/d/*"))
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    shutil.rmtree(state.run_dir(run_id))
+    assert command("resume", run_id) == 0
+    said = capsys.readouterr().err
+    assert "uploaded checkpoint of step 5 is damaged" in said
+    assert "fetched the checkpoint of step 4" in said
+    assert weights(run_id) == weights(whole.run_id)
+
+
+def test_by_key(
+    doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    """The same command begins a run, goes on with it after a death, and then has nothing to do."""
+    run_id = interrupted(monkeypatch, 5, tracking__key="job-17")
+    file = tmp_path / "job.yaml"
+    file.write_bytes(configs.to_json(config()))
+    again = ("train", str(file), "resume=auto", "tracking.key=job-17")
+    assert command(*again, "seed=3") == 2
+    assert "seed: 0, now 3" in capsys.readouterr().err
+    assert command(*again) == 0
+    assert MlflowClient().get_run(run_id).info.status == "FINISHED"
+    capsys.readouterr()
+    assert command(*again) == 0
+    assert json.loads(capsys.readouterr().out) == {"run_id": run_id, "finished": True}
+    assert command("train", "resume=auto") == 2
+
+
+WRONG = {
+    "no such run": ("0" * 32,),
+    "no id": ("../../etc",),
+    "another program's": ("OTHER",),
+    "not a training": ("SEED",),
+    "a launcher": ("LAUNCHER",),
+    "deleted": ("DELETED",),
+    "finished": ("FINISHED",),
+    "other optimizer": ("RUN", "optimizer.learning_rate=0.5"),
+    "other order": ("RUN", "seed=9"),
+    "other batches": ("RUN", "training.batch_size=2"),
+    "other model": ("RUN", "model.width=32"),
+    "other data": ("RUN", "dataset=other-v1"),
+    "other tokenizer": ("TOKENIZER",),
+    "no such step": ("RUN", "--step", "3"),
+    "a preset": ("RUN", "column-addition"),
+    "fewer than done": ("RUN", "--step", "-1"),
+}
+
+
+@pytest.fixture
+def targets(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    client = MlflowClient()
+    run_id = interrupted(monkeypatch, 5)
+    experiment = client.get_run(run_id).info.experiment_id
+    found = {"RUN": run_id, "FINISHED": training.train(config()).run_id}
+    datasets.ingest(write_traces(tmp_path / "other.jsonl", 70), "other-v1")
+    for name in ("OTHER", "SEED", "LAUNCHER", "DELETED", "TOKENIZER"):
+        found[name] = client.create_run(experiment).info.run_id
+    ours = client.get_run(run_id).data.tags
+    for key, value in ours.items():
+        if key.startswith("tunix.") and key != lease.TAG:
+            for name in ("LAUNCHER", "DELETED", "TOKENIZER"):
+                client.set_tag(found[name], key, value)
+    for name in ("config.json", "environment.json"):
+        client.log_artifact(found["TOKENIZER"], str(state.run_dir(run_id) / name))
+    client.set_tag(found["SEED"], "tunix.stage", "seed")
+    client.set_tag(found["LAUNCHER"], "tunix.launcher_of", run_id)
+    client.set_tag(found["TOKENIZER"], "tunix.tokenizer_digest", "f" * 64)
+    client.delete_run(found["DELETED"])
+    return found
+
+
+def everything() -> tuple[Any, set[str]]:
+    client = MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    found = client.search_runs(experiments, run_view_type=3)
+    told = sorted(
+        (r.info.run_id, r.info.status, str(r.data.tags), str(r.data.metrics)) for r in found
+    )
+    return told, {str(p) for p in state.run_dir("").rglob("*")}
+
+
+def test_wrong_targets_are_refused(targets: dict[str, str], capsys: Any) -> None:
+    """One line and exit code 2 each; MLflow and the state root are as they were."""
+    before = everything()
+    for what, (target, *words) in WRONG.items():
+        capsys.readouterr()
+        code = command("resume", targets.get(target, target), *words)
+        said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert (code, len(said)) == (2, 1), (what, said)
+        assert everything() == before, what
+    print(f"{len(WRONG)} of {len(WRONG)} wrong targets refused")
+
+
+def test_the_difference_is_named(targets: dict[str, str], capsys: Any) -> None:
+    """Which key, what it was and what it would be."""
+    command("resume", targets["RUN"], "optimizer.learning_rate=0.5", "seed=9")
+    said = capsys.readouterr().err
+    assert "seed: 0, now 9; optimizer.learning_rate: 0.001, now 0.5" in said
+    command("resume", targets["RUN"], "dataset=other-v1")
+    assert "another dataset_digest" in capsys.readouterr().err
+
+
+def test_a_run_that_is_open_elsewhere(doubles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease that is renewed keeps others out; one that ends is waited for."""
+    run_id = interrupted(monkeypatch, 5)
+    client = MlflowClient()
+    looks = 0
+
+    def look(seconds: float) -> None:  # the holder renews while the other waits
+        nonlocal looks
+        looks += 1
+        client.set_tag(run_id, lease.TAG, f"somebody {int(1000 * (time.time() + 60 + looks))}")
+
+    client.set_tag(run_id, lease.TAG, f"somebody {int(1000 * (time.time() + 60))}")
+    with monkeypatch.context() as patched:
+        patched.setattr(lease.time, "sleep", look)
+        with pytest.raises(TrackingError, match="open in another process, elsewhere"):
+            training.train(config(), start=Start(run_id))
+    client.set_tag(run_id, lease.TAG, f"somebody {int(1000 * (time.time() + 1))}")
+    assert training.train(config(), start=Start(run_id)).run_id == run_id
+
+
+def test_a_run_that_was_taken_over_stops_writing(store: str) -> None:
+    """Silent for too long, and another process has it: this one stops, and its status is not
+    put over the other's."""
+    quiet = Config(tracking=TrackingConfig(system_metrics=False, lease_seconds=2))
+    client = MlflowClient()
+    with (
+        pytest.raises(TrackingError, match="taken up by another process"),
+        session(quiet, stage="train", report=lambda _: None) as run,
+    ):
+        run.sync()
+        client.set_tag(run.run_id, lease.TAG, f"somebody {int(1000 * (time.time() + 60))}")
+        for step in range(400):
+            run.write_scalars(step, {"train/loss": 1.0})
+            time.sleep(0.02)
+    assert client.get_run(run.run_id).info.status == "RUNNING"
+
+
+def test_a_death_without_a_word_is_marked(doubles: str) -> None:
+    """The next training in the experiment finds the run, and gives it its status."""
+    client = MlflowClient()
+    dead = training.train(config()).run_id
+    client.update_run(dead, status="RUNNING")
+    client.set_tag(dead, lease.TAG, f"somebody {int(1000 * (time.time() - 1))}")
+    alive = client.create_run(client.get_run(dead).info.experiment_id).info.run_id
+    training.train(config(seed="5"))
+    found = client.get_run(dead)
+    assert found.info.status == "KILLED"
+    assert f"tunix-mlflow resume {dead}" in found.data.tags["tunix.error"]
+    assert client.get_run(alive).info.status == "RUNNING"  # not one of ours
+
+
+def test_the_launcher_of_a_resume_is_no_ghost(
+    doubles: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The run that `mlflow run` made says whose it is, has no metrics, ends as that one does, and
+    is in none of our lists."""
+    run_id = interrupted(monkeypatch, 5)
+    client = MlflowClient()
+    launcher = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", launcher)
+    training.train(config(), start=Start(run_id))
+    found = client.get_run(launcher)
+    assert found.info.status == client.get_run(run_id).info.status == "FINISHED"
+    assert found.data.tags["tunix.launcher_of"] == run_id
+    assert found.data.metrics == found.data.params == {}
+    capsys.readouterr()
+    assert command("runs", "list", "--json") == 0
+    assert [row["run_id"] for row in json.loads(capsys.readouterr().out)] == [run_id]
+
+
+def test_verify_proves_a_run(doubles: str, capsys: Any) -> None:
+    """The last segment is trained again; a value that was changed is found; the verdict stays."""
+    run_id = training.train(config()).run_id
+    client = MlflowClient()
+    assert command("runs", "verify", run_id) == 0
+    tag = client.get_run(run_id).data.tags["tunix.verified"]
+    assert tag.startswith("ok: steps 7 to 8 trained again")
+    shutil.rmtree(state.run_dir(run_id))  # by what MLflow has alone
+    assert command("runs", "verify", run_id, "--json") == 0
+    client.log_metric(run_id, "train/loss", 0.5, step=8)
+    capsys.readouterr()
+    assert command("runs", "verify", run_id) == 3
+    assert "train/loss at step 8: recorded" in capsys.readouterr().err
+    assert client.get_run(run_id).data.tags["tunix.verified"].startswith("differs: ")
+
+
+def test_verify_notices_another_state(doubles: str) -> None:
+    """A checkpoint that holds something else than training would give."""
+    from tunix_mlflow.models import arrays
+
+    run_id = training.train(config()).run_id
+    folder = checkpoint.steps(state.run_dir(run_id) / "checkpoints")[-1]
+    other = training.train(config(seed="3")).run_id
+    wrong = checkpoint.steps(state.run_dir(other) / "checkpoints")[-1]
+    content = {k: v for k, v in arrays.content(folder).items() if k != "files"}
+    stranger = arrays.content(wrong)["state_digest"]
+    shutil.rmtree(folder / "state")
+    shutil.copytree(wrong / "state", folder / "state")
+    (folder / arrays.MANIFEST).unlink()
+    arrays.seal(folder, content | {"state_digest": stranger})
+    assert command("runs", "verify", run_id) == 3
+
+
+def test_need_of_a_checkpoint(doubles: str) -> None:
+    """What there is is listed."""
+    run_id = training.train(config()).run_id
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; there are: 4, 6, 8"):
+        runs.need_checkpoint(runs.look_up(run_id), 3, lambda _: None)
