@@ -302,6 +302,7 @@ def _automatic(arguments: bootstrap.Arguments) -> tuple[Config | None, Start | N
         return config, None
     if found.finished:
         console.say(f"run {found.run_id} with key {config.tracking.key} has finished already")
+        runs.tag_launcher(found.run_id)
         console.result(run_id=found.run_id, finished=True)
         return None, None
 

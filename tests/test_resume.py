@@ -159,9 +159,7 @@ def test_a_damaged_upload_is_not_used(
     assert weights(run_id) == weights(whole.run_id)
 
 
-def test_by_key(
-    doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
-) -> None:
+def test_by_key(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     """The same command begins a run, goes on with it after a death, and then has nothing to do."""
     run_id = interrupted(monkeypatch, 5, tracking__key="job-17")
     file = tmp_path / "job.yaml"

@@ -137,6 +137,8 @@ def _calm() -> None:
     # The outbox tries again for as long as it takes; MLflow's own retries would hide an outage.
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line a retry
+    for name in ("absl", "asyncio"):  # Orbax: hundreds of lines for a disk that is full
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     for name, value in {**quiet, **patience}.items():
         os.environ.setdefault(name, value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -139,6 +140,13 @@ def of_key(config: Config) -> Keyed | None:
         if own.tracking.key == key and (away is not None or outbox.known(folder) is None):
             return Keyed(folder.name, _recorded_status(folder) == "FINISHED")
     return None
+
+
+def tag_launcher(run_id: str) -> None:
+    """Say of the run that `mlflow run` made for this process, if any, that it was for another."""
+    launched = os.environ.get("MLFLOW_RUN_ID")
+    if launched is not None and launched != run_id:
+        MlflowClient().set_tag(launched, store.LAUNCHER_TAG, run_id)
 
 
 def training_runs(client: MlflowClient, limit: int) -> list[Run]:

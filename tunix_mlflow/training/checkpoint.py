@@ -10,6 +10,7 @@ moved to quarantine/, and the one before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -150,7 +151,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._worker.shutdown()
-            self._orbax.close()
+            with contextlib.suppress(OSError, ValueError):  # of a save that failed: it was said
+                self._orbax.close()
 
     def restore_latest(self, target: _T, report: Callable[[str], None]) -> tuple[int, _T] | None:
         """The newest checkpoint that its manifest vouches for.

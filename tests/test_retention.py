@@ -1,0 +1,170 @@
+"""What may go and what stays: as a rule, in one run, and over a store of many."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow.tracking import MlflowClient
+
+from projects import promote as promoting
+from projects import train as training
+from tests.conftest import write_traces
+from tests.test_resume import command, config, interrupted
+from tests.test_stages import log_score
+from tunix_mlflow import state
+from tunix_mlflow.data import datasets
+from tunix_mlflow.tracking import flavor, lease
+from tunix_mlflow.training import checkpoint
+from tunix_mlflow.training.checkpoint import Retention, doomed
+
+found_checkpoints = st.dictionaries(
+    st.integers(0, 60),
+    st.fixed_dictionaries({}, optional={"eval/loss": st.floats(), "other": st.floats()}),
+    max_size=12,
+).map(lambda found: sorted(found.items()))
+retentions = st.builds(
+    Retention,
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.sampled_from(["eval/loss", "other"]),
+    st.sampled_from(["min", "max"]),
+    st.sampled_from([0, 5, 20]),
+)
+
+
+@given(found_checkpoints, retentions)
+def test_the_rule(found: list[tuple[int, Mapping[str, float]]], retention: Retention) -> None:
+    """The last stay, and the best, and the multiples; nothing else does, and doing it twice
+    changes nothing."""
+    going = doomed(found, retention)
+    kept = [(s, m) for s, m in found if s not in going]
+    steps = [s for s, _ in found]
+    assert set(steps[-retention.keep_last :]) <= {s for s, _ in kept}
+    if retention.every_steps:
+        assert not [s for s in going if s % retention.every_steps == 0]
+    values = {s: m.get(retention.metric, math.nan) for s, m in found}
+    scores = {s: value for s, value in values.items() if not math.isnan(value)}
+    if retention.keep_best and scores:
+        best = (min if retention.mode == "min" else max)(scores.values())
+        assert [s for s, v in scores.items() if v == best and s not in going]
+    most = retention.keep_last + retention.keep_best
+    every = retention.every_steps
+    assert len([s for s, _ in kept if not every or s % every]) <= most
+    assert doomed(kept, retention) == []
+
+
+@pytest.fixture
+def doubles(tmp_path: Path, store: str) -> str:
+    datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 60), "doubles-v1")
+    return "doubles-v1"
+
+
+def here(run_id: str) -> list[int]:
+    return [int(p.name) for p in checkpoint.steps(state.run_dir(run_id) / "checkpoints")]
+
+
+def uploaded(run_id: str) -> list[int]:
+    found = MlflowClient().list_artifacts(run_id, "checkpoints")
+    return sorted(int(Path(entry.path).name) for entry in found)
+
+
+def test_a_run_keeps_what_it_is_told(doubles: str) -> None:
+    """The last one, the best by its held-out loss, every sixth; here and in MLflow alike."""
+    run_id = training.train(
+        config(
+            training__steps="12",
+            training__eval_every_steps="2",
+            checkpoints__keep_last="1",
+            checkpoints__keep_best="1",
+            checkpoints__mode="max",
+            checkpoints__keep_every_steps="6",
+        )
+    ).run_id
+    history = MlflowClient().get_metric_history(run_id, "eval/loss")
+    worst = max(history, key=lambda m: (m.value, m.step)).step  # mode=max keeps it
+    assert here(run_id) == uploaded(run_id) == sorted({worst, 6, 12})
+
+
+@pytest.fixture
+def many(doubles: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Runs of every kind: registered, aliased, killed, open, deleted, plain, and a stranger."""
+    client = MlflowClient()
+    longer = {"training__steps": "8", "checkpoints__keep_last": "9"}
+    names = ("champion", "registered", "plain", "deleted", "deleted but registered", "open")
+    found = {n: training.train(config(seed=str(i), **longer)).run_id for i, n in enumerate(names)}
+    for name in ("champion", "registered", "deleted but registered"):
+        model = client.get_run(found[name]).outputs.model_outputs[0].model_id
+        if name == "champion":
+            log_score(model, 0.9)
+            promoting.promote(config(promotion__model="doubles"), found[name])
+        else:
+            mlflow.register_model(f"models:/{model}", "others")
+    found["killed"] = interrupted(monkeypatch, 7, seed="9", **longer)
+    client.set_tag(found["open"], lease.TAG, f"somebody {2**42}")
+    client.update_run(found["open"], status="RUNNING")
+    for name in ("deleted", "deleted but registered"):
+        client.delete_run(found[name])
+    stranger = state.run_dir("f" * 32) / "checkpoints"
+    source = state.run_dir(found["plain"]) / "checkpoints"
+    stranger.mkdir(parents=True)
+    for folder in checkpoint.steps(source):
+        (stranger / folder.name).symlink_to(folder)
+    found["stranger"] = "f" * 32
+    return found
+
+
+def test_prune_takes_nothing_that_is_needed(many: dict[str, str], capsys: Any) -> None:
+    """Shown first, with its bytes; then done; and every model still loads."""
+    everything = {name: here(run_id) for name, run_id in many.items()}
+    assert set(map(tuple, everything.values())) == {(2, 4, 6, 8), (2, 4, 6, 7)}
+    capsys.readouterr()
+    assert command("checkpoints", "prune", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert not planned["done"]
+    assert planned["freed_bytes"] > 0
+    assert {name: here(run_id) for name, run_id in many.items()} == everything
+    assert command("checkpoints", "prune", "--yes") == 0
+    assert "deleted" in capsys.readouterr().out
+    left = {name: here(run_id) for name, run_id in many.items() if name != "stranger"}
+    assert left == {
+        "champion": [8],
+        "registered": [8],
+        "plain": [8],
+        "deleted": [],
+        "deleted but registered": [8],
+        "open": [2, 4, 6, 8],
+        "killed": [6, 7],
+    }
+    assert {name: uploaded(many[name]) for name in left} == left
+    assert len(list((state.run_dir("f" * 32) / "checkpoints").iterdir())) == 4
+    client = MlflowClient()
+    assert flavor.load_model("models:/doubles@champion")
+    for version in client.search_model_versions("name = 'others'"):
+        assert flavor.load_model(f"models:/others/{version.version}")
+    assert command("resume", many["killed"]) == 0
+    assert command("checkpoints", "prune", "--yes", "--run", many["champion"]) == 0
+    assert here(many["champion"]) == [8]
+    assert command("checkpoints", "list") == 0
+
+
+def test_verify_names_the_damaged(doubles: str, capsys: Any) -> None:
+    """Here and in MLflow, file by file; exit code 3."""
+    run_id = training.train(config()).run_id
+    assert command("checkpoints", "verify") == 0
+    place = Path(MlflowClient().get_run(run_id).info.artifact_uri.removeprefix("file://"))
+    for root in (state.run_dir(run_id), place):
+        victim = next((root / "checkpoints" / "00000008" / "state").rglob("*/d/*"))
+        victim.write_bytes(victim.read_bytes()[:-1])
+    capsys.readouterr()
+    assert command("checkpoints", "verify", "--json") == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["checked"] == 6
+    assert {(d["step"], d["where"]) for d in found["damaged"]} == {(8, "here"), (8, "uploaded")}
