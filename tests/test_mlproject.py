@@ -244,6 +244,45 @@ def test_killed_and_resumed_is_bit_identical(store: str, command: Command, home:
     assert "has finished" in done.stderr
 
 
+def launch_project(parameters: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            *(str(BIN / "mlflow"), "run", str(ROOT), "-e", "train", "--env-manager", "local"),
+            *as_parameters(parameters),
+        ],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_child_does_not_outlive_mlflow_run(
+    store: str, command: Command, home: Path, number: int
+) -> None:
+    """Whatever ends `mlflow run` alone, training saves and ends KILLED; -P resume goes on with it
+    and leaves no ghost."""
+    process = launch_project(LONG | {"training.steps": "400"})
+    folder = wait_for_step(process, home, 25)
+    process.send_signal(number)
+    process.wait(30)
+    client = MlflowClient()
+    deadline = time.monotonic() + 60
+    while client.get_run(folder.name).info.status == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert client.get_run(folder.name).info.status == "KILLED"
+    process.communicate()
+    if number == signal.SIGKILL:
+        return
+    done = mlflow_run(command, "train", {"resume": folder.name})
+    assert done.returncode == 0, done.stderr
+    (launcher,) = [r for r in runs() if r.info.run_id != folder.name]
+    assert launcher.data.tags["tunix.launcher_of"] == folder.name
+    assert launcher.data.metrics == {}
+    assert launcher.info.status == client.get_run(folder.name).info.status == "FINISHED"
+
+
 def test_interrupt_ends_the_run_killed(store: str, home: Path) -> None:
     """SIGINT saves, ends the run KILLED and exits 130."""
     process = start("train", *as_arguments(LONG))

@@ -1,7 +1,8 @@
 """Starts trainings by forking a process that has imported everything and initialised nothing.
 
-One JSON list of arguments a line on stdin; the child's pid on stdout. Standard error of the
-children goes to the file that the first argument names.
+One JSON object a line on stdin: arguments, environment, and perhaps crash_at, the operation on a
+file below runs/ before which the child is to die. The child's pid and its exit code on stdout, a
+line each. What the children print goes to the file that the first argument names.
 """
 
 from __future__ import annotations
@@ -10,6 +11,26 @@ import json
 import os
 import signal
 import sys
+
+_WATCHED = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "open"}
+
+
+def _arm(crash_at: int) -> list[int]:
+    """Count operations on files below runs/, and die before one of them."""
+    count = [0]
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event not in _WATCHED or "/runs/" not in str(arguments[0]):
+            return
+        flags = arguments[2] if event == "open" else os.O_WRONLY
+        if not isinstance(flags, int) or not flags & (os.O_WRONLY | os.O_RDWR):
+            return
+        count[0] += 1
+        if count[0] == crash_at:
+            os._exit(9)
+
+    sys.addaudithook(hook)
+    return count
 
 
 def main() -> None:
@@ -29,8 +50,9 @@ def main() -> None:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.environ.update(request["environment"])
+            count = _arm(request.get("crash_at", 0))
             code = bootstrap.execute(train.main, request["arguments"])
-            sys.stdout.flush()
+            print(f"operations: {count[0]}", flush=True)
             os._exit(code)
         print(pid, flush=True)
         _, status = os.waitpid(pid, 0)

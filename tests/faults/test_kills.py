@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from tests.conftest import ROOT, as_arguments, environment, tiny
 
 KILLS = int(os.environ.get("KILLS", "5"))
 LOST_DISKS = max(1, KILLS // 10)
+CRASHES = max(3, KILLS // 4)
 STEPS = 40
 RUN = tiny(
     dataset="golden-v2",
@@ -52,12 +54,17 @@ class Victims:
             text=True,
         )
 
-    def run(self, key: str, home: Path, kill_after: float | None = None) -> int:
-        """The exit code of a training that may be killed after some seconds."""
+    def run(self, key: str, home: Path, kill_after: float | None = None, crash_at: int = 0) -> int:
+        """The exit code of a training that may be killed after some seconds, or die before one
+        of its operations on files."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         arguments = ["golden-v2", "resume=auto", f"tracking.key={key}", *as_arguments(RUN)]
-        request = {"arguments": arguments, "environment": {"TUNIX_MLFLOW_HOME": str(home)}}
+        request = {
+            "arguments": arguments,
+            "environment": {"TUNIX_MLFLOW_HOME": str(home)},
+            "crash_at": crash_at,
+        }
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         pid = int(self._server.stdout.readline())
@@ -138,6 +145,21 @@ def _moment(home: Path) -> str:
         if p.name.isdigit() and not (p / "manifest.json").exists()
     ]
     return "amid a save" if torn else "else"
+
+
+def test_a_crash_before_any_operation(victims: Victims, home: Path) -> None:
+    """Dead before a rename, a removal, a mkdir or an opening for writing, of ours or Orbax's, in a
+    run's folder: the run comes back all the same."""
+    assert victims.run("whole", home) == 0, victims.log.read_text()[-2000:]
+    expected = outcome("whole")
+    total = int(re.findall(r"operations: (\d+)", victims.log.read_text())[-1])
+    places = random.Random(3).sample(range(1, total + 1), CRASHES)
+    for at in places:
+        key = f"crash{at}"
+        assert victims.run(key, home, crash_at=at) == 9
+        assert victims.run(key, home) == 0, victims.log.read_text()[-3000:]
+        assert outcome(key) == expected
+    print(f"{CRASHES} of {CRASHES} crashes survived, of {total} places")
 
 
 def test_a_lost_disk_goes_on_elsewhere(victims: Victims, tmp_path: Path) -> None:
