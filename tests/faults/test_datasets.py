@@ -89,14 +89,14 @@ def test_readers_and_a_writer_at_once(tmp_path: Path) -> None:
     until = time.time() + SECONDS
     reader = (
         "import time\n"
-        f"n = 0\nwhile time.time() < {until}:\n"
+        f"n = 0\nwhile not n or time.time() < {until}:\n"
         "    assert datasets.verify('base-v1').ok\n"
         "    n += len(datasets.sample(datasets.get('base-v1'), 5, number=n, split=None))\n"
         "print(n)\n"
     )
     writer = (
         "import time\nn = 0\n"
-        f"while time.time() < {until}:\n"
+        f"while not n or time.time() < {until}:\n"
         "    datasets.build(f'built-v{n}', Selection(order='random', seed=n, limit=100))\n"
         "    n += 1\nprint(n)\n"
     )

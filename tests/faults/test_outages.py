@@ -44,12 +44,13 @@ class Proxy:
 
     def be(self, mode: str) -> None:
         self._mode = mode
-        for old in [*self._sockets, self._listener]:
+        listener, self._listener = self._listener, None
+        for old in [listener, *self._sockets]:
             if old is not None:
                 with contextlib.suppress(OSError):
                     old.shutdown(socket.SHUT_RDWR)
                 old.close()
-        self._sockets, self._listener = [], None
+        self._sockets = []
         if mode != "down":
             self._listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
             threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
@@ -58,6 +59,9 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = listener.accept()
+                if listener is not self._listener:  # told to be something else meanwhile
+                    client.close()
+                    return
                 self._sockets.append(client)
                 if self._mode == "pass":
                     server = socket.create_connection(("127.0.0.1", self._target))
@@ -75,6 +79,7 @@ class Proxy:
         for each in (source, target):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
+            each.close()
 
     @staticmethod
     def _fail(client: socket.socket) -> None:
