@@ -121,6 +121,7 @@ def train(config: Config, *, start: Start | None = None) -> Trained:
             at, state = forked
             run.set_tags({"tunix.forked_from": f"{start.run_id if start else ''}@{at}"})
             checkpoints.save(at, state)  # else a kill would lose where it began
+            checkpoints.wait()
         else:
             state = _restored(run, setup, checkpoints, start)
         progress = console.TrainingProgress(int(state.step), config.training.steps)
@@ -152,10 +153,12 @@ def train(config: Config, *, start: Start | None = None) -> Trained:
             run.log_table(scoring.table(judged), f"generations/step-{last:08d}.json")
         figures |= run.log_summary(last)
         weights = {"tunix.weights_digest": bundles.weights_digest(state.params)}
-        shutil.rmtree(run.folder / "model", ignore_errors=True)
-        bundles.save(bundle, run.folder / "model")
+        place = run.folder / "models" / f"{last:08d}-{weights['tunix.weights_digest'][:12]}"
+        if not (place / "manifest.json").is_file():
+            shutil.rmtree(place, ignore_errors=True)  # what a kill left
+            bundles.save(bundle, place)
         run.log_model(
-            run.folder / "model",
+            place,
             step=last,
             prompts=[example.prompt for example in (setup.held_out or setup.examples)[:3]],
             tags=weights | {name: tags[name] for name in ("tunix.dataset", "tunix.dataset_digest")},
@@ -199,6 +202,12 @@ def _restored(
         checkpoints.rewind(start.step)
     restored = checkpoints.restore_latest(setup.state, run.report)
     if restored is None:
+        from tunix_mlflow.tracking import runs
+
+        if runs.forked(run.folder, None, run.run_id):
+            raise CheckpointError(
+                f"run {run.run_id} died before it had a checkpoint of its own; fork again"
+            )
         console.say(f"run {run.run_id} has no checkpoint: starting at step 0 again")
         return setup.state
     step, state = restored

@@ -95,18 +95,23 @@ def sync(run_id: str | None) -> None:
             raise TrackingError(f"there is no run {run_id[:80]!r} in {state.run_dir('')}")
         folders = [one.resolve()]
     client = store.connect(TrackingConfig())
-    for folder in folders:
+    failed = []
+    for folder in reversed(folders):  # parents before their children
         if not (folder / outbox.OUTBOX).exists():
             continue
-        if operations.is_open(folder):
-            click.echo(f"run {folder.name} is open in another process, which tells MLflow itself")
+        if run_id is None and not outbox.waiting(folder):
             continue
-        told = operations.catch_up(client, folder, lambda message: click.echo(message, err=True))
+        try:
+            told = operations.sync(client, folder, lambda message: click.echo(message, err=True))
+        except TrackingError as error:
+            failed.append(str(error))
+            continue
         known = outbox.known(folder)
-        if known is not None and (told or run_id is not None):
-            operations.end_if_dead(client, folder)
+        if known is not None:
             link = store.run_link(known.experiment_id, known.run_id)
             click.echo(f"run {known.run_id}: {told:,} bytes of records delivered; {link}")
+    if failed:
+        raise TrackingError("; ".join(failed))
 
 
 def _row(run: Any) -> dict[str, Any]:

@@ -48,6 +48,8 @@ def step(client: MlflowClient, folder: Path, report: Callable[[str], None]) -> b
         Exception: what MLflow's client raises while the server is away; nothing was moved.
     """
     at = outbox.cursor(folder)
+    if at.journal > outbox.size(folder / journal.JOURNAL):  # a machine lost its power
+        at = Cursor(at.outbox, 0)
     line = _next_line(folder / outbox.OUTBOX, at.outbox)
     if line is not None:
         try:
@@ -83,7 +85,8 @@ def deliver(client: MlflowClient, folder: Path, record: dict[str, Any]) -> None:
     try:
         _OPERATIONS[op](client, folder, **fields)
     except MlflowException as error:
-        if error.get_http_status_code() in (400, 404) and op != "create":
+        # Not when the run is not there: this may be the wrong server, or one that is half up.
+        if error.error_code == "INVALID_PARAMETER_VALUE" and op != "create":
             raise Undeliverable(f"{op}: {store.one_line(error)}") from error
         raise
 
@@ -108,7 +111,9 @@ def _create(
     else:
         if parent is not None:
             above = outbox.known(state.run_dir(parent))
-            tags = tags | {"mlflow.parentRunId": above.run_id if above else parent}
+            if above is None:
+                raise ConnectionError(f"MLflow has not heard of the parent, {parent}, yet")
+            tags = tags | {"mlflow.parentRunId": above.run_id}
         made = client.create_run(
             experiment_id, start_time, tags | {LOCAL_ID_TAG: local_id}, run_name=name
         )
@@ -162,6 +167,8 @@ def _artifact(client: MlflowClient, folder: Path, *, path: str, artifact: str) -
     run_id = _known(folder).run_id
     try:
         if source.is_dir():
+            # Another of the same name would leave files that are not in the manifest.
+            store.delete_artifacts(client, run_id, artifact)
             children = sorted(source.iterdir(), key=lambda child: child.name == "manifest.json")
             for child in children:
                 if child.is_dir():
@@ -231,6 +238,8 @@ def _model(
     tags: dict[str, str],
 ) -> None:
     mine = _known(folder)
+    if not (folder / bundle / "manifest.json").is_file():
+        raise Undeliverable(f"the model in {folder / bundle} is gone")
     tags = tags | {"tunix.step": str(at_step)}
     of_run = f"source_run_id = '{mine.run_id}'"
     logged = None
@@ -262,6 +271,10 @@ def _status(
     client.set_terminated(run_id or _known(folder).run_id, status, end_time)
 
 
+def _running(client: MlflowClient, folder: Path) -> None:
+    client.update_run(_known(folder).run_id, status="RUNNING")
+
+
 def _launcher(client: MlflowClient, folder: Path, *, run_id: str) -> None:
     client.set_tag(run_id, store.LAUNCHER_TAG, _known(folder).run_id)
 
@@ -284,6 +297,7 @@ _OPERATIONS: dict[str, Callable[..., None]] = {
     "model": _model,
     "status": _status,
     "launcher": _launcher,
+    "running": _running,
     "experiment_kind": _experiment_kind,
 }
 

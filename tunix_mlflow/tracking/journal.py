@@ -151,16 +151,29 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def merge(path: Path, known: Iterable[Point]) -> int:
-    """Add points that MLflow has and the file has not, with MLflow's timestamps.
+    """Make the file agree with MLflow: what both have gets MLflow's timestamp and value.
+
+    What the file alone has stays. So the file can be delivered anew, and nothing doubles.
 
     Returns:
-        How many were added.
+        How many points the file got, or got otherwise.
     """
     lines = read(path, mend=True)
-    have = {(point.key, point.step) for line in lines for point in points(line)}
+    theirs = {(point.key, point.step): point for point in known}
+    same = set()
+    for line in lines:
+        for point in points(line):
+            other = theirs.get((point.key, point.step))
+            if other is None:
+                continue
+            if other.timestamp == point.timestamp and _same(other.value, point.value):
+                same.add((point.key, point.step))
+            else:
+                del line["metrics"][point.key]
+    lines = [line for line in lines if line.get("metrics") or "part" in line]
     missing: dict[tuple[int, int], dict[str, float]] = {}
-    for point in known:
-        if (point.key, point.step) not in have:
+    for place, point in theirs.items():
+        if place not in same:
             missing.setdefault((point.timestamp, point.step), {})[point.key] = point.value
     if missing:
         lines += [

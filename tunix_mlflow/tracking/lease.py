@@ -16,6 +16,7 @@ from pathlib import Path
 from mlflow.tracking import MlflowClient
 
 from tunix_mlflow.errors import TrackingError
+from tunix_mlflow.tracking import outbox
 
 TAG = "tunix.lease"
 _SETTLE_SECONDS = 0.5
@@ -71,7 +72,7 @@ def owner_of(folder: Path) -> str:
     """The name under which this state root holds a run's lease."""
     path = folder / _FILE
     if not path.exists():
-        path.write_text(uuid.uuid4().hex)
+        outbox.write_whole(path, uuid.uuid4().hex.encode())
     return path.read_text()
 
 
@@ -81,6 +82,8 @@ def acquire(
     folder: Path,
     seconds: float,
     report: Callable[[str], None],
+    *,
+    fresh: bool = False,
 ) -> Lease:
     """Take a run's lease. The caller holds the lock of the run's folder.
 
@@ -93,6 +96,7 @@ def acquire(
         folder: its folder on this machine.
         seconds: for how long it is taken, each time.
         report: told when there is something to wait for.
+        fresh: this process has just made the run.
 
     Raises:
         TrackingError: if another machine, or another state root, has the run open.
@@ -111,7 +115,7 @@ def acquire(
         time.sleep(_LOOK_SECONDS)
         held = holder(client.get_run(run_id).data.tags)
     lease.write()
-    if held is not None and held[0] != owner:
+    if not fresh and (held is None or held[0] != owner):
         time.sleep(_SETTLE_SECONDS)  # two may have found it free
         now = holder(client.get_run(run_id).data.tags)
         if now is None or now[0] != owner:

@@ -84,7 +84,7 @@ def move_cursor(folder: Path, to: Cursor) -> None:
 
 def skip(folder: Path) -> None:
     """Leave what was not delivered untold."""
-    move_cursor(folder, Cursor(_size(folder / OUTBOX), _size(folder / "metrics.jsonl")))
+    move_cursor(folder, Cursor(size(folder / OUTBOX), size(folder / "metrics.jsonl")))
 
 
 def known(folder: Path) -> Known | None:
@@ -101,7 +101,7 @@ def set_known(folder: Path, what: Known) -> None:
 def waiting(folder: Path) -> int:
     """Bytes of records and metrics that MLflow was not told yet."""
     told = cursor(folder)
-    sizes = [_size(folder / OUTBOX), _size(folder / "metrics.jsonl")]
+    sizes = [size(folder / OUTBOX), size(folder / "metrics.jsonl")]
     return max(0, sizes[0] - told.outbox) + max(0, sizes[1] - told.journal)
 
 
@@ -134,7 +134,8 @@ def write_whole(path: Path, data: bytes) -> None:
     part.replace(path)
 
 
-def _size(path: Path) -> int:
+def size(path: Path) -> int:
+    """Bytes of a file; 0 for one that is not there."""
     return path.stat().st_size if path.exists() else 0
 
 

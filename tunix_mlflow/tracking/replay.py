@@ -82,6 +82,8 @@ def verify(
         try:
             kept.restore(int(target["step"]), made.state)  # made of this very configuration
             first, begin = 0, made.state
+            if len(sealed) == 1 and runs.forked(state.run_dir(run_id), client, run_id):
+                raise CheckpointError(f"run {run_id} began as a fork and has one checkpoint only")
             if len(sealed) > 1:
                 first = int(sealed[-2].name)
                 begin = kept.restore(first, made.state)

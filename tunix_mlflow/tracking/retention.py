@@ -10,12 +10,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from mlflow.entities import Run, ViewType
+from mlflow.entities import LoggedModel, Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from tunix_mlflow import state
 from tunix_mlflow.errors import IntegrityError
 from tunix_mlflow.models import arrays
 from tunix_mlflow.tracking import lease, outbox, runs, store
@@ -64,6 +65,9 @@ def survey(client: MlflowClient, retention: Retention, only: str | None = None) 
         if only is not None and run_id != only:
             continue
         rule = _rule(run, needed.get(run_id))
+        folder = state.run_dir(run_id)
+        if folder.exists() and runs.is_open(folder):
+            rule = _Rule("the run is open", 0, set(), "")
         deleted = run.info.lifecycle_stage == "deleted"
         policy = Retention(0) if deleted and run_id not in needed else retention
         for entries in (_here(run_id), _uploaded(client, run_id)):
@@ -85,6 +89,9 @@ def remove(client: MlflowClient, entry: Entry) -> None:
         OSError: if the folder cannot be deleted.
     """
     assert entry.kept is None
+    folder = state.run_dir(entry.run_id)
+    if folder.exists() and runs.is_open(folder):
+        return  # since it was looked at
     if entry.where == HERE:
         checkpoint.remove(Path(entry.place))
     else:
@@ -145,11 +152,14 @@ def _registered(client: MlflowClient) -> dict[str, set[int]]:
             if source.startswith("models:/m-"):
                 try:
                     model = client.get_logged_model(source.removeprefix("models:/"))
-                except MlflowException:
+                    steps = _steps(client, model)
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                        raise
                     continue  # deleted: there is nothing that it needs
                 run_id = model.source_run_id or ""
-                steps = {out.step for out in _outputs(client, run_id, model.model_id)}
-                found.setdefault(run_id, set()).update(steps)
+                if steps and found.get(run_id, steps):
+                    found.setdefault(run_id, set()).update(steps)
             elif version.run_id:
                 found[version.run_id] = set()
         token = page.token
@@ -157,10 +167,13 @@ def _registered(client: MlflowClient) -> dict[str, set[int]]:
             return found
 
 
-def _outputs(client: MlflowClient, run_id: str, model_id: str) -> list[Any]:
-    run = client.get_run(run_id)
+def _steps(client: MlflowClient, model: LoggedModel) -> set[int]:
+    """The steps at which a run logged a model; none for a model of no run."""
+    if not model.source_run_id:
+        return set()
+    run = client.get_run(model.source_run_id)
     outputs = run.outputs.model_outputs if run.outputs else []
-    return [output for output in outputs if output.model_id == model_id]
+    return {output.step for output in outputs if output.model_id == model.model_id}
 
 
 def _runs(client: MlflowClient) -> Iterator[Run]:
@@ -182,8 +195,6 @@ def _runs(client: MlflowClient) -> Iterator[Run]:
 
 
 def _here(run_id: str) -> list[Entry]:
-    from tunix_mlflow import state
-
     found = []
     for folder in checkpoint.steps(state.run_dir(run_id) / runs.CHECKPOINTS):
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlflow
 from filelock import FileLock, Timeout
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
@@ -18,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from tunix_mlflow import config as configs
 from tunix_mlflow import state
 from tunix_mlflow.config import Config
-from tunix_mlflow.errors import CheckpointError, IntegrityError, TrackingError
+from tunix_mlflow.errors import CheckpointError, ConfigError, IntegrityError, TrackingError
 from tunix_mlflow.tracking import delivery, journal, lease, outbox, store
 from tunix_mlflow.tracking.outbox import Cursor
 
@@ -98,10 +99,17 @@ def look_up(run_id: str) -> Described:
     if away is not None:
         if not local.is_file():
             raise TrackingError(f"{away}, and run {run_id} is not on this machine")
+        if _recorded_tags(folder).get("tunix.stage") != "train":
+            raise TrackingError(f"run {run_id} is not a training run")
         status = _recorded_status(folder)
-        texts = [(folder / name).read_bytes() for name in ("config.json", "environment.json")]
+        names = ("config.json", "environment.json")
+        if not all((folder / name).is_file() for name in names):
+            raise NotDescribed(f"run {run_id} died before it could record its configuration")
+        texts = [(folder / name).read_bytes() for name in names]
     else:
         if (folder / outbox.OUTBOX).exists() and outbox.known(folder) is None:
+            if is_open(folder):
+                raise TrackingError(f"run {run_id} is open in another process on this machine")
             catch_up(client, folder, lambda _: None)  # it began while the server was away
         known = outbox.known(folder)
         run_id = known.run_id if known else run_id
@@ -135,8 +143,10 @@ def of_key(config: Config) -> Keyed | None:
     for folder in folders():
         try:
             own = configs.from_json((folder / "config.json").read_bytes(), str(folder))
-        except OSError:
+        except (OSError, ConfigError):
             continue  # not far enough to have one
+        if _recorded_tags(folder).get("tunix.stage") != "train":
+            continue
         if own.tracking.key == key and (away is not None or outbox.known(folder) is None):
             return Keyed(folder.name, _recorded_status(folder) == "FINISHED")
     return None
@@ -169,15 +179,11 @@ def training_runs(client: MlflowClient, limit: int) -> list[Run]:
     return found[:limit]
 
 
-def end_if_dead(client: MlflowClient, folder: Path) -> None:
+def _end_dead(client: MlflowClient, run_id: str) -> None:
     """Give a run its status whose process died before it could record one."""
-    known = outbox.known(folder)
-    if known is None or _recorded_status(folder) is not None or is_open(folder):
-        return
-    if client.get_run(known.run_id).info.status == "RUNNING":
-        message = f"its process died; tunix-mlflow resume {known.run_id}"
-        client.set_tag(known.run_id, "tunix.error", message)
-        client.set_terminated(known.run_id, "KILLED")
+    if client.get_run(run_id).info.status == "RUNNING":
+        client.set_tag(run_id, "tunix.error", f"its process died; tunix-mlflow resume {run_id}")
+        client.set_terminated(run_id, "KILLED")
 
 
 def folders() -> list[Path]:
@@ -189,6 +195,14 @@ def folders() -> list[Path]:
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
+def forked(folder: Path, client: MlflowClient | None, run_id: str) -> bool:
+    """Whether a run began where another one was."""
+    tags = _recorded_tags(folder)
+    if client is not None:
+        tags |= client.get_run(run_id).data.tags
+    return "tunix.forked_from" in tags
+
+
 def is_open(folder: Path) -> bool:
     """Whether a process on this machine has the run open."""
     lock = FileLock(folder / "lock")
@@ -198,6 +212,49 @@ def is_open(folder: Path) -> bool:
         return True
     lock.release()
     return False
+
+
+def sync(client: MlflowClient, folder: Path, report: Callable[[str], None]) -> int:
+    """Tell MLflow what a folder holds, and of the run's end if its process died.
+
+    Returns:
+        Bytes that were delivered.
+
+    Raises:
+        TrackingError: if it is open, another server's, or another machine went on with it; or when
+            the server goes away meanwhile.
+    """
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise TrackingError(
+            f"run {folder.name} is open in another process, which tells MLflow itself"
+        ) from error
+    try:
+        known = outbox.known(folder)
+        here = store.public(mlflow.get_tracking_uri())
+        if known is not None and known.tracking_uri != here:
+            raise TrackingError(
+                f"run {known.run_id} is recorded in {known.tracking_uri}, not in {here}; set"
+                " MLFLOW_TRACKING_URI"
+            )
+        if known is not None:
+            held = lease.holder(client.get_run(known.run_id).data.tags)
+            if held is not None and held[0] != lease.owner_of(folder):
+                raise TrackingError(
+                    f"run {known.run_id} went on elsewhere; what is here is told when it is"
+                    " resumed here"
+                )
+        told = catch_up(client, folder, report)
+        known = outbox.known(folder)
+        if known is not None and _recorded_status(folder) is None:
+            _end_dead(client, known.run_id)
+        return told
+    except MlflowException as error:
+        raise TrackingError(f"run {folder.name}: {store.one_line(error)}") from error
+    finally:
+        lock.release()
 
 
 def catch_up(client: MlflowClient, folder: Path, report: Callable[[str], None]) -> int:
@@ -238,10 +295,10 @@ def refill(client: MlflowClient, run_id: str, folder: Path, report: Callable[[st
                 points = [p for line in journal.read(kept) for p in journal.points(line)]
             else:
                 kept.replace(path)
-        points += history(client, run_id)
+        points += history(client, run_id)  # of two with one name and step, MLflow's counts
+        outbox.move_cursor(folder, Cursor(outbox.cursor(folder).outbox, 0))
         if journal.merge(path, points):
             report(f"run {run_id}: its history was completed from MLflow")
-        outbox.move_cursor(folder, Cursor(outbox.cursor(folder).outbox, 0))
     fetch_checkpoint(client, run_id, folder, report)
 
 
@@ -271,8 +328,9 @@ def mark_stale(client: MlflowClient, experiment_id: str) -> list[str]:
         if lease.holder(run.data.tags) is not None and lease.expired(run.data.tags)
     ]
     for run_id in stale:
-        client.set_tag(run_id, "tunix.error", f"its process died; tunix-mlflow resume {run_id}")
-        client.set_terminated(run_id, "KILLED")
+        if not lease.expired(client.get_run(run_id).data.tags):
+            continue  # somebody went on with it meanwhile
+        _end_dead(client, run_id)
     return stale
 
 
@@ -392,6 +450,13 @@ def _recorded_status(folder: Path) -> str | None:
         if record["op"] == "status" and record.get("run_id") is None:
             status = record["status"]
     return status
+
+
+def _recorded_tags(folder: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for record in _records(folder):
+        found |= record["tags"] if record["op"] in ("create", "tags") else {}
+    return found
 
 
 def _records(folder: Path) -> Iterator[dict[str, Any]]:

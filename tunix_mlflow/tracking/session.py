@@ -58,12 +58,17 @@ class RunSession:
     """One open run. Made by :func:`session`; a MetricWriter."""
 
     def __init__(
-        self, client: MlflowClient, folder: Path, lock: FileLock, report: Callable[[str], None]
+        self,
+        client: MlflowClient,
+        folder: Path,
+        lock: FileLock,
+        report: Callable[[str], None],
+        lease_seconds: float,
     ) -> None:
         self.client, self.folder, self.report = client, folder, report
         self.outbox = Outbox(folder)
         self.journal = Journal(folder / JOURNAL, report)
-        self.shipper = Shipper(folder, client, report, self._lost)
+        self.shipper = Shipper(folder, client, report, lease_seconds, self._lost)
         self._lock = lock
         self.taken = False
 
@@ -341,8 +346,10 @@ def _session(
     status, message = "FAILED", ""
     context.enter(own)
     _open.append(run)
-    monitor = SystemMetrics(run.journal) if config.tracking.system_metrics else None
+    monitor = None
     try:
+        if config.tracking.system_metrics:
+            monitor = SystemMetrics(run.journal)
         _describe(run, config, own)
         yield run
         status = "FINISHED"
@@ -360,14 +367,20 @@ def _session(
             _open.remove(run)
             if monitor is not None:
                 monitor.finish()
-            if message and not run.taken:
-                run.set_tags({"tunix.error": message})
-            if not run.end(status, launcher=launcher):
+            try:
+                if message and not run.taken:
+                    run.set_tags({"tunix.error": message})
+                told = run.end(status, launcher=launcher)
+            except OSError as error:  # a full disk; what ended the block is the news
+                told = True
+                report(f"the end of run {run.run_id} could not be recorded: {error}")
+            finally:
+                _leave_fluent(run.run_id, None if run.taken else status)
+            if not told:
                 report(
                     f"MLflow does not have all of run {run.run_id} yet; nothing is lost. When the"
                     f" server is back: tunix-mlflow sync {run.run_id}"
                 )
-            _leave_fluent(run, status)
 
 
 def _begin(
@@ -387,7 +400,7 @@ def _begin(
         folder = state.run_dir(run_id or uuid.uuid4().hex)
         if run_id is not None and not (folder / "config.json").exists():
             raise TrackingError(f"{away}, and run {run_id} is not on this machine")
-        run = RunSession(client, folder, _locked(folder), report)
+        run = RunSession(client, folder, _locked(folder), report, seconds)
         report(f"{away}: recording in {folder}; MLflow is told when it is back")
         run.shipper.said = True
         if run_id is None:
@@ -407,27 +420,34 @@ def _begin(
                 folder = state.run_dir(active.info.run_id)
                 lock = _locked(folder)
                 undo.callback(lock.release)
-                held = lease.acquire(client, active.info.run_id, folder, seconds, report)
+                held = lease.acquire(
+                    client, active.info.run_id, folder, seconds, report, fresh=True
+                )
             else:
                 before = client.get_run(run_id).data.tags
                 _check_same(before, tags, run_id)
                 folder = state.run_dir(run_id).resolve()
                 lock = _locked(folder)
                 undo.callback(lock.release)
-                held = lease.acquire(client, run_id, folder, seconds, report)
                 own_last = (lease.holder(before) or ("", 0))[0] == lease.owner_of(folder)
+                refill = folder / "refill"  # stays when this process dies before it is done
                 if "tunix.stage" in before and not (own_last and (folder / JOURNAL).exists()):
+                    refill.touch()
+                held = lease.acquire(client, run_id, folder, seconds, report)
+                if refill.exists():
                     runs.refill(client, run_id, folder, report)
+                    refill.unlink()
                 active = mlflow.start_run(run_id=run_id, nested=True)
+            undo.callback(_leave_fluent, active.info.run_id, "FAILED")
             delivery.adopt(folder, active.info.run_id, active.info.experiment_id)
         except MlflowException as error:
             raise TrackingError(f"cannot start the run: {store.one_line(error)}") from error
-        run = RunSession(client, folder, lock, report)
+        if stage == "train":
+            for stale in runs.mark_stale(client, active.info.experiment_id):
+                report(f"run {stale} was left RUNNING by a process that died; it is KILLED now")
+        run = RunSession(client, folder, lock, report, seconds)
         run.shipper.lease = held
         undo.pop_all()
-    if stage == "train":
-        for stale in runs.mark_stale(client, active.info.experiment_id):
-            report(f"run {stale} was left RUNNING by a process that died; it is KILLED now")
     return run
 
 
@@ -452,12 +472,19 @@ def _start(
             os.environ["MLFLOW_RUN_ID"] = launched
 
 
-def _leave_fluent(run: RunSession, status: str) -> None:
-    """End MLflow's own notion of the active run; its status is recorded already."""
+def _leave_fluent(run_id: str, status: str | None) -> None:
+    """End MLflow's own notion of the active run; its status is recorded already.
+
+    Else MLflow would end it when the process exits, as FINISHED.
+
+    Args:
+        run_id: MLflow's.
+        status: None: leave the run's own as it is.
+    """
     active = mlflow.active_run()
-    if active is None or active.info.run_id != run.run_id:
+    if active is None or active.info.run_id != run_id:
         return
-    if run.taken:  # end_run would put a status on it
+    if status is None:
         mlflow.tracking.fluent._active_run_stack.get().pop()
         return
     try:
@@ -533,6 +560,7 @@ def _describe(run: RunSession, config: Config, tags: Mapping[str, str]) -> None:
     outbox.write_whole(run.folder / "config.json", configs.to_json(config))
     environment = {name: os.environ.get(name, "") for name in ("NPROC", "XLA_FLAGS")}
     outbox.write_whole(run.folder / "environment.json", msgspec.json.encode(environment))
+    run._put("running")
     run.set_tags(tags)
     run.log_params(configs.flatten(config))
     run.log_file(run.folder / "config.json")

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
+from tunix_mlflow.errors import TrackingError
 from tunix_mlflow.tracking import delivery, outbox, store
-from tunix_mlflow.tracking.lease import Lease
+from tunix_mlflow.tracking.lease import Lease, acquire
 
 INTERVAL_SECONDS = 2.0  # between two looks at the journal
 RETRY_SECONDS = 1.0
 SILENT_SECONDS = 4.0  # without an answer until it is said
+_UPLOAD_SECONDS = 600.0
 PATIENCE_SECONDS = 15.0  # without an answer until the end of a run stops waiting
 
 
@@ -25,6 +27,7 @@ class Shipper:
         folder: the run's.
         client: reaches MLflow.
         report: told when MLflow is away, when it is back, and of what it refused.
+        lease_seconds: for how long the run's lease is taken, each time.
         lost: called once when somebody else has taken the run's lease.
     """
 
@@ -33,15 +36,17 @@ class Shipper:
         folder: Path,
         client: MlflowClient,
         report: Callable[[str], None],
+        lease_seconds: float,
         lost: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self._client, self._report, self._lost = folder, client, report, lost
-        self.lease: Lease | None = None
+        self.lease: Lease | None = None  # None: as soon as MLflow knows the run
+        self._lease_seconds = lease_seconds
         self.said = False  # whether the user knows that MLflow is away
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._answered = time.monotonic()  # when MLflow last did what was asked
-        self._why = ""
+        self._why = ""  # of the last attempt, if it failed
         self._threads = [
             threading.Thread(target=run, name=name, daemon=True)
             for name, run in (("shipper", self._run), ("ship-watch", self._watch))
@@ -67,7 +72,10 @@ class Shipper:
         while outbox.waiting(self.folder):
             if self._stop.is_set():
                 return False
-            if time.monotonic() - max(begun, self._answered) > allowed:
+            quiet = time.monotonic() - max(begun, self._answered)
+            # A large upload is no silence, as long as the server is well.
+            uploading = not self._why and quiet < _UPLOAD_SECONDS
+            if quiet > allowed and not (uploading and store.answers()):
                 return False
             self._wake.set()
             time.sleep(0.02)
@@ -87,12 +95,14 @@ class Shipper:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                if self.lease is not None and self.lease.due() and not self.lease.renew():
-                    self._stop.set()
-                    self._lost()
-                    return
-                while not self._stop.is_set() and outbox.waiting(self.folder):
-                    if not delivery.step(self._client, self.folder, self._report):
+                while not self._stop.is_set():
+                    if not self._holds():
+                        self._stop.set()
+                        self._lost()
+                        return
+                    if not outbox.waiting(self.folder) or not delivery.step(
+                        self._client, self.folder, self._report
+                    ):
                         break  # a line that is still being written
                     self._heard()
                 self._heard()
@@ -102,8 +112,23 @@ class Shipper:
                 self._stop.wait(RETRY_SECONDS)
             self._wake.clear()
 
+    def _holds(self) -> bool:
+        """Whether the run is this process's to tell of."""
+        known = outbox.known(self.folder)
+        if self.lease is not None:
+            return not self.lease.due() or self.lease.renew()
+        if known is not None:
+            try:
+                self.lease = acquire(
+                    self._client, known.run_id, self.folder, self._lease_seconds, self._report
+                )
+            except TrackingError as error:
+                self._report(str(error))
+                return False
+        return True
+
     def _heard(self) -> None:
-        self._answered = time.monotonic()
+        self._answered, self._why = time.monotonic(), ""
         if self.said:
             self.said = False
             self._report("MLflow takes records again")

@@ -80,6 +80,12 @@ def reach(config: TrackingConfig) -> tuple[MlflowClient, str | None]:
     return client, None
 
 
+def answers() -> bool:
+    """Whether the tracking store is well: a server that can be asked, or a local database."""
+    uri = mlflow.get_tracking_uri()
+    return not uri.startswith("http") or _probe(uri) is None
+
+
 def _is_away(error: Exception) -> bool:
     if isinstance(error, MlflowException):
         return int(error.get_http_status_code()) >= 500

@@ -266,7 +266,10 @@ def remove(folder: Path) -> None:
 
 
 def _metrics(folder: Path) -> Mapping[str, float]:
-    found: Mapping[str, float] = arrays.content(folder).get("metrics", {})
+    try:
+        found: Mapping[str, float] = arrays.content(folder).get("metrics", {})
+    except IntegrityError:
+        return {}  # said when it is to be restored
     return found
 
 
