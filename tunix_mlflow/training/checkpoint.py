@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +31,7 @@ from tunix_mlflow.models import arrays
 STATE = "state"
 QUARANTINE, SUPERSEDED = "quarantine", "superseded"
 _DOOMED = ".deleting-"
+_ORBAX_TMP = ".orbax-checkpoint-tmp"
 _T = TypeVar("_T")
 
 
@@ -50,7 +53,7 @@ class Retention(NamedTuple):
 
 
 def doomed(found: Sequence[tuple[int, Mapping[str, float]]], retention: Retention) -> list[int]:
-    """The steps that may go, in ascending order.
+    """The steps that may go, in ascending order; never the newest.
 
     Args:
         found: step and metrics of each checkpoint.
@@ -58,7 +61,7 @@ def doomed(found: Sequence[tuple[int, Mapping[str, float]]], retention: Retentio
             the metric, or with a NaN, is none of the best.
     """
     steps = sorted(step for step, _ in found)
-    stay = set(steps[max(0, len(steps) - retention.keep_last) :])
+    stay = set(steps[max(0, len(steps) - max(1, retention.keep_last)) :])
     if retention.every_steps:
         stay |= {step for step in steps if step % retention.every_steps == 0}
     sign = 1 if retention.mode == "min" else -1
@@ -95,7 +98,7 @@ class Checkpoints:
         self.on_sealed, self.on_removed = on_sealed, on_removed
         self._orbax = ocp.StandardCheckpointer()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: tuple[Path, Future[None]] | None = None
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Start writing; returns when the arrays are copied, before they are on disk.
@@ -112,21 +115,22 @@ class Checkpoints:
         """
         self.wait()
         folder = self.folder / f"{step:08d}"
-        if (folder / arrays.MANIFEST).exists():
-            return  # sealed already; what is safe is never written again
         try:
+            if (folder / arrays.MANIFEST).exists():
+                return  # sealed already; what is safe is never written again
             self._sweep()
             folder.mkdir(parents=True)
             copy = jax.tree.map(lambda leaf: np.array(leaf), state)
             self._orbax.save((folder / STATE).absolute(), arrays.flatten(state))
-        except OSError as error:
-            raise self._failed(folder, error) from error
+        except (OSError, ValueError) as error:  # Orbax's storage says ValueError for some
+            self._renew()
+            raise _failed("write", folder, error) from error
         content = {
             "step": step,
             "identity": self.identity,
             "metrics": {k: v for k, v in (metrics or {}).items() if math.isfinite(v)},
         }
-        self._pending = self._worker.submit(self._finish, folder, content, copy)
+        self._pending = folder, self._worker.submit(self._finish, folder, content, copy)
 
     def wait(self) -> None:
         """Return when nothing is being written any more.
@@ -135,11 +139,14 @@ class Checkpoints:
             CheckpointError: if the last save failed.
         """
         pending, self._pending = self._pending, None
-        if pending is not None:
-            try:
-                pending.result()
-            except (OSError, ValueError) as error:  # Orbax's storage says ValueError for some
-                raise self._failed(self.folder, error) from error
+        if pending is None:
+            return
+        folder, written = pending
+        try:
+            written.result()
+        except (OSError, ValueError) as error:
+            self._renew()
+            raise _failed("write", folder, error) from error
 
     def close(self) -> None:
         """Wait, and let the threads go.
@@ -151,8 +158,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._worker.shutdown()
-            with contextlib.suppress(OSError, ValueError):  # of a save that failed: it was said
-                self._orbax.close()
+            self._close_orbax()
 
     def restore_latest(self, target: _T, report: Callable[[str], None]) -> tuple[int, _T] | None:
         """The newest checkpoint that its manifest vouches for.
@@ -165,14 +171,16 @@ class Checkpoints:
             The step and the state, or None when there is no checkpoint to go on from.
 
         Raises:
-            CheckpointError: if it was made of other data, another model or optimizer.
+            CheckpointError: if it was made of other data, another model or optimizer, or a
+                damaged one cannot be moved.
+            IntegrityError: if it does not hold the state that was saved.
         """
         for folder in reversed(steps(self.folder)):
             try:
                 manifest = arrays.check(folder)
             except IntegrityError as error:
-                report(f"{error}; moved to {QUARANTINE}/, the checkpoint before it is used")
                 _put_aside(folder, QUARANTINE)
+                report(f"{error}; moved to {QUARANTINE}/, the checkpoint before it is used")
                 continue
             return int(manifest["step"]), self._read(folder, manifest, target)
         return None
@@ -191,7 +199,8 @@ class Checkpoints:
         """Put the checkpoints after `step` aside, so that training can go on from there.
 
         Raises:
-            CheckpointError: if there is no checkpoint of that step.
+            CheckpointError: if there is no checkpoint of that step, or a later one cannot be
+                moved.
         """
         self._of(step)
         for folder in steps(self.folder):
@@ -214,7 +223,8 @@ class Checkpoints:
                     f" {str(stored)[:16]}, now {value[:16]}; start a new run"
                 )
         restored = arrays.read(folder / STATE, target)
-        if manifest["state_digest"] != arrays.digest(restored):
+        # Manifests of before there was a digest have none.
+        if "state_digest" in manifest and manifest["state_digest"] != arrays.digest(restored):
             raise IntegrityError(f"{folder} does not hold the state that was saved")
         return restored
 
@@ -226,7 +236,11 @@ class Checkpoints:
         for step in doomed(
             [(int(p.name), _metrics(p)) for p in steps(self.folder)], self.retention
         ):
-            remove(self.folder / f"{step:08d}")
+            old = self.folder / f"{step:08d}"
+            try:
+                remove(old)
+            except OSError as error:
+                raise _failed("delete", old, error) from error
             if self.on_removed is not None:
                 self.on_removed(step)
 
@@ -234,17 +248,20 @@ class Checkpoints:
         """Delete what a killed process left: torn saves, and what it was deleting."""
         sealed = steps(self.folder)
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            torn = path.name.partition(".")[0].isdigit() and path not in sealed
-            if torn or path.name.startswith(_DOOMED):
+            torn = path.name.isdigit() and path not in sealed
+            left = path.name.startswith(_DOOMED) or _ORBAX_TMP in path.name
+            if (torn or left) and path.is_dir():
                 shutil.rmtree(path)
 
-    def _failed(self, folder: Path, error: Exception) -> CheckpointError:
-        free = shutil.disk_usage(self.folder if self.folder.exists() else Path.cwd()).free
-        reason = error.strerror if isinstance(error, OSError) else None
-        said = " ".join((reason or str(error)).split())[:300]
-        return CheckpointError(
-            f"cannot write the checkpoint {folder}: {said}; {free // 2**20} MiB are free there"
-        )
+    def _renew(self) -> None:
+        """Begin afresh after a failed save: Orbax would say the rest of it at the next one."""
+        self._close_orbax()
+        self._orbax = ocp.StandardCheckpointer()
+
+    def _close_orbax(self) -> None:
+        for close in (self._orbax.wait_until_finished, self._orbax.close):
+            with contextlib.suppress(OSError, ValueError):  # of a save that failed: it was said
+                close()
 
 
 def steps(folder: Path) -> list[Path]:
@@ -261,22 +278,52 @@ def steps(folder: Path) -> list[Path]:
 def remove(folder: Path) -> None:
     """Delete a checkpoint; a kill meanwhile leaves nothing that counts as one."""
     going = folder.with_name(f"{_DOOMED}{folder.name}")
+    if going.exists():  # of a kill, when the same step was deleted before
+        shutil.rmtree(going)
     folder.rename(going)
     shutil.rmtree(going)
 
 
 def _metrics(folder: Path) -> Mapping[str, float]:
+    """Of a sealed checkpoint; none if its manifest is damaged, so that it is never the best."""
     try:
         found: Mapping[str, float] = arrays.content(folder).get("metrics", {})
     except IntegrityError:
-        return {}  # said when it is to be restored
+        return {}
     return found
 
 
 def _put_aside(folder: Path, name: str) -> None:
     place = folder.parent / name
-    place.mkdir(exist_ok=True)
     number = 0
-    while (place / f"{folder.name}.{number}").exists():
-        number += 1
-    folder.rename(place / f"{folder.name}.{number}")
+    try:
+        place.mkdir(exist_ok=True)
+        while (place / f"{folder.name}.{number}").exists():
+            number += 1
+        folder.rename(place / f"{folder.name}.{number}")
+    except OSError as error:
+        raise _failed(f"move to {name}/", folder, error) from error
+
+
+def _failed(what: str, folder: Path, error: OSError | ValueError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot {what} the checkpoint {folder}: {_reason(error)};"
+        f" {_free(folder) // 2**20} MiB are free there"
+    )
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """In a few words; Orbax's storage hides the number of the error in a long text."""
+    text = " ".join(str(error).split())
+    number = re.search(r"os_error_code='(\d+)'", text)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return os.strerror(int(number[1])) if number else text[:300]
+
+
+def _free(folder: Path) -> int:
+    """Bytes free where a folder is, or would be."""
+    for place in (folder, *folder.absolute().parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(place).free
+    return 0
