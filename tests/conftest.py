@@ -44,7 +44,10 @@ TINY = {
 }
 
 
-LONG = ("test_server.py", "test_mlproject.py")
+LONG = (
+    *("test_kills.py", "test_mlproject.py", "test_outages.py", "test_server.py"),
+    *("test_retention.py", "test_resume.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -127,7 +127,11 @@ def _arm(folder: Path, crash_at: int) -> list[int]:
             os._exit(9)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in _WATCHED or not str(arguments[0]).startswith(f"{folder}/"):
+        if event not in _WATCHED:
+            return
+        # shutil.rmtree names an entry and its open folder, not a path.
+        within = event in ("os.remove", "os.rmdir") and arguments[1] != -1
+        if not within and not str(arguments[0]).startswith(f"{folder}/"):
             return
         if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
             return
