@@ -173,10 +173,10 @@ def test_an_outage_loses_and_doubles_nothing(proxy: Proxy, fault: str) -> None:
     assert_all_there(client, run.run_id, loop.step)
     said = [(at - began, message) for at, message in reports]
     if fault != "flapping":
-        assert [m.partition(" (")[0].partition(":")[0] for _, m in said] == [
-            "MLflow does not answer",
-            "MLflow takes records again",
-        ]
+        # A busy machine may fall silent once more while it catches up.
+        kinds = [m.partition(" (")[0].partition(":")[0] for _, m in said]
+        assert kinds[:2] == ["MLflow does not answer", "MLflow takes records again"]
+        assert kinds == kinds[:2] * (len(kinds) // 2)
         print(f"{fault}: said after {said[0][0]:.1f} s; ", end="")
     points = loop.step * len(KEYS)
     print(
