@@ -204,7 +204,8 @@ def _restored(
     if restored is None:
         from tunix_mlflow.tracking import runs
 
-        if runs.forked(run.folder, None, run.run_id):
+        reachable = run.client if run.shipper.lease is not None else None
+        if runs.forked(run.folder, reachable, run.run_id):
             raise CheckpointError(
                 f"run {run.run_id} died before it had a checkpoint of its own; fork again"
             )

@@ -51,10 +51,6 @@ class IntegrityError(Refused):
     """Stored content is not what its digest says."""
 
 
-class NotShipped(TunixError):
-    """What was recorded here did not reach MLflow; it is kept, and the message says where."""
-
-
 class TrainingStopped(TunixError):
     """Training cannot go on, for example because the loss is not finite."""
 

@@ -118,10 +118,15 @@ def id_of(digest_hex: str) -> str:
 def set_digest(tag: str, digests: Iterable[str]) -> str:
     """One digest for a multiset of digests: over a domain tag, the count, and them sorted."""
     members = sorted(digests)
-    hasher = hashlib.sha256(f"{tag}\n{len(members)}\n".encode())
+    hasher = set_hasher(tag, len(members))
     for member in members:
         hasher.update(f"{member}\n".encode())
     return hasher.hexdigest()
+
+
+def set_hasher(tag: str, count: int) -> hashlib._Hash:
+    """What :func:`set_digest` begins with; the sorted members are to follow, a line each."""
+    return hashlib.sha256(f"{tag}\n{count}\n".encode())
 
 
 def _plain(value: Any, path: str, depth: int = 0) -> Any:

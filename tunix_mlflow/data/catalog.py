@@ -704,9 +704,9 @@ def _digests(con: duckdb.DuckDBPyConnection, table: str) -> _Digests:
         con.execute(f"SELECT split, count(*) FROM {table} GROUP BY 1 ORDER BY 1").fetchall()
     )
     count = sum(counts.values())
-    content = manifests.set_hasher("tunix-source-v1", count)
-    dataset = manifests.set_hasher("tunix-dataset-v1", count)
-    splits = {name: manifests.set_hasher("tunix-split-v1", n) for name, n in counts.items()}
+    content = canonical.set_hasher("tunix-source-v1", count)
+    dataset = canonical.set_hasher("tunix-dataset-v1", count)
+    splits = {name: canonical.set_hasher("tunix-split-v1", n) for name, n in counts.items()}
     lines = con.sql(
         f"""SELECT split, digest || chr(10) AS own, digest || ':' || split || chr(10) AS line
             FROM (SELECT digest, split FROM {table} ORDER BY digest, split)"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
@@ -142,11 +141,6 @@ def bounds(splits: Mapping[str, float]) -> list[tuple[str, str]]:
     if total > 1 + 1e-9 or (TRAIN in splits and total < 1 - 1e-9):
         raise DatasetError(f"the splits' shares add up to {total:g}, not to 1")
     return found
-
-
-def set_hasher(tag: str, count: int) -> hashlib._Hash:
-    """What `canonical.set_digest` begins with; the lines of sorted members are to follow."""
-    return hashlib.sha256(f"{tag}\n{count}\n".encode())
 
 
 def to_document(manifest: Manifest) -> str:

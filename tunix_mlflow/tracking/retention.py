@@ -205,12 +205,8 @@ def _here(run_id: str) -> list[Entry]:
 
 
 def _uploaded(client: MlflowClient, run_id: str) -> list[Entry]:
-    try:
-        steps = runs.uploaded_steps(client, run_id)
-    except (MlflowException, OSError):
-        return []  # its artifacts are gone already
     found = []
-    for step, artifact in steps.items():
+    for step, artifact in runs.uploaded_steps(client, run_id).items():
         with tempfile.TemporaryDirectory() as scratch:
             client.download_artifacts(run_id, f"{artifact}/{arrays.MANIFEST}", scratch)
             metrics = _metrics(Path(scratch) / artifact)
