@@ -311,6 +311,17 @@ def texts(path: Path, digests: list[str]) -> dict[str, str]:
     return dict(rows)
 
 
+def altered(batch: pa.RecordBatch) -> list[str]:
+    """The digests of those examples whose canonical text is not what its digest says."""
+    texts, ends = _text(batch["canonical"])
+    # hashlib uses the processor's SHA instructions, DuckDB's sha256 does not.
+    sums = [hashlib.sha256(texts[a:b]).digest() for a, b in itertools.pairwise(ends)]
+    if bytes(_block(batch["digest"])) == b"".join(sums).hex().encode():
+        return []
+    names = batch["digest"].to_pylist()
+    return [name for name, own in zip(names, sums, strict=True) if name != own.hex()]
+
+
 def members_digest(path: Path, key: str) -> str:
     """The dataset digest that the stored members have now."""
     with connect(path, write=False) as con:
@@ -617,13 +628,9 @@ def _differing(
     )
     found: list[str] = []
     for batch in rows.to_arrow_reader(10_000):
-        # hashlib uses the processor's SHA instructions, DuckDB's sha256 does not.
-        texts, ends = _text(batch["canonical"])
-        hashes = [hashlib.sha256(texts[a:b]).hexdigest() for a, b in itertools.pairwise(ends)]
-        if batch["wrong"].true_count or "".join(hashes).encode() != bytes(_block(batch["digest"])):
-            names, wrong = batch["digest"].to_pylist(), batch["wrong"].to_pylist()
-            rows_of = zip(names, hashes, wrong, strict=True)
-            found += [name for name, own, bad in rows_of if bad or name != own]
+        if batch["wrong"].true_count:
+            found += batch["digest"].filter(batch["wrong"]).to_pylist()
+        found += altered(batch)
     return found
 
 
