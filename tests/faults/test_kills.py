@@ -16,9 +16,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,11 +31,12 @@ from tests.conftest import ROOT, as_arguments, environment, tiny
 KILLS = int(os.environ.get("KILLS", "5"))
 LOST_DISKS = max(1, KILLS // 10)
 CRASHES = max(3, KILLS // 4)
-STEPS = 40
+STEPS = 24
+TOGETHER = 2  # victims at a time
 RUN = tiny(
     dataset="golden-v2",
     training__steps=str(STEPS),
-    training__eval_every_steps="10",
+    training__eval_every_steps="8",
     training__save_every_steps="4",
     tracking__lease_seconds="2",
     evaluation__samples="0",
@@ -79,11 +82,26 @@ class Victims:
         self._server.communicate()
 
 
+Spawn = Callable[[], Victims]
+
+
 @pytest.fixture
-def victims(store: str, tmp_path: Path) -> Iterator[Victims]:
-    it = Victims(tmp_path / "log")
-    yield it
-    it.close()
+def spawn(store: str, tmp_path: Path) -> Iterator[Spawn]:
+    """Makes fork servers, each with a log of its own."""
+    made: list[Victims] = []
+
+    def one() -> Victims:
+        made.append(Victims(tmp_path / f"log{len(made)}"))
+        return made[-1]
+
+    yield one
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def victims(spawn: Spawn) -> Victims:
+    return spawn()
 
 
 def of_key(key: str) -> str:
@@ -107,44 +125,60 @@ def outcome(key: str) -> tuple[str, dict[str, list[tuple[int, float]]]]:
     return run.data.tags["tunix.weights_digest"], history
 
 
-def test_any_death_comes_back_bit_for_bit(victims: Victims, home: Path) -> None:
+def test_any_death_comes_back_bit_for_bit(spawn: Spawn, home: Path) -> None:
     """Killed again and again, on one disk, at moments from the start to the end."""
     begun = time.monotonic()
-    assert victims.run("whole", home) == 0, victims.log.read_text()[-2000:]
+    first = spawn()
+    assert first.run("whole", home) == 0, first.log.read_text()[-2000:]
     took = time.monotonic() - begun
     expected = outcome("whole")
-    rng, kills, chains, moments = random.Random(KILLS), 0, 0, Counter[str]()
-    while kills < KILLS:
-        key = f"chain{chains}"
-        chains += 1
+    others = [spawn() for _ in range(TOGETHER - 1)]
+    lock, kills, chains, moments = threading.Lock(), 0, 0, Counter[str]()
+
+    def chain(victims: Victims, number: int) -> None:
+        """One run, killed until it gets through."""
+        nonlocal kills
+        key, rng = f"chain{number}", random.Random(f"{KILLS} {number}")
         while True:
-            enough = kills >= KILLS
-            code = victims.run(key, home, None if enough else rng.uniform(0.05, 1.1) * took)
+            after = None if kills >= KILLS else rng.uniform(0.05, 1.1) * took
+            code = victims.run(key, home, after)
             if code == 0:
                 break
             assert code == -signal.SIGKILL, victims.log.read_text()[-3000:]
-            kills += 1
-            moments[_moment(home)] += 1
+            with lock:
+                kills += 1
+                moments[_moment(home, key)] += 1
         assert outcome(key) == expected
+
+    def work(victims: Victims) -> None:
+        nonlocal chains
+        while kills < KILLS:
+            with lock:
+                number = chains
+                chains += 1
+            chain(victims, number)
+
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        for done in [pool.submit(work, each) for each in (first, *others)]:
+            done.result()
     shutil.rmtree(home / "runs")
     print(
         f"{kills} kills in {chains} runs: {chains} of {chains} finished bit for bit; 0 of {kills}"
         f" lost (95 %: below {3 / kills:.1%}); {dict(moments)}"
     )
-    assert "not the same as before" not in victims.log.read_text()
+    for each in (first, *others):
+        assert "not the same as before" not in each.log.read_text()
 
 
-def _moment(home: Path) -> str:
+def _moment(home: Path, key: str) -> str:
     """Where a run was when it was killed, roughly."""
-    newest = max(home.glob("runs/*"), key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
-        return "before the run"
-    torn = [
-        p
-        for p in newest.glob("checkpoints/*")
-        if p.name.isdigit() and not (p / "manifest.json").exists()
-    ]
-    return "amid a save" if torn else "else"
+    for config in home.glob("runs/*/config.json"):
+        if f'"key":"{key}"' not in config.read_text():
+            continue
+        saves = (p for p in config.parent.glob("checkpoints/*") if p.name.isdigit())
+        torn = not all((p / "manifest.json").exists() for p in saves)
+        return "amid a save" if torn else "in the run"
+    return "before the run"
 
 
 def test_a_crash_before_any_operation(victims: Victims, home: Path) -> None:
