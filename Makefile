@@ -8,6 +8,7 @@ endif
 BIN := $(VENV)/bin
 KILLS ?= 200
 STAMP := $(VENV)/.installed
+SERVICES := .venv-services
 
 .PHONY: help venv demo test test-install faults lint format lock wheel clean
 
@@ -31,8 +32,14 @@ test: venv  ## the tests
 test-install: venv  ## the tests that build environments: uv, and the wheel in an empty one
 	$(BIN)/python -m pytest -q -m install tests/test_install.py
 
-faults: venv  ## the long counts: KILLS=200 of training, 50 of each work on datasets, long outages
-	TUNIX_FAULTS=50 KILLS=$(KILLS) $(BIN)/python -m pytest -q -s -n 0 tests/faults
+faults: venv $(SERVICES)/.installed  ## the long counts: KILLS=200 of training, long outages, PostgreSQL, S3
+	TUNIX_FAULTS=50 KILLS=$(KILLS) TUNIX_SERVICES=$(abspath $(SERVICES))/bin/python \
+		$(BIN)/python -m pytest -q -s -n 0 -m '' tests/faults
+
+$(SERVICES)/.installed: tests/faults/services.lock
+	$(PYTHON) -m venv $(SERVICES)
+	$(SERVICES)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	touch $@
 
 lint: venv  ## style and types
 	$(BIN)/ruff check .
@@ -47,6 +54,9 @@ lock: venv  ## resolve requirements.lock anew, for every supported Python and pl
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
 		--output-file requirements.lock
+	$(BIN)/uv pip compile tests/faults/services.in --constraint requirements.lock --universal \
+		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate \
+		--quiet --output-file tests/faults/services.lock
 
 wheel: venv  ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .

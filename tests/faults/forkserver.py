@@ -1,8 +1,8 @@
 """Starts trainings by forking a process that has imported everything and initialised nothing.
 
 One JSON object a line on stdin: arguments, environment, and perhaps crash_at, the operation on a
-file below runs/ before which the child is to die. The child's pid and its exit code on stdout, a
-line each. What the children print goes to the file that the first argument names.
+file below runs/ before which the child is to die. On stdout `ready`, then the child's pid and its
+exit code, a line each. What the children print goes to the file that the first argument names.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main() -> None:
     from tunix_mlflow.training import loop, setup  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    print("ready", flush=True)
     log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for line in sys.stdin:
         request = json.loads(line)

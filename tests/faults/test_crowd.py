@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.conftest import ROOT, environment
+from tests.conftest import BIN, ROOT, as_arguments, environment, last_json, tiny
 
 PROGRAM = """
 import sys
@@ -22,31 +23,56 @@ print(run.run_id)
 """
 
 
-def test_eight_at_once_on_a_fresh_database(tmp_path: Path) -> None:
-    """No lock and no migration error, and every point of each is there, once."""
-    uri = f"sqlite:///{tmp_path}/fresh/mlflow.db"
-    (tmp_path / "fresh").mkdir()
-    extra = {"MLFLOW_TRACKING_URI": uri}
+def together(uri: str, folder: Path, commands: list[list[str]]) -> list[tuple[str, str]]:
+    """stdout and stderr of programs that ran at the same time and succeeded."""
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(n)],
+            command,
             cwd=ROOT,
-            env=environment(extra | {"TUNIX_MLFLOW_HOME": str(tmp_path / f"home{n}")}),
+            env=environment(
+                {"MLFLOW_TRACKING_URI": uri, "TUNIX_MLFLOW_HOME": str(folder / f"home{n}")}
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for n in range(8)
+        for n, command in enumerate(commands)
     ]
-    done = [process.communicate(timeout=240) for process in processes]
-    assert [p.returncode for p in processes] == [0] * 8, [err[-800:] for _, err in done]
-    client = MlflowClient(uri)
-    for n, (out, err) in enumerate(done):
+    done = [process.communicate(timeout=480) for process in processes]
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * len(commands), [err[-800:] for _, err in done]
+    for _, err in done:
         assert "not recorded" not in err
         assert "sync" not in err
+    return done
+
+
+def test_eight_at_once_on_a_fresh_database(tmp_path: Path) -> None:
+    """No lock and no migration error, and every point of each is there, once."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    commands = [[sys.executable, "-c", PROGRAM, str(n)] for n in range(8)]
+    client = MlflowClient(uri)
+    for n, (out, _) in enumerate(together(uri, tmp_path, commands)):
         run_id = out.split()[-1]
         found = client.get_metric_history(run_id, "train/loss")
         assert sorted((m.step, m.value) for m in found) == [
             (s, float(s + n)) for s in range(1, 101)
         ]
         assert client.get_run(run_id).info.status == "FINISHED"
+
+
+@pytest.mark.long
+def test_eight_trainings_on_a_fresh_database(tmp_path: Path) -> None:
+    """The same of whole trainings: every step of each, and the same losses."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    words = ["train", "golden-v2", *as_arguments(tiny(training__steps="40"))]
+    commands = [[str(BIN / "tunix-mlflow"), *words]] * 8
+    client, losses = MlflowClient(uri), []
+    for out, _ in together(uri, tmp_path, commands):
+        run_id = last_json(out)["run_id"]
+        found = client.get_metric_history(run_id, "train/loss")
+        losses.append(sorted((m.step, m.value) for m in found))
+        assert client.get_run(run_id).info.status == "FINISHED"
+    assert [step for step, _ in losses[0]] == list(range(1, 41))
+    assert losses == [losses[0]] * 8
+    print("8 of 8 trainings started together on a fresh database: 320 of 320 points, once each")

@@ -23,10 +23,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.conftest import ROOT, as_arguments, environment, tiny
+from tests.conftest import BIN, ROOT, as_arguments, as_parameters, environment, tiny
+from tests.test_server import free_port
 
 KILLS = int(os.environ.get("KILLS", "5"))
 LOST_DISKS = max(1, KILLS // 10)
@@ -56,6 +58,8 @@ class Victims:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self._server.stdout is not None
+        assert self._server.stdout.readline() == "ready\n"
 
     def run(self, key: str, home: Path, kill_after: float | None = None, crash_at: int = 0) -> int:
         """The exit code of a training that may be killed after some seconds, or die before one
@@ -86,7 +90,7 @@ Spawn = Callable[[], Victims]
 
 
 @pytest.fixture
-def spawn(store: str, tmp_path: Path) -> Iterator[Spawn]:
+def spawn(tmp_path: Path) -> Iterator[Spawn]:
     """Makes fork servers, each with a log of its own."""
     made: list[Victims] = []
 
@@ -100,8 +104,31 @@ def spawn(store: str, tmp_path: Path) -> Iterator[Spawn]:
 
 
 @pytest.fixture
-def victims(spawn: Spawn) -> Victims:
-    return spawn()
+def team(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A tracking store, in words: a server on PostgreSQL and S3 where `make faults` gives one."""
+    services = os.environ.get("TUNIX_SERVICES")
+    if services is None:
+        request.getfixturevalue("store")
+        yield "SQLite and a folder"
+        return
+    words = [services, str(ROOT / "tests/faults/services.py"), str(free_port())]
+    with subprocess.Popen(
+        [*words, str(tmp_path / "server.log")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        uri = process.stdout.readline().strip()
+        assert uri.startswith("http://127.0.0.1"), (tmp_path / "server.log").read_text()[-2000:]
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        yield "PostgreSQL and S3"
+        process.communicate()
+    del os.environ["MLFLOW_TRACKING_URI"]
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    mlflow.set_registry_uri(None)  # type: ignore[arg-type]
 
 
 def of_key(key: str) -> str:
@@ -125,10 +152,9 @@ def outcome(key: str) -> tuple[str, dict[str, list[tuple[int, float]]]]:
     return run.data.tags["tunix.weights_digest"], history
 
 
-def test_any_death_comes_back_bit_for_bit(spawn: Spawn, home: Path) -> None:
+def test_any_death_comes_back_bit_for_bit(store: str, spawn: Spawn, home: Path) -> None:
     """Killed again and again, on one disk, at moments from the start to the end."""
-    begun = time.monotonic()
-    first = spawn()
+    first, begun = spawn(), time.monotonic()
     assert first.run("whole", home) == 0, first.log.read_text()[-2000:]
     took = time.monotonic() - begun
     expected = outcome("whole")
@@ -181,9 +207,10 @@ def _moment(home: Path, key: str) -> str:
     return "before the run"
 
 
-def test_a_crash_before_any_operation(victims: Victims, home: Path) -> None:
+def test_a_crash_before_any_operation(store: str, spawn: Spawn, home: Path) -> None:
     """Dead before a rename, a removal, a mkdir or an opening for writing, of ours or Orbax's, in a
     run's folder: the run comes back all the same."""
+    victims = spawn()
     assert victims.run("whole", home) == 0, victims.log.read_text()[-2000:]
     expected = outcome("whole")
     total = int(re.findall(r"operations: (\d+)", victims.log.read_text())[-1])
@@ -196,13 +223,13 @@ def test_a_crash_before_any_operation(victims: Victims, home: Path) -> None:
     print(f"{CRASHES} of {CRASHES} crashes survived, of {total} places")
 
 
-def test_a_lost_disk_goes_on_elsewhere(victims: Victims, tmp_path: Path) -> None:
+def test_a_lost_disk_goes_on_elsewhere(team: str, spawn: Spawn, tmp_path: Path) -> None:
     """Killed, and everything on the machine is gone: another one takes up what was uploaded."""
-    begun = time.monotonic()
+    victims, begun = spawn(), time.monotonic()
     assert victims.run("whole", tmp_path / "first") == 0, victims.log.read_text()[-2000:]
     took = time.monotonic() - begun
     expected = outcome("whole")
-    rng, client = random.Random(1), MlflowClient()
+    rng, client, points = random.Random(1), MlflowClient(), 0
     for n in range(LOST_DISKS):
         key, here, there = f"lost{n}", tmp_path / f"here{n}", tmp_path / f"there{n}"
         victims.run(key, here, rng.uniform(0.3, 1.0) * took)
@@ -217,4 +244,38 @@ def test_a_lost_disk_goes_on_elsewhere(victims: Victims, tmp_path: Path) -> None
         after = client.get_metric_history(of_key(key), "train/loss")
         kept = {(m.step, m.value, m.timestamp) for m in after}
         assert {(m.step, m.value, m.timestamp) for m in shipped} <= kept
-    print(f"{LOST_DISKS} of {LOST_DISKS} runs went on elsewhere; 0 points lost, 0 doubled")
+        points += len(shipped)
+    fetched = victims.log.read_text().count("fetched the checkpoint")
+    print(
+        f"{team}: {LOST_DISKS} of {LOST_DISKS} runs went on elsewhere, {fetched} from an uploaded"
+        f" checkpoint; 0 of {points} shipped points of train/loss lost, 0 doubled"
+    )
+
+
+@pytest.mark.long
+def test_a_killed_mlflow_run_comes_back(store: str, spawn: Spawn, home: Path) -> None:
+    """kill -9 of `mlflow run` and its child together; the next `mlflow run` goes on."""
+    assert spawn().run("whole", home) == 0
+    expected, rng, kills = outcome("whole"), random.Random(5), 0
+    words = [str(BIN / "mlflow"), "run", str(ROOT), "-e", "train", "--env-manager", "local"]
+    words += ["-P", "dataset=golden-v2", "-P", "resume=auto", *as_parameters(RUN)]
+    for number in range(5):
+        command = [*words, "-P", f"tracking.key=project{number}"]
+        for after in (rng.uniform(8.0, 22.0), None):
+            with subprocess.Popen(
+                command,
+                env=environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            ) as process:
+                try:
+                    _, said = process.communicate(timeout=after)
+                    assert process.returncode == 0, said[-3000:]
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.communicate()
+                    kills += 1
+        assert outcome(f"project{number}") == expected
+    print(f"mlflow run: {kills} kills, 5 of 5 runs finished bit for bit")

@@ -6,6 +6,7 @@ Quick by default; with TUNIX_FAULTS=50 or more the outages last a minute.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import statistics
@@ -18,7 +19,7 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.conftest import BIN
+from tests.conftest import BIN, as_arguments, tiny
 from tests.test_server import end, free_port, launch, wait_for
 from tunix_mlflow import session
 from tunix_mlflow.config import Config, TrackingConfig
@@ -219,3 +220,61 @@ def test_a_run_goes_on_when_the_server_comes_back(proxy: Proxy, tmp_path: Path) 
     assert run.run_id != local
     assert_all_there(MlflowClient(), run.run_id, loop.step)
     assert "sync" not in "".join(reports)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["down", "hang", "500"])
+def test_an_outage_does_not_slow_the_loop(proxy: Proxy, tmp_path: Path, fault: str) -> None:
+    """Steps of a real training while the server is away, beside those while it is there."""
+    proxy.be("pass")
+    journal, log = tmp_path / "home" / "runs", tmp_path / "log"
+    steps = {"training__steps": "1000000", "training__save_every_steps": "0"}
+    words = as_arguments(tiny(model__width="128", model__mlp_width="352", **steps))
+    words += ["training.eval_every_steps=0", "training.batch_size=4", "checkpoints.upload=false"]
+    process = launch(
+        [str(BIN / "tunix-mlflow"), "train", "golden-v2", *words],
+        log,
+        {"MLFLOW_TRACKING_URI": proxy.uri},
+    )
+    spans: list[tuple[str, float, float]] = []
+    try:
+        while not list(journal.glob("*/metrics.jsonl")) or len(steps_of(journal)) < 50:
+            assert process.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.2)
+        for _ in range(6):
+            for mode in ("pass", fault):
+                proxy.be(mode)
+                time.sleep(1.0)  # what was under way is over
+                began = time.time()
+                time.sleep(6.0)
+                spans.append((mode, began, time.time()))
+        proxy.be("pass")
+    finally:
+        end(process)
+    taken = steps_of(journal)
+    pairs = []
+    for (_, a, b), (_, c, d) in zip(spans[::2], spans[1::2], strict=True):
+        calm = [ms for at, ms in taken if a <= at <= b]
+        stormy = [ms for at, ms in taken if c <= at <= d]
+        pairs.append(statistics.median(stormy) / statistics.median(calm))
+    ratio = statistics.median(pairs)
+    typical = statistics.median(ms for _, ms in taken)
+    print(
+        f"{fault}: a step of {typical:.1f} ms took {ratio:.3f} of its time meanwhile"
+        f" (median of 6 pairs, {min(pairs):.3f} to {max(pairs):.3f})"
+    )
+    assert ratio < 1.1
+
+
+def steps_of(journals: Path) -> list[tuple[float, float]]:
+    """(seconds since 1970, milliseconds) of each step in the only journal."""
+    (path,) = journals.glob("*/metrics.jsonl")
+    lines = [
+        json.loads(raw)
+        for raw in path.read_bytes().splitlines(keepends=True)
+        if raw.endswith(b"\n")
+    ]
+    key = "perf/step_time_ms"
+    return [
+        (x["timestamp"] / 1000, x["metrics"][key]) for x in lines if key in x.get("metrics", {})
+    ]
