@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,31 @@ def test_a_run_that_was_taken_over_stops_writing(store: str) -> None:
             run.write_scalars(step, {"train/loss": 1.0})
             time.sleep(0.02)
     assert client.get_run(run.run_id).info.status == "RUNNING"
+
+
+def test_a_long_upload_keeps_the_lease(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one thread is busy with a file, another one renews."""
+    quiet = Config(tracking=TrackingConfig(system_metrics=False, lease_seconds=2))
+    client, entered, uploaded = MlflowClient(), threading.Event(), threading.Event()
+    send = MlflowClient.log_artifact
+
+    def slowly(self: MlflowClient, run_id: str, path: str, *rest: str) -> None:
+        if path.endswith("large"):
+            entered.set()
+            uploaded.wait(60)
+        send(self, run_id, path, *rest)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", slowly)
+    with session(quiet, stage="train", report=lambda _: None) as run:
+        run.log_text("much", "large")
+        assert entered.wait(60)
+        begun = time.time()
+        while time.time() < begun + 5:
+            tags = client.get_run(run.run_id).data.tags
+            assert not lease.expired(tags)
+            time.sleep(0.2)
+        uploaded.set()
+    assert lease.expired(client.get_run(run.run_id).data.tags)
 
 
 def test_a_death_without_a_word_is_marked(doubles: str) -> None:

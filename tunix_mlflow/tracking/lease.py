@@ -8,6 +8,7 @@ folder keeps the name under which that one held the lease.
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -25,35 +26,38 @@ _FILE = "lease"
 
 
 class Lease:
-    """A run's lease, held by this process."""
+    """A run's lease, held by this process. Safe to use from several threads."""
 
     def __init__(self, client: MlflowClient, run_id: str, owner: str, seconds: float) -> None:
         self._client, self._run_id, self._owner = client, run_id, owner
         self._seconds, self._renewed = seconds, 0.0
+        self._lock, self._released = threading.Lock(), False
 
-    def due(self) -> bool:
-        """Whether it is time to renew."""
-        return time.monotonic() - self._renewed > self._seconds / 4
-
-    def renew(self) -> bool:
-        """Hold it for another while; False when somebody else has taken it."""
-        held = holder(self._client.get_run(self._run_id).data.tags)
-        if held is not None and held[0] != self._owner:
-            return False
-        self.write()
-        return True
+    def keep(self) -> bool:
+        """Renew it when it is time to; False when somebody else has taken it."""
+        with self._lock:
+            # By the wall clock: a machine that slept has aged too, and others can tell.
+            if self._released or abs(time.time() - self._renewed) <= self._seconds / 4:
+                return True
+            held = holder(self._client.get_run(self._run_id).data.tags)
+            if held is not None and held[0] != self._owner:
+                return False
+            self.write()
+            return True
 
     def write(self) -> None:
         """Hold it from now on."""
         ends = int(1000 * (time.time() + self._seconds))
         self._client.set_tag(self._run_id, TAG, f"{self._owner} {ends}")
-        self._renewed = time.monotonic()
+        self._renewed = time.time()
 
     def release(self) -> None:
         """Let it go; who held it last stays on record."""
-        held = holder(self._client.get_run(self._run_id).data.tags)
-        if held is not None and held[0] == self._owner:
-            self._client.set_tag(self._run_id, TAG, f"{self._owner} 0")
+        with self._lock:
+            self._released = True
+            held = holder(self._client.get_run(self._run_id).data.tags)
+            if held is not None and held[0] == self._owner:
+                self._client.set_tag(self._run_id, TAG, f"{self._owner} 0")
 
 
 def holder(tags: dict[str, str]) -> tuple[str, float] | None:

@@ -49,7 +49,10 @@ class Shipper:
         self._why = ""  # of the last attempt, if it failed
         self._threads = [
             threading.Thread(target=run, name=name, daemon=True)
-            for name, run in (("shipper", self._run), ("ship-watch", self._watch))
+            for name, run in (
+                *(("shipper", self._run), ("ship-watch", self._watch)),
+                ("ship-lease", self._renew),
+            )
         ]
         for thread in self._threads:
             thread.start()
@@ -97,8 +100,7 @@ class Shipper:
             try:
                 while not self._stop.is_set():
                     if not self._holds():
-                        self._stop.set()
-                        self._lost()
+                        self._end_lost()
                         return
                     if not outbox.waiting(self.folder) or not delivery.step(
                         self._client, self.folder, self._report
@@ -116,7 +118,7 @@ class Shipper:
         """Whether the run is this process's to tell of."""
         known = outbox.known(self.folder)
         if self.lease is not None:
-            return not self.lease.due() or self.lease.renew()
+            return self.lease.keep()
         if known is not None:
             try:
                 self.lease = acquire(
@@ -126,6 +128,19 @@ class Shipper:
                 self._report(str(error))
                 return False
         return True
+
+    def _renew(self) -> None:
+        """Keep the lease while the other thread is in the middle of a long upload."""
+        while not self._stop.wait(min(1.0, self._lease_seconds / 8)):
+            try:
+                if self.lease is not None and not self.lease.keep():
+                    self._end_lost()
+            except Exception as error:  # away; before it delivers, the other thread asks again
+                del error
+
+    def _end_lost(self) -> None:
+        self._stop.set()
+        self._lost()
 
     def _heard(self) -> None:
         self._answered, self._why = time.monotonic(), ""
