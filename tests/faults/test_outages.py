@@ -23,7 +23,7 @@ from tests.conftest import BIN, as_arguments, tiny
 from tests.test_server import end, free_port, launch, wait_for
 from tunix_mlflow import session
 from tunix_mlflow.config import Config, TrackingConfig
-from tunix_mlflow.tracking import outbox, runs, shipper
+from tunix_mlflow.tracking import outbox, runs, shipper, store
 from tunix_mlflow.tracking.session import RunSession
 
 SECONDS = 60.0 if int(os.environ.get("TUNIX_FAULTS", "4")) >= 50 else 6.0
@@ -207,6 +207,25 @@ def test_a_server_dead_from_the_start(proxy: Proxy, monkeypatch: pytest.MonkeyPa
     assert len(client.search_runs([found.info.experiment_id], "tags.`tunix.local_id` != ''")) == 1
     assert [f.path for f in client.list_artifacts(run.run_id, "notes")] == ["notes/a.txt"]
     assert not [r for r in reports if "not recorded" in r]
+
+
+def test_a_server_that_dies_as_a_run_begins(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answered when it was asked for, and is gone when the run is to be made."""
+    proxy.be("pass")
+    reach, loop, reports = store.reach, Loop(), list[str]()
+
+    def then_down(config: TrackingConfig) -> tuple[MlflowClient, str | None]:
+        found = reach(config)
+        proxy.be("down")
+        return found
+
+    monkeypatch.setattr(store, "reach", then_down)
+    with session(QUIET, stage="train", report=reports.append) as run:
+        assert "went away" in reports[0]
+        loop.go(run, 1.0)
+        proxy.be("pass")
+    assert_all_there(MlflowClient(), run.run_id, loop.step)
+    assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"
 
 
 def test_a_run_goes_on_when_the_server_comes_back(proxy: Proxy, tmp_path: Path) -> None:

@@ -393,58 +393,78 @@ def _begin(
     report: Callable[[str], None],
 ) -> RunSession:
     """Make or attach the run, here if MLflow is away, and open its folder."""
-    outer = _open[-1] if _open else None
     name = config.tracking.run_name or _run_name(config, stage)
-    seconds = config.tracking.lease_seconds
-    if away is not None:
-        folder = state.run_dir(run_id or uuid.uuid4().hex)
-        if run_id is not None and not (folder / "config.json").exists():
-            raise TrackingError(f"{away}, and run {run_id} is not on this machine")
-        run = RunSession(client, folder, _locked(folder), report, seconds)
-        report(f"{away}: recording in {folder}; MLflow is told when it is back")
-        run.shipper.said = True
-        if run_id is None:
-            run._put(
-                "create",
-                name=name,
-                experiment=config.tracking.experiment,
-                tags=tags,
-                parent=outer.folder.name if outer else None,
-                start_time=delivery.now(),
-            )
-        return run
-    with contextlib.ExitStack() as undo:
+    if away is None:
         try:
-            if run_id is None:
-                active = _start(client, config, name, tags)
-                folder = state.run_dir(active.info.run_id)
-                lock = _locked(folder)
-                undo.callback(lock.release)
-                held = lease.acquire(
-                    client, active.info.run_id, folder, seconds, report, fresh=True
-                )
-            else:
-                before = client.get_run(run_id).data.tags
-                _check_same(before, tags, run_id)
-                folder = state.run_dir(run_id).resolve()
-                lock = _locked(folder)
-                undo.callback(lock.release)
-                own_last = (lease.holder(before) or ("", 0))[0] == lease.owner_of(folder)
-                refill = folder / "refill"  # stays when this process dies before it is done
-                if "tunix.stage" in before and not (own_last and (folder / JOURNAL).exists()):
-                    refill.touch()
-                held = lease.acquire(client, run_id, folder, seconds, report)
-                if refill.exists():
-                    runs.refill(client, run_id, folder, report)
-                    refill.unlink()
-                active = mlflow.start_run(run_id=run_id, nested=True)
-            undo.callback(_leave_fluent, active.info.run_id, "FAILED")
-            delivery.adopt(folder, active.info.run_id, active.info.experiment_id)
+            return _begin_there(client, config, run_id, name, tags, stage, report)
         except MlflowException as error:
-            raise TrackingError(f"cannot start the run: {store.one_line(error)}") from error
+            away = store.went_away(error)
+            if away is None:
+                raise TrackingError(f"cannot start the run: {store.one_line(error)}") from error
+    folder = state.run_dir(run_id or uuid.uuid4().hex)
+    if run_id is not None and not (folder / "config.json").exists():
+        raise TrackingError(f"{away}, and run {run_id} is not on this machine")
+    lock = _locked(folder)
+    run = RunSession(client, folder, lock, report, config.tracking.lease_seconds)
+    report(f"{away}: recording in {folder}; MLflow is told when it is back")
+    run.shipper.said = True
+    if run_id is None:
+        run._put(
+            "create",
+            name=name,
+            experiment=config.tracking.experiment,
+            tags=tags,
+            parent=_open[-1].folder.name if _open else None,
+            start_time=delivery.now(),
+        )
+    return run
+
+
+def _begin_there(
+    client: MlflowClient,
+    config: Config,
+    run_id: str | None,
+    name: str,
+    tags: dict[str, str],
+    stage: str,
+    report: Callable[[str], None],
+) -> RunSession:
+    seconds = config.tracking.lease_seconds
+    with contextlib.ExitStack() as undo:
+        if run_id is None:
+            active = _start(client, config, name, tags)
+            undo.callback(_leave_fluent, active.info.run_id, "FAILED")
+            folder = state.run_dir(active.info.run_id)
+            lock = _locked(folder)
+            undo.callback(lock.release)
+            held = lease.acquire(client, active.info.run_id, folder, seconds, report, fresh=True)
+        else:
+            before = client.get_run(run_id).data.tags
+            _check_same(before, tags, run_id)
+            folder = state.run_dir(run_id).resolve()
+            lock = _locked(folder)
+            undo.callback(lock.release)
+            own_last = (lease.holder(before) or ("", 0))[0] == lease.owner_of(folder)
+            refill = folder / "refill"  # stays when this process dies before it is done
+            if "tunix.stage" in before and not (own_last and (folder / JOURNAL).exists()):
+                refill.touch()
+            held = lease.acquire(client, run_id, folder, seconds, report)
+            if refill.exists():
+                runs.refill(client, run_id, folder, report)
+                refill.unlink()
+            active = mlflow.start_run(run_id=run_id, nested=True)
+            undo.callback(_leave_fluent, active.info.run_id, "FAILED")
+        delivery.adopt(folder, active.info.run_id, active.info.experiment_id)
         if stage == "train":
-            for stale in runs.mark_stale(client, active.info.experiment_id):
-                report(f"run {stale} was left RUNNING by a process that died; it is KILLED now")
+            try:
+                stale = runs.mark_stale(client, active.info.experiment_id)
+            except MlflowException as error:
+                stale = []
+                report(
+                    f"runs that died without a word were not looked for: {store.one_line(error)}"
+                )
+            for dead in stale:
+                report(f"run {dead} was left RUNNING by a process that died; it is KILLED now")
         run = RunSession(client, folder, lock, report, seconds)
         run.shipper.lease = held
         undo.pop_all()

@@ -86,6 +86,14 @@ def answers() -> bool:
     return not uri.startswith("http") or _probe(uri) is None
 
 
+def went_away(error: Exception) -> str | None:
+    """What to say of an error that tells of a server that is away; None for any other."""
+    uri = mlflow.get_tracking_uri()
+    if not uri.startswith("http") or not _is_away(error):
+        return None
+    return f"the MLflow server {public(uri)} went away ({one_line(error)[:120]})"
+
+
 def _is_away(error: Exception) -> bool:
     if isinstance(error, MlflowException):
         return int(error.get_http_status_code()) >= 500
