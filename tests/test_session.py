@@ -244,6 +244,37 @@ def test_an_upload_that_fails_is_made_good(store: str, monkeypatch: pytest.Monke
     assert [f.path for f in kept] == ["checkpoints/1/manifest.json", "checkpoints/1/state"]
 
 
+def test_points_that_mlflow_refuses_hold_nothing_up(store: str) -> None:
+    """A name that it does not allow: said once, and all the rest is there."""
+    said: list[str] = []
+    with session(QUIET, stage="train", report=said.append) as run:
+        for step in range(50):
+            run.write_scalars(step, {"train/loss": step / 3, "what#is": 1.0})
+    client = MlflowClient()
+    found = client.get_metric_history(run.run_id, "train/loss")
+    assert sorted((m.step, m.value) for m in found) == [(s, s / 3) for s in range(50)]
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    (message,) = said
+    assert "'what#is' are not recorded" in message
+
+
+def test_a_deleted_run_keeps_its_record(store: str) -> None:
+    """Deleted while it trains, it can be restored: nothing is passed over as refused."""
+    said: list[str] = []
+    client = MlflowClient()
+    with session(QUIET, stage="train", report=said.append) as run:
+        run.sync()
+        client.delete_run(run.run_id)
+        for step in range(5):
+            run.write_scalars(step, {"train/loss": step / 3})
+        run.shipper.wake()
+        time.sleep(1)
+        client.restore_run(run.run_id)
+    found = client.get_metric_history(run.run_id, "train/loss")
+    assert sorted((m.step, m.value) for m in found) == [(s, s / 3) for s in range(5)]
+    assert not [message for message in said if "not recorded" in message]
+
+
 def test_a_state_root_that_cannot_be_used_starts_no_run(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,8 +67,11 @@ def step(client: MlflowClient, folder: Path, report: Callable[[str], None]) -> b
         for p in journal.points(json.loads(raw))
     ]
     run_id = _known(folder).run_id
+    refused: dict[str, str] = {}
     for start in range(0, len(metrics), BATCH):
-        client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+        refused |= _log(client, run_id, metrics[start : start + BATCH])
+    for key, why in refused.items():
+        report(f"points of {key[:80]!r} are not recorded in MLflow: {why}")
     outbox.move_cursor(folder, Cursor(at.outbox, at.journal + len(whole)))
     return True
 
@@ -85,10 +88,38 @@ def deliver(client: MlflowClient, folder: Path, record: dict[str, Any]) -> None:
     try:
         _OPERATIONS[op](client, folder, **fields)
     except MlflowException as error:
-        # Not when the run is not there: this may be the wrong server, or one that is half up.
-        if error.error_code == "INVALID_PARAMETER_VALUE" and op != "create":
+        if op != "create" and _is_refusal(client, _known(folder).run_id, error):
             raise Undeliverable(f"{op}: {store.one_line(error)}") from error
         raise
+
+
+def _is_refusal(client: MlflowClient, run_id: str, error: MlflowException) -> bool:
+    """Whether MLflow will never take what it did not take.
+
+    Not when the run is not there: this may be the wrong server, or one that is half up. Nor when
+    it was deleted, for it can be restored.
+    """
+    if error.error_code != "INVALID_PARAMETER_VALUE":
+        return False
+    return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+
+
+def _log(client: MlflowClient, run_id: str, metrics: list[Metric]) -> dict[str, str]:
+    """Log metrics; of a batch that is refused, all but those that are the reason.
+
+    Returns:
+        Why, by the names of those.
+    """
+    try:
+        client.log_batch(run_id, metrics=metrics)
+    except MlflowException as error:
+        if not _is_refusal(client, run_id, error):
+            raise
+        if len(metrics) == 1:
+            return {metrics[0].key: store.one_line(error)}
+        half = len(metrics) // 2
+        return _log(client, run_id, metrics[:half]) | _log(client, run_id, metrics[half:])
+    return {}
 
 
 def _create(
