@@ -18,7 +18,7 @@ from typing import Any
 
 from tunix_mlflow import bootstrap
 from tunix_mlflow.config import Config
-from tunix_mlflow.errors import ConfigError, DatasetError
+from tunix_mlflow.errors import ConfigError
 
 from . import console
 
@@ -57,38 +57,28 @@ def _data(config: Config) -> dict[str, Any]:
 
 def _train(config: Config) -> dict[str, Any]:
     from tunix_mlflow.benchmarks import train as suite
-    from tunix_mlflow.data import batches, datasets, snapshot
-    from tunix_mlflow.data.tokenizer import ByteTokenizer
-    from tunix_mlflow.models import decoder
+    from tunix_mlflow.data import datasets
     from tunix_mlflow.tracking import store
     from tunix_mlflow.tracking.session import session
-    from tunix_mlflow.training import devices, optimizer, step
+    from tunix_mlflow.training import devices
+    from tunix_mlflow.training import setup as setups
 
     if config.dataset is None:
         raise ConfigError("dataset is missing; give dataset=KEY")
     store.connect(config.tracking)
     manifest = datasets.ready(config.dataset, console.say)
-    if config.data.train_split not in manifest.splits:
-        raise DatasetError(f"dataset {manifest.key} has no split {config.data.train_split!r}")
-    device = devices.use(config.device)
-    tokenizer = ByteTokenizer()
-    examples = snapshot.read(manifest.digest, config.data.train_split)
-    needed = batches.longest(examples, tokenizer, config.data.include_steps)
-    length = config.data.sequence_length or batches.fit_length(needed)
-    rows = batches.tokenize(examples, tokenizer, config.data, length)
-    graph, params = decoder.build(config.model, tokenizer.vocab_size, config.seed)
-    rule = optimizer.build(config.optimizer, config.training.steps)
-    size = config.training.batch_size
-    tags = {f"tunix.{name}": value for name, value in devices.fingerprint(device).items()}
+    setup = setups.assemble(config, manifest, devices.use(config.device))
+    config = setup.config
+    tags = {f"tunix.{name}": value for name, value in setup.fingerprint().items()}
     with session(config, stage="bench", tags=tags) as run:
         run.log_dataset(manifest, config.data.train_split, usage="benchmark")
         measured = suite.measure(
             config.benchmark,
-            step.init_state(params, rule),
-            batches.TrainBatches(rows, batch_size=size, seed=config.seed),
-            graph=graph,
-            optimizer=rule,
-            microbatches=size // (config.training.microbatch_size or size),
+            setup.state,
+            setup.train_batches(),
+            graph=setup.graph,
+            optimizer=setup.rule,
+            microbatches=config.training.microbatches,
         )
         figures = {k: v for k, v in measured._asdict().items() if isinstance(v, float)}
         run.log_figures({f"perf/{name}": value for name, value in figures.items()})
@@ -100,7 +90,7 @@ def _train(config: Config) -> dict[str, Any]:
     return {
         "suite": config.benchmark.suite,
         "dataset": manifest.key,
-        "device": str(device),
+        "device": str(setup.device),
         "run_id": run.run_id,
         **measured._asdict(),
     }

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
-
 from tunix_mlflow import bootstrap
 from tunix_mlflow import config as configs
 from tunix_mlflow import state as state_root
@@ -316,13 +314,8 @@ def _automatic(arguments: bootstrap.Arguments) -> tuple[Config | None, Start | N
         console.result(run_id=found.run_id, finished=True)
         return None, None
 
-    def given(before: Config) -> Config:
-        chosen = config.data.sequence_length or before.data.sequence_length
-        data = msgspec.structs.replace(config.data, sequence_length=chosen)
-        return msgspec.structs.replace(config, data=data)
-
     try:
-        resumable = runs.to_resume(found.run_id, given)
+        resumable = runs.to_resume(found.run_id, lambda before: configs.settled(config, before))
     except runs.NotDescribed:  # killed in its first moments
         bootstrap.prepare(config)
         return config, Start(found.run_id)

