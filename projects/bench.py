@@ -56,6 +56,7 @@ def _data(config: Config) -> dict[str, Any]:
 
 
 def _train(config: Config) -> dict[str, Any]:
+    from tunix_mlflow.benchmarks import compare
     from tunix_mlflow.benchmarks import train as suite
     from tunix_mlflow.data import datasets
     from tunix_mlflow.tracking import store
@@ -82,7 +83,11 @@ def _train(config: Config) -> dict[str, Any]:
         )
         figures = {k: v for k, v in measured._asdict().items() if isinstance(v, float)}
         run.log_figures({f"perf/{name}": value for name, value in figures.items()})
-    low, high = measured.tokens_per_sec_spread
+        each = zip(measured.tokens_per_secs, measured.step_times_ms, strict=True)
+        for number, (rate, time) in enumerate(each, start=1):
+            repeat = {"tokens_per_sec": rate, "step_time_ms": time}
+            run.write_scalars(number, {f"{compare.REPEATS}{k}": v for k, v in repeat.items()})
+    low, high = min(measured.tokens_per_secs), max(measured.tokens_per_secs)
     console.say(
         f"{measured.tokens_per_sec:,.0f} tokens/s ({low:,.0f} to {high:,.0f}),"
         f" {measured.step_time_ms:.1f} ms a step, first step {measured.compile_seconds:.1f} s"

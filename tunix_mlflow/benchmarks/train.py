@@ -21,13 +21,13 @@ from tunix_mlflow.training.step import TrainState, train_step
 
 
 class Measured(NamedTuple):
-    """Medians over the repeats; a spread is (least, most)."""
+    """Medians over the repeats, and each repeat."""
 
     compile_seconds: float  # the first step, which compiles or reads the cache
     step_time_ms: float
-    step_time_ms_spread: tuple[float, float]
+    step_times_ms: list[float]
     tokens_per_sec: float  # not counting padding
-    tokens_per_sec_spread: tuple[float, float]
+    tokens_per_secs: list[float]
     padded_tokens_per_sec: float  # counting it
 
 
@@ -68,8 +68,8 @@ def measure(
     return Measured(
         compile_seconds,
         statistics.median(times),
-        (min(times), max(times)),
+        times,
         statistics.median(useful_rates),
-        (min(useful_rates), max(useful_rates)),
+        useful_rates,
         statistics.median(padded_rates),
     )

@@ -15,6 +15,7 @@ import click
 
 from tunix_mlflow import __version__, bootstrap
 from tunix_mlflow.cli import launch
+from tunix_mlflow.cli.bench import bench
 from tunix_mlflow.cli.checkpoints import checkpoints
 from tunix_mlflow.cli.datasets import datasets
 from tunix_mlflow.cli.runs import runs
@@ -36,6 +37,7 @@ def cli() -> None:
 cli.add_command(datasets)
 cli.add_command(runs)
 cli.add_command(checkpoints)
+cli.add_command(bench)
 
 
 @cli.command(context_settings=_ARGUMENTS)
@@ -119,16 +121,6 @@ def promote(arguments: tuple[str, ...]) -> None:
     tunix-mlflow promote RUN_ID name=support promotion.thresholds.exact_match=0.9
     """
     launch.stage("promote", arguments)
-
-
-@cli.command(context_settings=_ARGUMENTS)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG] [key=value]...")
-def bench(arguments: tuple[str, ...]) -> None:
-    """Measure training throughput on this machine, or the catalog; the last line is JSON.
-
-    suite=train (default) or suite=data. Without CONFIG: column-addition.
-    """
-    launch.stage("bench", arguments)
 
 
 @cli.command(context_settings=_ARGUMENTS)

@@ -1,0 +1,90 @@
+"""`bench compare`: a drop is told from noise, and exits with 3."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow.tracking import MlflowClient
+
+from tunix_mlflow.benchmarks import compare
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+RATES = st.lists(st.floats(1.0, 1e6), min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "baseline", "fell"),
+    [
+        ("tokens_per_sec", [80, 81, 82], [100, 101, 102], True),
+        ("tokens_per_sec", [96, 97, 98], [100, 101, 102], False),  # by less than 5 %
+        ("tokens_per_sec", [80, 81, 103], [100, 101, 102], False),  # one repeat reached it
+        ("tokens_per_sec", [120, 121, 122], [100, 101, 102], False),
+        ("step_time_ms", [120, 121, 122], [100, 101, 102], True),
+        ("step_time_ms", [80, 81, 82], [100, 101, 102], False),
+    ],
+)
+def test_a_drop_is_told_from_noise(
+    name: str, run: list[float], baseline: list[float], fell: bool
+) -> None:
+    """Worse by more than allowed, and apart from the baseline's repeats."""
+    (change,) = compare.compare({name: run, "mine": [1.0]}, {name: baseline}, 0.05)
+    assert change.fell is fell
+
+
+@given(RATES, RATES)
+def test_never_both_ways(a: list[float], b: list[float]) -> None:
+    """A run that fell below another: that one did not fall below it. Nor any below itself."""
+    there = compare.compare({"x_per_sec": a}, {"x_per_sec": b}, 0.0)[0]
+    back = compare.compare({"x_per_sec": b}, {"x_per_sec": a}, 0.0)[0]
+    assert not (there.fell and back.fell)
+    assert not compare.compare({"x_ms": a}, {"x_ms": a}, 0.0)[0].fell
+
+
+def made(*rates: float) -> str:
+    client = MlflowClient()
+    run_id = client.create_run("0").info.run_id
+    for step, rate in enumerate(rates, start=1):
+        client.log_metric(run_id, "repeat/tokens_per_sec", rate, step=step)
+    return str(run_id)
+
+
+def test_the_command(store: str, command: Command) -> None:
+    """Verdict, exit code, JSON, and a baseline by name that only a run that passed takes over."""
+
+    def bench(*words: str) -> subprocess.CompletedProcess[str]:
+        return command("tunix-mlflow", "bench", "compare", *words)
+
+    first, same, slow = made(100, 101, 102), made(99, 100, 103), made(70, 71, 72)
+    assert bench(same, "--baseline", first, "--accept", "main").returncode == 0
+    fallen = bench(slow, "--baseline", "@main", "--accept", "main", "--json")
+    assert fallen.returncode == 3
+    assert "tokens_per_sec fell by more than 5%" in fallen.stderr
+    assert json.loads(fallen.stdout)[0]["drop"] == pytest.approx(0.29)
+    assert bench(slow, "--baseline", "@main", "--max-drop", "40%").returncode == 0
+    assert compare.resolve(MlflowClient(), "@main") == same
+    assert bench(first, "--baseline", "@main", "--accept", "main").returncode == 0
+    assert compare.resolve(MlflowClient(), "@main") == first
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing", "--baseline", "nothing"], "there is no run 'nothing'"),
+        (["nothing", "--baseline", "@never"], "no run is the baseline 'never'"),
+        (["a", "--baseline", "b", "--max-drop", "much"], "expected a share such as 5%"),
+        (["a"], "Missing option '--baseline'"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    store: str, command: Command, words: list[str], message: str
+) -> None:
+    """Exit code 2, and what to give."""
+    done = command("tunix-mlflow", "bench", "compare", *words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
