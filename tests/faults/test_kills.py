@@ -258,7 +258,7 @@ def test_a_killed_mlflow_run_comes_back(store: str, spawn: Spawn, home: Path) ->
     assert spawn().run("whole", home) == 0
     expected, rng, kills = outcome("whole"), random.Random(5), 0
     words = [str(BIN / "mlflow"), "run", str(ROOT), "-e", "train", "--env-manager", "local"]
-    words += ["-P", "dataset=golden-v2", "-P", "resume=auto", *as_parameters(RUN)]
+    words += ["-P", "resume=auto", *as_parameters(RUN)]
     for number in range(5):
         command = [*words, "-P", f"tracking.key=project{number}"]
         for after in (rng.uniform(8.0, 22.0), None):
