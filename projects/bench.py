@@ -77,6 +77,7 @@ def _train(config: Config) -> dict[str, Any]:
             config.benchmark,
             setup.state,
             setup.train_batches(),
+            model=config.model,
             graph=setup.graph,
             optimizer=setup.rule,
             microbatches=config.training.microbatches,
@@ -87,10 +88,14 @@ def _train(config: Config) -> dict[str, Any]:
         for number, (rate, time) in enumerate(each, start=1):
             repeat = {"tokens_per_sec": rate, "step_time_ms": time}
             run.write_scalars(number, {f"{compare.REPEATS}{k}": v for k, v in repeat.items()})
+        for number, milliseconds in enumerate(measured.steps_ms, start=1):
+            run.write_scalars(number, {"perf/single_step_ms": milliseconds})
     low, high = min(measured.tokens_per_secs), max(measured.tokens_per_secs)
     console.say(
         f"{measured.tokens_per_sec:,.0f} tokens/s ({low:,.0f} to {high:,.0f}),"
-        f" {measured.step_time_ms:.1f} ms a step, first step {measured.compile_seconds:.1f} s"
+        f" {measured.step_time_ms:.1f} ms a step (95 % below {measured.step_p95_ms:.1f}), the first"
+        f" {measured.compile_seconds:.1f} s; {measured.mfu:.0%} of {measured.gemm_peak_gflops:,.0f}"
+        f" GFLOP/s, which a large product reaches; {measured.peak_host_mb:,.0f} MB"
     )
     return {
         "suite": config.benchmark.suite,

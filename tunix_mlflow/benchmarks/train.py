@@ -1,21 +1,28 @@
 """Suite `train`: the real step on the real pipeline, compilation apart from steady state.
 
 What a user waits for is useful tokens per second: those that are not padding. The device is
-waited for once, at the end of each repeat.
+waited for once, at the end of each repeat; for the percentiles, after each step of one more. The
+share of the machine (MFU) is of what a large matrix product reaches here, in the same run: every
+device has that figure, and no table of devices has every one.
 """
 
 from __future__ import annotations
 
+import math
+import resource
 import statistics
+import sys
 import time
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tunix_mlflow.config import BenchmarkConfig
+from tunix_mlflow.config import BenchmarkConfig, ModelConfig
 from tunix_mlflow.data.batches import TrainBatches
+from tunix_mlflow.models import decoder
 from tunix_mlflow.models.decoder import Graph
 from tunix_mlflow.training.step import TrainState, train_step
 
@@ -29,6 +36,14 @@ class Measured(NamedTuple):
     tokens_per_sec: float  # not counting padding
     tokens_per_secs: list[float]
     padded_tokens_per_sec: float  # counting it
+    steps_ms: list[float]  # single steps, the device waited for after each
+    step_p50_ms: float
+    step_p95_ms: float
+    flops_per_token: float  # of forward and backward pass, by formula
+    gemm_peak_gflops: float  # per second
+    mfu: float  # 0..1
+    peak_host_mb: float  # of this process so far
+    peak_device_mb: float  # 0 where the device does not tell
 
 
 def measure(
@@ -36,11 +51,24 @@ def measure(
     state: TrainState,
     batches: TrainBatches,
     *,
+    model: ModelConfig,
     graph: Graph,
     optimizer: optax.GradientTransformation,
     microbatches: int,
 ) -> Measured:
-    """Time `repeats` runs of `steps` updates, after `warmup_steps` that do not count."""
+    """Time `repeats` runs of `steps` updates, after `warmup_steps` that do not count.
+
+    Args:
+        config: how often.
+        state: donated to the first update.
+        batches: where each step's batch comes from; making it is part of the step.
+        model: the decoder's shape.
+        graph: its static part.
+        optimizer: the update rule.
+        microbatches: of one update.
+    """
+    parameters = decoder.parameter_count(state.params)
+    flops = flops_per_token(parameters, model, batches.data.length)
 
     def run(first: int, count: int) -> tuple[float, int, int]:
         nonlocal state
@@ -58,6 +86,7 @@ def measure(
 
     compile_seconds, _, _ = run(0, 1)
     run(1, config.warmup_steps)
+    before = gemm_peak()
     first = 1 + config.warmup_steps
     times, useful_rates, padded_rates = [], [], []
     for repeat in range(config.repeats):
@@ -65,11 +94,59 @@ def measure(
         times.append(1000 * seconds / config.steps)
         useful_rates.append(useful / seconds)
         padded_rates.append(padded / seconds)
+    singles = [
+        1000 * run(first + config.repeats * config.steps + n, 1)[0] for n in range(config.steps)
+    ]
+    peak = max(before, gemm_peak())
+    padded_rate = statistics.median(padded_rates)
     return Measured(
         compile_seconds,
         statistics.median(times),
         times,
         statistics.median(useful_rates),
         useful_rates,
-        statistics.median(padded_rates),
+        padded_rate,
+        singles,
+        float(np.percentile(singles, 50)),
+        float(np.percentile(singles, 95)),
+        flops,
+        peak / 1e9,
+        padded_rate * flops / peak,
+        _peak_host_mb(),
+        _peak_device_mb(state),
     )
+
+
+def flops_per_token(parameters: int, model: ModelConfig, length: int) -> float:
+    """6 N + 12 L W T: products of forward and backward pass (Chowdhery et al. 2022, appendix B).
+
+    Args:
+        parameters: N.
+        model: L layers; W is the width of all its query heads.
+        length: T, tokens in a row.
+    """
+    heads = model.heads * (model.head_dim or model.width // model.heads)
+    return 6.0 * parameters + 12.0 * model.layers * heads * length
+
+
+def gemm_peak(size: int = 1024, seconds: float = 0.5) -> float:
+    """FLOP/s of the quickest float32 product of two square matrices, of some tries."""
+    a = jax.random.normal(jax.random.key(0), (size, size))
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _peak_host_mb() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 1e6 if sys.platform == "darwin" else used * 1024 / 1e6
+
+
+def _peak_device_mb(state: TrainState) -> float:
+    (device,) = state.step.devices()
+    return float((device.memory_stats() or {}).get("peak_bytes_in_use", 0)) / 1e6

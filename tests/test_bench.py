@@ -1,4 +1,4 @@
-"""`bench compare`: a drop is told from noise, and exits with 3."""
+"""`bench`: what it counts; `bench compare`: a drop is told from noise, and exits with 3."""
 
 from __future__ import annotations
 
@@ -11,10 +11,41 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow.benchmarks import compare
+from tests.conftest import as_arguments, last_json, tiny
+from tunix_mlflow.benchmarks import compare, train
+from tunix_mlflow.config import ModelConfig
+from tunix_mlflow.models import decoder
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 RATES = st.lists(st.floats(1.0, 1e6), min_size=1, max_size=5)
+
+
+def test_flops_of_a_known_shape() -> None:
+    """The shape of our anchors: 3.03 million parameters, 21.4 MFLOP a token at 256."""
+    model = ModelConfig(layers=4, width=256, heads=4, kv_heads=2, mlp_width=688)
+    count = decoder.parameter_count(decoder.shape(model, 512)[1])
+    assert count == pytest.approx(3.03e6, rel=0.01)
+    assert train.flops_per_token(count, model, 256) == pytest.approx(21.4e6, rel=0.01)
+
+
+def test_the_train_suite(store: str, command: Command) -> None:
+    """Real steps: figures that fit together, repeats and single steps in MLflow."""
+    words = as_arguments(tiny(benchmark__steps="3", benchmark__repeats="2"))
+    done = command("tunix-mlflow", "bench", "golden-v2", *words)
+    assert done.returncode == 0, done.stderr
+    figures = last_json(done.stdout)
+    assert 0 < figures["tokens_per_sec"] <= figures["padded_tokens_per_sec"]
+    assert figures["step_p50_ms"] <= figures["step_p95_ms"]
+    by_hand = figures["padded_tokens_per_sec"] * figures["flops_per_token"]
+    assert figures["mfu"] == pytest.approx(by_hand / 1e9 / figures["gemm_peak_gflops"])
+    assert figures["peak_host_mb"] > 50
+    client = MlflowClient()
+    assert compare.repeats(client, figures["run_id"]) == {
+        "tokens_per_sec": figures["tokens_per_secs"],
+        "step_time_ms": figures["step_times_ms"],
+    }
+    singles = client.get_metric_history(figures["run_id"], "perf/single_step_ms")
+    assert [m.value for m in singles] == figures["steps_ms"]
 
 
 @pytest.mark.parametrize(
