@@ -247,9 +247,9 @@ def test_an_outage_does_not_slow_the_loop(proxy: Proxy, tmp_path: Path, fault: s
     """Steps of a real training while the server is away, beside those while it is there."""
     proxy.be("pass")
     journal, log = tmp_path / "home" / "runs", tmp_path / "log"
-    steps = {"training__steps": "1000000", "training__save_every_steps": "0"}
-    words = as_arguments(tiny(model__width="128", model__mlp_width="352", **steps))
-    words += ["training.eval_every_steps=0", "training.batch_size=4", "checkpoints.upload=false"]
+    shape = {"model__width": "128", "model__mlp_width": "352", "checkpoints__upload": "false"}
+    never = {"training__save_every_steps": "0", "training__eval_every_steps": "0"}
+    words = as_arguments(tiny(training__steps="1000000", **shape, **never))
     process = launch(
         [str(BIN / "tunix-mlflow"), "train", "golden-v2", *words],
         log,
