@@ -50,7 +50,7 @@ format: venv  ## put the code into the house's style
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-lock: venv  ## resolve requirements.lock anew, for every supported Python and platform
+lock: venv  ## resolve both locks anew, for every supported Python and platform
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
 		--output-file requirements.lock

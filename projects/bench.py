@@ -84,12 +84,13 @@ def _train(config: Config) -> dict[str, Any]:
         )
         figures = {k: v for k, v in measured._asdict().items() if isinstance(v, float)}
         run.log_figures({f"perf/{name}": value for name, value in figures.items()})
-        each = zip(measured.tokens_per_secs, measured.step_times_ms, strict=True)
-        for number, (rate, time) in enumerate(each, start=1):
-            repeat = {"tokens_per_sec": rate, "step_time_ms": time}
-            run.write_scalars(number, {f"{compare.REPEATS}{k}": v for k, v in repeat.items()})
-        for number, milliseconds in enumerate(measured.steps_ms, start=1):
-            run.write_scalars(number, {"perf/single_step_ms": milliseconds})
+        for key, values in (
+            (f"{compare.REPEATS}tokens_per_sec", measured.tokens_per_secs),
+            (f"{compare.REPEATS}step_time_ms", measured.step_times_ms),
+            ("perf/single_step_ms", measured.steps_ms),
+        ):
+            for number, value in enumerate(values, start=1):
+                run.write_scalars(number, {key: value})
     low, high = min(measured.tokens_per_secs), max(measured.tokens_per_secs)
     console.say(
         f"{measured.tokens_per_sec:,.0f} tokens/s ({low:,.0f} to {high:,.0f}),"

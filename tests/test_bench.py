@@ -96,7 +96,11 @@ def test_the_command(store: str, command: Command) -> None:
     assert fallen.returncode == 3
     assert "tokens_per_sec fell by more than 5%" in fallen.stderr
     assert json.loads(fallen.stdout)[0]["drop"] == pytest.approx(0.29)
+    assert "by more than 2.5%" in bench(slow, "--baseline", "@main", "--max-drop", "2.5%").stderr
     assert bench(slow, "--baseline", "@main", "--max-drop", "40%").returncode == 0
+    nothing = bench(made(0.0), "--baseline", "@main")
+    assert nothing.returncode == 2
+    assert "tokens_per_sec is 0 in one of the runs" in nothing.stderr
     assert compare.resolve(MlflowClient(), "@main") == same
     assert bench(first, "--baseline", "@main", "--accept", "main").returncode == 0
     assert compare.resolve(MlflowClient(), "@main") == first

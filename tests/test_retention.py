@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from mlflow.tracking import MlflowClient
 
 from projects import promote as promoting
@@ -23,42 +19,6 @@ from tunix_mlflow import state
 from tunix_mlflow.data import datasets
 from tunix_mlflow.tracking import flavor, lease
 from tunix_mlflow.training import checkpoint
-from tunix_mlflow.training.checkpoint import Retention, doomed
-
-found_checkpoints = st.dictionaries(
-    st.integers(0, 60),
-    st.fixed_dictionaries({}, optional={"eval/loss": st.floats(), "other": st.floats()}),
-    max_size=12,
-).map(lambda found: sorted(found.items()))
-retentions = st.builds(
-    Retention,
-    st.integers(1, 4),
-    st.integers(0, 3),
-    st.sampled_from(["eval/loss", "other"]),
-    st.sampled_from(["min", "max"]),
-    st.sampled_from([0, 5, 20]),
-)
-
-
-@given(found_checkpoints, retentions)
-def test_the_rule(found: list[tuple[int, Mapping[str, float]]], retention: Retention) -> None:
-    """The last stay, and the best, and the multiples; nothing else does, and doing it twice
-    changes nothing."""
-    going = doomed(found, retention)
-    kept = [(s, m) for s, m in found if s not in going]
-    steps = [s for s, _ in found]
-    assert set(steps[-retention.keep_last :]) <= {s for s, _ in kept}
-    if retention.every_steps:
-        assert not [s for s in going if s % retention.every_steps == 0]
-    values = {s: m.get(retention.metric, math.nan) for s, m in found}
-    scores = {s: value for s, value in values.items() if not math.isnan(value)}
-    if retention.keep_best and scores:
-        best = (min if retention.mode == "min" else max)(scores.values())
-        assert [s for s, v in scores.items() if v == best and s not in going]
-    most = retention.keep_last + retention.keep_best
-    every = retention.every_steps
-    assert len([s for s, _ in kept if not every or s % every]) <= most
-    assert doomed(kept, retention) == []
 
 
 @pytest.fixture

@@ -42,6 +42,9 @@ def compare(
         run: name -> its repeats. More is better of what ends with _per_sec, less of all else.
         baseline: the same of the run to measure it by.
         max_drop: by how much a median may be worse, 0.05 is 5 %.
+
+    Raises:
+        TrackingError: for a median of 0.
     """
     return [
         _change(name, run[name], baseline[name], max_drop)
@@ -105,6 +108,8 @@ def _accepted(client: MlflowClient, name: str) -> list[Run]:
 
 def _change(name: str, run: Sequence[float], baseline: Sequence[float], max_drop: float) -> Change:
     now, before = statistics.median(run), statistics.median(baseline)
+    if not now or not before:
+        raise TrackingError(f"{name} is 0 in one of the runs: that is no measurement")
     if name.endswith("_per_sec"):
         drop, apart = 1 - now / before, max(run) < min(baseline)
     else:

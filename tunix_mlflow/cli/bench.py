@@ -7,7 +7,7 @@ import json
 import click
 
 from tunix_mlflow.cli import launch
-from tunix_mlflow.errors import Refused
+from tunix_mlflow.errors import Refused, TrackingError
 
 _ARGUMENTS = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
 
@@ -70,7 +70,6 @@ def compare(run_id: str, baseline: str, max_drop: float, accept: str | None, as_
     """
     from tunix_mlflow.benchmarks import compare as comparison
     from tunix_mlflow.config import TrackingConfig
-    from tunix_mlflow.errors import TrackingError
     from tunix_mlflow.tracking import store
 
     client = store.connect(TrackingConfig())
@@ -90,6 +89,8 @@ def compare(run_id: str, baseline: str, max_drop: float, accept: str | None, as_
                 f"  (noise {c.noise:.1%})  {verdict}"
             )
     if fallen := [c.name for c in changes if c.fell]:
-        raise Refused(f"{', '.join(fallen)} fell by more than {max_drop:.0%} below run {before}")
+        raise Refused(
+            f"{', '.join(fallen)} fell by more than {100 * max_drop:g}% below run {before}"
+        )
     if accept:
         comparison.accept(client, run_id, accept)

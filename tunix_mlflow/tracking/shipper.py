@@ -28,7 +28,7 @@ class Shipper:
         client: reaches MLflow.
         report: told when MLflow is away, when it is back, and of what it refused.
         lease_seconds: for how long the run's lease is taken, each time.
-        lost: called once when somebody else has taken the run's lease.
+        lost: called when somebody else has taken the run's lease.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class Shipper:
         self._why = ""  # of the last attempt, if it failed
         self._threads = [
             threading.Thread(target=run, name=name, daemon=True)
-            for name, run in (
-                *(("shipper", self._run), ("ship-watch", self._watch)),
-                ("ship-lease", self._renew),
+            for run, name in (
+                (self._run, "shipper"),
+                (self._watch, "ship-watch"),
+                (self._renew, "ship-lease"),
             )
         ]
         for thread in self._threads:
