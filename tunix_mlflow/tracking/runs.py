@@ -327,11 +327,11 @@ def mark_stale(client: MlflowClient, experiment_id: str) -> list[str]:
         for run in found
         if lease.holder(run.data.tags) is not None and lease.expired(run.data.tags)
     ]
-    for run_id in stale:
-        if not lease.expired(client.get_run(run_id).data.tags):
-            continue  # somebody went on with it meanwhile
+    # Not one that somebody went on with meanwhile.
+    dead = [one for one in stale if lease.expired(client.get_run(one).data.tags)]
+    for run_id in dead:
         _end_dead(client, run_id)
-    return stale
+    return dead
 
 
 def uploaded_steps(client: MlflowClient, run_id: str) -> dict[int, str]:
