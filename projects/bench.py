@@ -78,9 +78,7 @@ def _train(config: Config) -> dict[str, Any]:
             setup.state,
             setup.train_batches(),
             model=config.model,
-            graph=setup.graph,
-            optimizer=setup.rule,
-            microbatches=config.training.microbatches,
+            plan=setup.plan,
         )
         figures = {k: v for k, v in measured._asdict().items() if isinstance(v, float)}
         run.log_figures({f"perf/{name}": value for name, value in figures.items()})

@@ -129,8 +129,7 @@ def train(config: Config, *, start: Start | None = None) -> Trained:
                 config,
                 state,
                 setup.train_batches(),
-                graph=setup.graph,
-                optimizer=setup.rule,
+                plan=setup.plan,
                 writers=[run, progress],
                 checkpoints=checkpoints,
                 evaluate=setup.held_out_loss if setup.held_out_rows is not None else None,
@@ -139,8 +138,9 @@ def train(config: Config, *, start: Start | None = None) -> Trained:
             progress.close()
             checkpoints.close()
         last = config.training.steps
+        params = setups.whole(state.params, setup.device)
         bundle = bundles.Bundle(
-            config.model, setup.graph, state.params, setup.tokenizer, setup.max_new_tokens
+            config.model, setup.plan.graph, params, setup.tokenizer, setup.max_new_tokens
         )
         sample = scoring.scorable(setup.held_out, config.evaluation.samples)
         figures: dict[str, float] = {}
@@ -150,7 +150,7 @@ def train(config: Config, *, start: Start | None = None) -> Trained:
             run.write_scalars(last, figures)
             run.log_table(scoring.table(judged), f"generations/step-{last:08d}.json")
         figures |= run.log_summary(last)
-        weights = {"tunix.weights_digest": bundles.weights_digest(state.params)}
+        weights = {"tunix.weights_digest": bundles.weights_digest(params)}
         place = run.folder / "models" / f"{last:08d}-{weights['tunix.weights_digest'][:12]}"
         if not (place / "manifest.json").is_file():
             shutil.rmtree(place, ignore_errors=True)  # what a kill left

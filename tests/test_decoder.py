@@ -19,7 +19,7 @@ from tunix_mlflow.data.tokenizer import ByteTokenizer
 from tunix_mlflow.models import decoder, generation
 from tunix_mlflow.training import optimizer as optimizers
 from tunix_mlflow.training import step
-from tunix_mlflow.training.losses import token_losses
+from tunix_mlflow.training.losses import PLAIN, Compute, token_losses
 
 SHAPES = {
     "grouped, tied": ModelConfig(layers=2, width=16, heads=4, kv_heads=2, mlp_width=24),
@@ -147,7 +147,8 @@ def data() -> batches.TokenRows:
 def test_loss_is_that_of_the_trained_tokens(data: batches.TokenRows) -> None:
     """The masked mean equals one computed token by token without packing."""
     graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
-    total, count = step.eval_step(params, batches.assemble(data, data.rows), graph=graph)
+    plan = step.Plan(graph, optax.identity())
+    total, count = step.eval_step(params, batches.assemble(data, data.rows), plan=plan)
     expected, tokens = 0.0, 0
     for ids, trained in zip(data.ids, data.trained, strict=True):
         raw = logits(graph, params, ids[:-1]).astype(np.float64)
@@ -159,11 +160,13 @@ def test_loss_is_that_of_the_trained_tokens(data: batches.TokenRows) -> None:
     assert float(total) == pytest.approx(expected, rel=1e-5)
 
 
-def gradients(data: batches.TokenRows, rows: list[list[int]]) -> decoder.Params:
+def gradients(
+    data: batches.TokenRows, rows: list[list[int]], compute: Compute = PLAIN
+) -> decoder.Params:
     graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
 
     def mean(params: decoder.Params) -> jax.Array:
-        total, count = token_losses(graph, params, batches.assemble(data, rows))
+        total, count = token_losses(graph, params, batches.assemble(data, rows), compute)
         return total / count
 
     return jax.jit(jax.grad(mean))(params)
@@ -180,6 +183,43 @@ def test_packing_changes_no_gradient(data: batches.TokenRows) -> None:
     assert all(np.allclose(a, b, atol=1e-6) for a, b in pairs)
 
 
+@pytest.mark.parametrize(
+    "compute",
+    [
+        Compute(remat="block"),
+        Compute(remat="dots"),
+        Compute(loss_chunk=7),
+        Compute(loss_chunk=64),
+        Compute(remat="block", loss_chunk=100_000),
+    ],
+)
+def test_saving_memory_changes_no_gradient(data: batches.TokenRows, compute: Compute) -> None:
+    """What is computed again, or a chunk at a time, is the same up to rounding."""
+    for a, b in zip(
+        jax.tree.leaves(gradients(data, data.rows, compute)),
+        jax.tree.leaves(gradients(data, data.rows)),
+        strict=True,
+    ):
+        assert np.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_is_near(data: batches.TokenRows) -> None:
+    """Parameters keep their type, and the update is that of float32 but for few bits."""
+
+    def after(dtype: str) -> tuple[step.TrainState, step.StepMetrics]:
+        graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
+        rule = optimizers.build(OptimizerConfig(warmup_steps=0), 10)
+        plan = step.Plan(graph, rule, 2, None, Compute(dtype))
+        batch = batches.assemble(data, [[i] for i in range(8)])
+        return step.train_step(step.init_state(params, rule), batch, plan=plan)
+
+    (_, m1), (near, m2) = after("float32"), after("bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(near.params)} == {jnp.dtype("float32")}
+    assert float(m1.loss) != float(m2.loss)
+    assert float(m1.loss) == pytest.approx(float(m2.loss), rel=2e-2)
+    assert float(m1.grad_norm) == pytest.approx(float(m2.grad_norm), rel=5e-2)
+
+
 @pytest.mark.parametrize(("name", "microbatches"), [("adamw", 2), ("muon", 4)])
 def test_microbatches_change_no_update(
     data: batches.TokenRows, name: str, microbatches: int
@@ -190,9 +230,8 @@ def test_microbatches_change_no_update(
         graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
         rule = optimizers.build(OptimizerConfig(name=name, warmup_steps=0), 10)  # type: ignore[arg-type]
         batch = batches.assemble(data, [[i] for i in range(8)])
-        return step.train_step(
-            step.init_state(params, rule), batch, graph=graph, optimizer=rule, microbatches=parts
-        )
+        plan = step.Plan(graph, rule, parts)
+        return step.train_step(step.init_state(params, rule), batch, plan=plan)
 
     (whole, m1), (split, m2) = after(1), after(microbatches)
     assert float(m1.loss) == pytest.approx(float(m2.loss), rel=1e-5)

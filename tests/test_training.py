@@ -36,7 +36,7 @@ ROWS = batches.tokenize(
     64,
 )
 RULE = optimizer.build(CONFIG.optimizer, CONFIG.training.steps)
-GRAPH, _ = decoder.build(CONFIG.model, ByteTokenizer.vocab_size, 0)
+PLAN = step.Plan(decoder.shape(CONFIG.model, ByteTokenizer.vocab_size)[0], RULE)
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,10 @@ def fit(
             config,
             fresh() if restored is None else restored[1],
             stream or batches.TrainBatches(ROWS, batch_size=4, seed=0),
-            graph=GRAPH,
-            optimizer=RULE,
+            plan=PLAN,
             writers=[recorder],
             checkpoints=checkpoints,
-            evaluate=lambda s: loop.held_out_loss(GRAPH, s.params, batches.eval_batches(ROWS, 4)),
+            evaluate=lambda s: loop.held_out_loss(PLAN, s.params, batches.eval_batches(ROWS, 4)),
         )
     finally:
         checkpoints.close()
@@ -126,8 +125,7 @@ def bare(
         config,
         state,
         batches.TrainBatches(ROWS, batch_size=4, seed=0),
-        graph=GRAPH,
-        optimizer=rule,
+        plan=PLAN._replace(optimizer=rule),
         writers=[],
         checkpoints=checkpoints,
         evaluate=None,

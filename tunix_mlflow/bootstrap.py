@@ -24,6 +24,8 @@ from tunix_mlflow.config import Config
 from tunix_mlflow.errors import ConfigError, Interrupted, TunixError
 
 DETERMINISTIC_GPU = "--xla_gpu_deterministic_ops=true"
+FAST_CPU = "--xla_cpu_enable_fast_math=true"
+ONE_THREAD_EACH = "--xla_cpu_multi_thread_eigen=false"  # the virtual devices share the cores
 _LOOK_SECONDS = 0.5
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 
@@ -99,7 +101,7 @@ def prepare(config: Config, recorded: Mapping[str, str] | None = None) -> None:
     """Set the environment that XLA reads when it is loaded.
 
     Args:
-        config: `device` and `training.deterministic` are read.
+        config: `device`, `mesh`, `training.deterministic` and `training.fast_math` are read.
         recorded: the environment of the run that is resumed, which wins: bit-identity
             depends on the number of threads.
 
@@ -110,17 +112,25 @@ def prepare(config: Config, recorded: Mapping[str, str] | None = None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     wanted["NPROC"] = os.environ.get("NPROC") or str(cores or 1)
     flags = os.environ.get("XLA_FLAGS", "")
-    if config.training.deterministic and DETERMINISTIC_GPU not in flags:
-        flags = f"{flags} {DETERMINISTIC_GPU}".strip()
+    asked = {
+        DETERMINISTIC_GPU: config.training.deterministic,
+        FAST_CPU: config.training.fast_math,
+        ONE_THREAD_EACH: config.mesh.size > 1,
+    }
+    for flag, wish in asked.items():
+        if wish and flag not in flags:
+            flags = f"{flags} {flag}".strip()
     wanted["XLA_FLAGS"] = flags
     wanted.update(recorded or {})
+    if config.mesh.size > 1:
+        wanted["JAX_NUM_CPU_DEVICES"] = str(config.mesh.size)
     if config.device.startswith("cpu"):
         wanted["JAX_PLATFORMS"] = "cpu"  # do not take a GPU's memory for nothing
     wanted["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
         state.compilation_cache()
     )
     changed = [name for name, value in wanted.items() if os.environ.get(name, "") != value]
-    if "jax" in sys.modules and {"NPROC", "XLA_FLAGS"} & set(changed):
+    if "jax" in sys.modules and {"NPROC", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES"} & set(changed):
         raise ConfigError(
             f"jax is loaded already, so {', '.join(changed)} cannot be set any more;"
             " start a new process"

@@ -136,10 +136,32 @@ class TrainingConfig(_Section, frozen=True):
     deterministic: bool = False
     """On a GPU: ask XLA for deterministic kernels. A CPU is deterministic as it is."""
 
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters and the optimizer's state."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the products. Losses, and sums of gradients, are float32 always."""
+    remat: Literal["none", "dots", "block"] = "none"
+    """What the backward pass computes again to save memory: nothing, all of a block but its
+    products with parameters, or all of it."""
+    loss_chunk: NonNegative | None = None
+    """Tokens whose logits are held at a time, 0: of all; null: so many as take 256 MB. What was
+    chosen is in the run's config.json."""
+    fast_math: bool = False
+    """On a CPU: let XLA change the order of sums and leave out NaN and signed zeros. Other bits."""
+
+
+class MeshConfig(_Section, frozen=True):
+    """The devices of one run. On a CPU they are virtual: parts of the same cores."""
+
+    data: Positive = 1
+    """Groups of devices; each has the parameters and takes a part of the batch."""
+    fsdp: Positive = 1
+    """Devices in a group; parameters, gradients and optimizer state are spread over them."""
+
     @property
-    def microbatches(self) -> int:
-        """Forward and backward passes in one update."""
-        return self.batch_size // (self.microbatch_size or self.batch_size)
+    def size(self) -> int:
+        """Devices in all."""
+        return self.data * self.fsdp
 
 
 class EvaluationConfig(_Section, frozen=True):
@@ -233,11 +255,18 @@ class Config(_Section, frozen=True):
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     tracking: TrackingConfig = TrackingConfig()
     promotion: PromotionConfig = PromotionConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+
+    @property
+    def microbatches(self) -> int:
+        """Forward and backward passes of a device in one update."""
+        rows = self.training.batch_size // self.mesh.size
+        return rows // (self.training.microbatch_size or rows)
 
 
 def load(source: str | Path | None, overrides: Mapping[str, str], presets: Path) -> Config:
@@ -330,10 +359,13 @@ def settled(config: Config, before: Config) -> Config:
     """What a configuration leaves open, as an earlier part of the run chose it."""
     length = config.data.sequence_length or before.data.sequence_length
     rows = config.training.microbatch_size or before.training.microbatch_size
+    chunk = config.training.loss_chunk
+    if chunk is None:
+        chunk = before.training.loss_chunk
     return msgspec.structs.replace(
         config,
         data=msgspec.structs.replace(config.data, sequence_length=length),
-        training=msgspec.structs.replace(config.training, microbatch_size=rows),
+        training=msgspec.structs.replace(config.training, microbatch_size=rows, loss_chunk=chunk),
     )
 
 
@@ -501,10 +533,11 @@ def _check_relations(config: Config) -> None:
         )
     if (model.head_dim or model.width // model.heads) % 2:
         raise ConfigError("the width of one head must be even: set model.head_dim")
-    if training.microbatch_size and training.batch_size % training.microbatch_size:
+    devices = "" if config.mesh.size == 1 else f" times the {config.mesh.size} devices of mesh"
+    if training.batch_size % (config.mesh.size * (training.microbatch_size or 1)):
+        rows = f" training.microbatch_size={training.microbatch_size or 1}"
         raise ConfigError(
-            f"training.batch_size={training.batch_size} must be a multiple of"
-            f" training.microbatch_size={training.microbatch_size}"
+            f"training.batch_size={training.batch_size} must be a multiple of{rows}{devices}"
         )
     if config.data.train_split == config.evaluation.split:
         raise ConfigError(

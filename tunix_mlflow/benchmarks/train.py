@@ -18,13 +18,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from tunix_mlflow.config import BenchmarkConfig, ModelConfig
 from tunix_mlflow.data.batches import TrainBatches
 from tunix_mlflow.models import decoder
-from tunix_mlflow.models.decoder import Graph
-from tunix_mlflow.training.step import TrainState, train_step
+from tunix_mlflow.training.step import Plan, TrainState, train_step
 
 
 class Measured(NamedTuple):
@@ -52,9 +50,7 @@ def measure(
     batches: TrainBatches,
     *,
     model: ModelConfig,
-    graph: Graph,
-    optimizer: optax.GradientTransformation,
-    microbatches: int,
+    plan: Plan,
 ) -> Measured:
     """Time `repeats` runs of `steps` updates, after `warmup_steps` that do not count.
 
@@ -63,9 +59,7 @@ def measure(
         state: donated to the first update.
         batches: where each step's batch comes from; making it is part of the step.
         model: the decoder's shape.
-        graph: its static part.
-        optimizer: the update rule.
-        microbatches: of one update.
+        plan: how an update is computed.
     """
     parameters = decoder.parameter_count(state.params)
     flops = flops_per_token(parameters, model, batches.data.length)
@@ -78,9 +72,7 @@ def measure(
             batch = batches.at(step)
             useful += int(np.count_nonzero(batch.segments))
             padded += batch.segments.size
-            state, _ = train_step(
-                state, batch, graph=graph, optimizer=optimizer, microbatches=microbatches
-            )
+            state, _ = train_step(state, batch, plan=plan)
         jax.block_until_ready(state)
         return time.perf_counter() - start, useful, padded
 

@@ -38,8 +38,8 @@ class TokenRows:
     trained: list[npt.NDArray[np.bool_]]
     rows: list[list[int]]  # example numbers
     length: int  # T
-    truncated: int  # examples cut to fit
-    dropped: int  # examples left out
+    truncated: int = 0  # examples cut to fit
+    dropped: int = 0  # examples left out
 
     @property
     def tokens(self) -> int:
@@ -106,16 +106,20 @@ def tokenize(
             " every message is marked untrained, or was cut off; see"
             " `tunix-mlflow datasets show KEY --mask`"
         )
-    lengths = [len(tokens) - 1 for tokens in ids]
-    rows = pack(lengths, length) if config.packing else [[i] for i in range(len(ids))]
     return TokenRows(
         ids,
         trained,
-        rows,
+        lay_out(ids, length, packing=config.packing),
         length,
         truncated=overlong if config.overlong == "truncate" else 0,
         dropped=overlong if config.overlong == "drop" else 0,
     )
+
+
+def lay_out(ids: Sequence[npt.NDArray[np.int32]], length: int, *, packing: bool) -> list[list[int]]:
+    """Which examples share a row of `length` tokens, by number; without packing, none."""
+    lengths = [len(tokens) - 1 for tokens in ids]
+    return pack(lengths, length) if packing else [[number] for number in range(len(ids))]
 
 
 def assemble(data: TokenRows, rows: Sequence[Sequence[int]]) -> Batch:

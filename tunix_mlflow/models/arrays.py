@@ -51,14 +51,14 @@ def read(folder: Path, target: _T) -> _T:
 
     Args:
         folder: as written.
-        target: a pytree of arrays or ShapeDtypeStructs.
+        target: a pytree of arrays, whose places are taken over, or ShapeDtypeStructs.
 
     Raises:
         IntegrityError: if names, shapes or types differ, naming the first that does.
     """
     wanted = flatten(target)
     device = jax.numpy.zeros(()).device  # where arrays go by default
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    default = jax.sharding.SingleDeviceSharding(device)
     with ocp.StandardCheckpointer() as checkpointer:
         stored = {
             name: (tuple(leaf.shape), str(leaf.dtype))
@@ -72,7 +72,9 @@ def read(folder: Path, target: _T) -> _T:
                     f"{folder} does not fit this configuration: {name} is {have}, expected {want}"
                 )
         abstract = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default
+            )
             for name, leaf in wanted.items()
         }
         restored = checkpointer.restore(folder.absolute(), abstract)

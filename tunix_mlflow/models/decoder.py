@@ -8,6 +8,7 @@ heads, D head width, W model width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -150,6 +151,19 @@ class Decoder(nnx.Module):
         cache: list[LayerCache] | None = None,
         cache_index: jax.Array | int = 0,
     ) -> tuple[jax.Array, list[LayerCache]]:
+        """Logits [B, T, vocab] and the updated cache; arguments as of :meth:`features`."""
+        x, caches = self.features(tokens, positions, mask, cache, cache_index)
+        return self.logits(x), caches
+
+    def features(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: list[LayerCache] | None = None,
+        cache_index: jax.Array | int = 0,
+        remat: str = "none",
+    ) -> tuple[jax.Array, list[LayerCache]]:
         """Run the stack.
 
         Args:
@@ -158,20 +172,44 @@ class Decoder(nnx.Module):
             mask: [B, 1, T, S] bool, true where a query may look.
             cache: one LayerCache a layer, written at `cache_index`; None without a cache.
             cache_index: scalar int32: the slot of the first of `tokens`.
+            remat: what of a block the backward pass computes again: `none`, `block` (all of
+                it), `dots` (all but the products with parameters).
 
         Returns:
-            Logits [B, T, vocab] and the updated cache, empty without one.
+            [B, T, W], normalised, and the updated cache, empty without one.
         """
         x = self.embedding(tokens)
         caches: list[LayerCache] = []
         for number, block in enumerate(self.blocks):
             layer = None if cache is None else cache[number]
-            x, layer = block(x, positions, mask, layer, cache_index)
+            x, layer = _REMAT[remat](block, x, positions, mask, layer, cache_index)
             if layer is not None:
                 caches.append(layer)
-        x = self.final_norm(x)
-        logits = self.embedding.attend(x) if self.unembedding is None else self.unembedding(x)
-        return logits, caches
+        return self.final_norm(x), caches
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """[..., W] -> [..., vocab]."""
+        if self.unembedding is None:
+            return self.embedding.attend(features)
+        return self.unembedding(features)
+
+
+def _call(
+    block: Block,
+    x: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    cache: LayerCache | None,
+    cache_index: jax.Array | int,
+) -> tuple[jax.Array, LayerCache | None]:
+    return block(x, positions, mask, cache, cache_index)
+
+
+_REMAT: dict[str, Callable[..., tuple[jax.Array, LayerCache | None]]] = {
+    "none": _call,
+    "block": nnx.remat(_call),
+    "dots": nnx.remat(_call, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
 
 
 def segment_mask(segments: jax.Array) -> jax.Array:

@@ -117,13 +117,7 @@ def _again(
     at, values = begin, {}
     data = made.train_batches()
     for done in range(first, last):
-        at, metrics = step.train_step(
-            at,
-            data.at(done),
-            graph=made.graph,
-            optimizer=made.rule,
-            microbatches=made.config.training.microbatches,
-        )
+        at, metrics = step.train_step(at, data.at(done), plan=made.plan)
         values["train/loss", done + 1] = float(metrics.loss)
         values["train/grad_norm", done + 1] = float(metrics.grad_norm)
         if done + 1 in evaluated:

@@ -8,6 +8,7 @@ import platform
 import jax
 import jaxlib.version
 
+from tunix_mlflow.config import MeshConfig
 from tunix_mlflow.errors import DeviceError
 
 
@@ -33,7 +34,23 @@ def use(device: str) -> jax.Device:
     return found[number]
 
 
-def fingerprint(device: jax.Device) -> dict[str, str]:
+def group(first: jax.Device, count: int) -> list[jax.Device]:
+    """`count` devices of a kind, from `first` on.
+
+    Raises:
+        DeviceError: if there are fewer.
+    """
+    found: list[jax.Device] = jax.local_devices(backend=first.platform)
+    found = found[found.index(first) :]
+    if len(found) < count:
+        raise DeviceError(
+            f"mesh needs {count} devices, and there are {len(found)} from {first} on;"
+            " lower mesh.data or mesh.fsdp"
+        )
+    return found[:count]
+
+
+def fingerprint(device: jax.Device, mesh: MeshConfig) -> dict[str, str]:
     """What bit-identity depends on besides the configuration and the data."""
     return {
         "jax": jax.__version__,
@@ -41,6 +58,7 @@ def fingerprint(device: jax.Device) -> dict[str, str]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "device_count": str(jax.local_device_count(device.platform)),
+        "mesh": f"data={mesh.data},fsdp={mesh.fsdp}",
         "machine": platform.machine(),
         "nproc": os.environ.get("NPROC", ""),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

@@ -5,20 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from tunix_mlflow.config import Config
 from tunix_mlflow.data.batches import Batch, TrainBatches
 from tunix_mlflow.errors import Interrupted, TrainingStopped
-from tunix_mlflow.models.decoder import Graph, Params
+from tunix_mlflow.models.decoder import Params
 from tunix_mlflow.training import optimizer as optimizers
 from tunix_mlflow.training.checkpoint import Checkpoints
 from tunix_mlflow.training.signals import StopRequest
-from tunix_mlflow.training.step import StepMetrics, TrainState, eval_step, is_finite, train_step
+from tunix_mlflow.training.step import (
+    Plan,
+    StepMetrics,
+    TrainState,
+    eval_step,
+    is_finite,
+    train_step,
+)
 from tunix_mlflow.training.writers import MetricWriter
 
 
@@ -28,6 +35,7 @@ class _Flight(NamedTuple):
     step: int  # updates done after it, from 1
     metrics: StepMetrics
     tokens: int  # that are not padding
+    waited: float  # seconds, for the batch
 
 
 def fit(
@@ -35,8 +43,7 @@ def fit(
     state: TrainState,
     batches: TrainBatches,
     *,
-    graph: Graph,
-    optimizer: optax.GradientTransformation,
+    plan: Plan,
     writers: Sequence[MetricWriter],
     checkpoints: Checkpoints,
     evaluate: Callable[[TrainState], dict[str, float]] | None,
@@ -44,7 +51,8 @@ def fit(
     """Train from `state.step` to `config.training.steps`.
 
     The order within a step must not change. The update is dispatched first, and the metrics
-    of the one before are fetched while it runs, so that the device never waits for Python.
+    of the one before are fetched while it runs, so that the device never waits for Python; a
+    thread makes the batch after it meanwhile.
     Evaluation comes before the checkpoint: a run that dies between the two repeats both, and
     never resumes behind an evaluation that it lost. Metrics are fetched, found finite and
     flushed before a checkpoint, so that no checkpoint is ahead of the record or poisoned.
@@ -53,8 +61,7 @@ def fit(
         config: read for `training` and `optimizer`.
         state: donated to the first update.
         batches: `at(step)` is the batch of update `step`.
-        graph: static part of the decoder.
-        optimizer: the update rule.
+        plan: how an update is computed.
         writers: receive `train/*`, `perf/*` and `eval/*`.
         checkpoints: where to save.
         evaluate: held-out metrics of a state; None: there is nothing held out.
@@ -99,6 +106,7 @@ def fit(
         else:
             scalars["perf/step_time_ms"] = 1000 * seconds
             scalars["perf/tokens_per_sec"] = landed.tokens / seconds
+            scalars["perf/input_wait_ms"] = 1000 * landed.waited
         for writer in writers:
             writer.write_scalars(landed.step, scalars)
 
@@ -111,15 +119,18 @@ def fit(
         checkpoints.save(step, state, held_out)
         saved = time.monotonic()
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, ThreadPoolExecutor(1, "input") as pool:
+        upcoming = pool.submit(batches.at, first)
         for step in range(first, training.steps):
-            batch = batches.at(step)
-            state, metrics = train_step(
-                state, batch, graph=graph, optimizer=optimizer, microbatches=training.microbatches
-            )
-            land()
-            flight = _Flight(step + 1, metrics, int(np.count_nonzero(batch.segments)))
+            asked = time.perf_counter()
+            batch = upcoming.result()
+            waited = time.perf_counter() - asked
             done = step + 1
+            if done < training.steps:
+                upcoming = pool.submit(batches.at, done)
+            state, metrics = train_step(state, batch, plan=plan)
+            land()
+            flight = _Flight(done, metrics, int(np.count_nonzero(batch.segments)), waited)
             held_out: dict[str, float] = {}
             if evaluate is not None and _due(done, training.eval_every_steps, training.steps):
                 land()
@@ -145,9 +156,9 @@ def fit(
     return state
 
 
-def held_out_loss(graph: Graph, params: Params, batches: Iterator[Batch]) -> dict[str, float]:
+def held_out_loss(plan: Plan, params: Params, batches: Iterator[Batch]) -> dict[str, float]:
     """`eval/loss` in nats per trained token: summed on the device, divided once."""
-    sums = [eval_step(params, batch, graph=graph) for batch in batches]
+    sums = [eval_step(params, batch, plan=plan) for batch in batches]
     losses, counts = jax.device_get(tuple(zip(*sums, strict=True)))
     return {"eval/loss": float(np.sum(losses, dtype=np.float64) / np.sum(counts))}
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import msgspec
-import optax
 
 from tunix_mlflow import config as configs
 from tunix_mlflow.config import Config
@@ -17,18 +16,21 @@ from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.data.tokenizer import ByteTokenizer
 from tunix_mlflow.errors import DatasetError
 from tunix_mlflow.models import decoder
-from tunix_mlflow.models.decoder import Graph
 from tunix_mlflow.training import devices, loop, optimizer, step
-from tunix_mlflow.training.step import TrainState
+from tunix_mlflow.training import mesh as meshes
+from tunix_mlflow.training.losses import Compute
+from tunix_mlflow.training.step import Plan, TrainState
 
 _CPU_TOKENS = 256
 """Of a microbatch on a CPU: what it works on stays in the cache."""
+_LOGITS_BYTES = 256 * 2**20
+"""Logits that are held at a time, where nothing is configured."""
 
 
 class Setup(NamedTuple):
     """What a run trains, on what, and how."""
 
-    config: Config  # with the sequence length and the microbatch that were chosen
+    config: Config  # with what it left open: sequence length, microbatch, chunk of the loss
     manifest: Manifest
     tokenizer: ByteTokenizer
     examples: list[Example]
@@ -36,10 +38,9 @@ class Setup(NamedTuple):
     rows: TokenRows
     held_out_rows: TokenRows | None
     max_new_tokens: int
-    graph: Graph
-    rule: optax.GradientTransformation
+    plan: Plan
     state: TrainState  # before the first update
-    device: jax.Device
+    device: jax.Device  # the first, of several
 
     def train_batches(self) -> TrainBatches:
         """The batches of every step."""
@@ -51,7 +52,7 @@ class Setup(NamedTuple):
         """`eval/loss` of a state."""
         assert self.held_out_rows is not None
         parts = batches.eval_batches(self.held_out_rows, self.config.training.batch_size)
-        return loop.held_out_loss(self.graph, state.params, parts)
+        return loop.held_out_loss(self.plan, state.params, parts)
 
     def identity(self) -> dict[str, str]:
         """Digests of what decides the path of the parameters."""
@@ -64,7 +65,7 @@ class Setup(NamedTuple):
 
     def fingerprint(self) -> dict[str, str]:
         """What bit-identity depends on besides."""
-        return devices.fingerprint(self.device)
+        return devices.fingerprint(self.device, self.config.mesh)
 
 
 def assemble(config: Config, manifest: Manifest, device: jax.Device) -> Setup:
@@ -94,14 +95,10 @@ def assemble(config: Config, manifest: Manifest, device: jax.Device) -> Setup:
     include = config.data.include_steps
     config = _with_length(config, batches.longest([*examples, *held_out], tokenizer, include))
     length = config.data.sequence_length or 0
-    size = config.training.batch_size
-    rows_a_time = config.training.microbatch_size or microbatch(size, length, device.platform)
-    training = msgspec.structs.replace(config.training, microbatch_size=rows_a_time)
-    config = msgspec.structs.replace(config, training=training)
+    config = settle(config, tokenizer.vocab_size, device.platform)
     rows = batches.tokenize(examples, tokenizer, config.data, length)
     held_out_rows = batches.tokenize(held_out, tokenizer, config.data, length) if held_out else None
-    graph, params = decoder.build(config.model, tokenizer.vocab_size, config.seed)
-    rule = optimizer.build(config.optimizer, config.training.steps)
+    plan, state = begin(config, tokenizer.vocab_size, device)
     return Setup(
         config=config,
         manifest=manifest,
@@ -111,15 +108,64 @@ def assemble(config: Config, manifest: Manifest, device: jax.Device) -> Setup:
         rows=rows,
         held_out_rows=held_out_rows,
         max_new_tokens=config.evaluation.max_new_tokens or batches.longest_completion(rows),
-        graph=graph,
-        rule=rule,
-        state=step.init_state(params, rule),
+        plan=plan,
+        state=state,
         device=device,
     )
 
 
+def settle(config: Config, vocab_size: int, platform: str) -> Config:
+    """Choose what the configuration leaves open, of a known sequence length."""
+    training, length = config.training, config.data.sequence_length or 0
+    rows = training.microbatch_size or microbatch(
+        training.batch_size // config.mesh.size, length, platform
+    )
+    chunk = training.loss_chunk
+    if chunk is None:
+        fit = max(1, _LOGITS_BYTES // (4 * vocab_size))
+        chunk = fit if rows * length > fit else 0
+    training = msgspec.structs.replace(training, microbatch_size=rows, loss_chunk=chunk)
+    return msgspec.structs.replace(config, training=training)
+
+
+def begin(config: Config, vocab_size: int, device: jax.Device) -> tuple[Plan, TrainState]:
+    """How a settled configuration is trained, and the state before the first update.
+
+    Raises:
+        DeviceError: if there are fewer devices than the mesh needs.
+    """
+    training = config.training
+    mesh = meshes.build(config.mesh, devices.group(device, config.mesh.size))
+    rule = optimizer.build(config.optimizer, training.steps)
+    plan = Plan(
+        decoder.shape(config.model, vocab_size)[0],
+        rule,
+        config.microbatches,
+        mesh,
+        Compute(training.compute_dtype, training.remat, training.loss_chunk or 0),
+    )
+
+    def params() -> decoder.Params:
+        made = decoder.build(config.model, vocab_size, config.seed)[1]
+        return _as_type(made, training.param_dtype)
+
+    if mesh is None:
+        return plan, step.init_state(params(), rule)
+    return plan, step.init_spread(params, rule, mesh)
+
+
+def whole(params: decoder.Params, device: jax.Device) -> decoder.Params:
+    """Parameters as a model is logged and asked: on one device, float32."""
+    return _as_type(jax.device_put(params, device), "float32")
+
+
+def _as_type(params: decoder.Params, dtype: str) -> decoder.Params:
+    cast: decoder.Params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return cast
+
+
 def microbatch(batch_size: int, length: int, platform: str) -> int:
-    """Rows of a microbatch where none is configured: a divisor of `batch_size`.
+    """Rows of a microbatch where none is configured: a divisor of a device's `batch_size`.
 
     By a rule, not by a measurement: it decides the order of sums, and so the bits of a run.
     """

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from tunix_mlflow.data.batches import Batch
 from tunix_mlflow.models.decoder import Graph, Params
-from tunix_mlflow.training.losses import token_losses
+from tunix_mlflow.training import mesh as meshes
+from tunix_mlflow.training.losses import Compute, token_losses
 
 
 class TrainState(NamedTuple):
@@ -26,6 +29,16 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
+class Plan(NamedTuple):
+    """How updates are computed: all that is fixed when the step is compiled."""
+
+    graph: Graph
+    optimizer: optax.GradientTransformation
+    microbatches: int = 1  # of one update, on each device
+    mesh: Mesh | None = None  # None: one device
+    compute: Compute = Compute()
+
+
 class StepMetrics(NamedTuple):
     """Scalars of one update, still on the device."""
 
@@ -34,58 +47,49 @@ class StepMetrics(NamedTuple):
     trained_tokens: jax.Array
 
 
+_Sums = tuple[Params, jax.Array, jax.Array]  # gradients, loss, trained tokens
+
+
 @partial(jax.jit, static_argnames="optimizer")
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-@partial(
-    jax.jit,
-    static_argnames=("graph", "optimizer", "microbatches"),
-    donate_argnames="state",
-)
-def train_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    graph: Graph,
-    optimizer: optax.GradientTransformation,
-    microbatches: int,
-) -> tuple[TrainState, StepMetrics]:
+def init_spread(
+    make: Callable[[], Params], optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The same over a mesh: each device makes its own part, and no device holds the whole."""
+
+    def init() -> TrainState:
+        state: TrainState = init_state(make(), optimizer)
+        return state
+
+    spread = meshes.shardings(jax.eval_shape(init), mesh)
+    made: TrainState = jax.jit(init, out_shardings=spread)()
+    return made
+
+
+@partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def train_step(state: TrainState, batch: Batch, *, plan: Plan) -> tuple[TrainState, StepMetrics]:
     """One update on one batch.
 
-    Gradients are summed over `microbatches` equal parts of the batch, one after the other,
-    and divided by the number of trained tokens of the whole batch: the split changes the
-    memory and the speed, not the mean.
+    Gradients are summed over microbatches, one after the other, and over devices, and divided
+    by the number of trained tokens of the whole batch: the split changes the memory and the
+    speed, not the mean.
 
     Args:
         state: donated.
-        batch: [B, T] arrays; B is a multiple of `microbatches`.
+        batch: [B, T] arrays; B is a multiple of the microbatches of all devices.
+        plan: how.
 
     Returns:
         The next state and the loss (nats per trained token), the gradient's global norm
         before clipping, and the number of trained tokens.
     """
-    parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
-
-    def loss_of(params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
-        return token_losses(graph, params, part)
-
-    def add(
-        total: tuple[Params, jax.Array, jax.Array], part: Batch
-    ) -> tuple[tuple[Params, jax.Array, jax.Array], None]:
-        (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, part)
-        return (
-            jax.tree.map(jnp.add, total[0], grads),
-            total[1] + loss,
-            total[2] + count,
-        ), None
-
-    zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros(()))
-    (grads, loss, count), _ = jax.lax.scan(add, zero, parts)
-    grads = jax.tree.map(lambda g: g / count, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    grads, loss, count = _sums(state.params, batch, plan)
+    grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.params)
+    updates, opt_state = plan.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = StepMetrics(loss / count, optax.tree.norm(grads), count)
     return TrainState(state.step + 1, params, opt_state), metrics
@@ -97,7 +101,59 @@ def is_finite(params: Params) -> jax.Array:
     return jnp.isfinite(optax.tree.norm(params))
 
 
-@partial(jax.jit, static_argnames="graph")
-def eval_step(params: Params, batch: Batch, *, graph: Graph) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames="plan")
+def eval_step(params: Params, batch: Batch, *, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """Summed loss and trained tokens of one held-out batch; the caller divides once."""
-    return token_losses(graph, params, batch)
+    if plan.mesh is not None:
+        rows = jax.sharding.NamedSharding(plan.mesh, meshes.ROWS)
+        batch = jax.lax.with_sharding_constraint(batch, rows)
+    dtype = jnp.dtype(plan.compute.dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return token_losses(plan.graph, params, batch, plan.compute)
+
+
+def _sums(params: Params, batch: Batch, plan: Plan) -> _Sums:
+    """Sums over a whole batch, float32."""
+    dtype = jnp.dtype(plan.compute.dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)  # once an update
+    mesh = plan.mesh
+    if mesh is None:
+        return _scanned(params, batch, plan)
+    specs = meshes.specs(params, mesh)
+
+    def on_one_device(part: Params, rows: Batch) -> _Sums:
+        whole = jax.tree.map(meshes.gathered, part, specs)
+        grads, loss, count = _scanned(whole, rows, plan)
+        return (
+            jax.tree.map(meshes.reduced, grads, specs),
+            jax.lax.psum(loss, mesh.axis_names),
+            jax.lax.psum(count, mesh.axis_names),
+        )
+
+    everywhere = PartitionSpec()
+    spread = jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(specs, meshes.ROWS),
+        out_specs=(specs, everywhere, everywhere),
+        check_vma=False,
+    )
+    sums: _Sums = spread(params, batch)
+    return sums
+
+
+def _scanned(params: Params, batch: Batch, plan: Plan) -> _Sums:
+    """Sums over the microbatches of one device, one after the other."""
+    parts = jax.tree.map(lambda x: x.reshape(plan.microbatches, -1, *x.shape[1:]), batch)
+
+    def loss_of(params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
+        return token_losses(plan.graph, params, part, plan.compute)
+
+    def add(total: _Sums, part: Batch) -> tuple[_Sums, None]:
+        (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(params, part)
+        return (jax.tree.map(jnp.add, total[0], grads), total[1] + loss, total[2] + count), None
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    zero = (zeros, jnp.zeros(()), jnp.zeros(()))
+    sums, _ = jax.lax.scan(add, zero, parts)
+    return sums

@@ -1,0 +1,109 @@
+"""Trains a few steps on several meshes of four virtual devices; prints what came out as JSON.
+
+In a process of its own: jax counts devices once, when it starts.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tunix_mlflow import config as configs
+from tunix_mlflow.config import Config
+from tunix_mlflow.data import batches
+from tunix_mlflow.data.examples import reasoning_trace
+from tunix_mlflow.data.tokenizer import ByteTokenizer
+from tunix_mlflow.models import arrays
+from tunix_mlflow.training import devices, setup
+from tunix_mlflow.training.checkpoint import Checkpoints, Retention
+from tunix_mlflow.training.step import TrainState, train_step
+
+STEPS = 4
+# Rows of unequal token counts, so that a mean over devices would show.
+EXAMPLES = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 30)]
+
+
+def configured(data: int, fsdp: int, optimizer: str) -> Config:
+    tree = {
+        "model": {"layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 24},
+        "data": {"sequence_length": 64, "packing": False},
+        "training": {"steps": STEPS, "batch_size": 8, "microbatch_size": 1},
+        "optimizer": {"name": optimizer, "warmup_steps": 0},
+        "mesh": {"data": data, "fsdp": fsdp},
+    }
+    vocabulary = ByteTokenizer.vocab_size
+    return setup.settle(configs.resolve(tree, "the test"), vocabulary, "cpu")
+
+
+def begin(config: Config) -> tuple[setup.Plan, TrainState]:
+    return setup.begin(config, ByteTokenizer.vocab_size, devices.use("cpu"))
+
+
+def trained(config: Config, state: TrainState | None = None) -> tuple[TrainState, list[float]]:
+    plan, fresh = begin(config)
+    at = state or fresh
+    rows = batches.tokenize(EXAMPLES, ByteTokenizer(), config.data, 64)
+    stream = batches.TrainBatches(rows, batch_size=8, seed=0)
+    losses = []
+    for step in range(int(at.step), STEPS):
+        at, metrics = train_step(at, stream.at(step), plan=plan)
+        losses.append(float(metrics.loss))
+    return at, losses
+
+
+def distance(a: TrainState, b: TrainState) -> float:
+    pairs = zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True)
+    return max(float(np.max(np.abs(np.asarray(x) - np.asarray(y)))) for x, y in pairs)
+
+
+def moved(optimizer: str) -> dict[str, float]:
+    """Trained on a mesh, saved, restored on another, trained on there."""
+    here, there = configured(2, 2, optimizer), configured(1, 4, optimizer)
+    short = configured(2, 2, optimizer)
+    plan, state = begin(short)
+    rows = batches.tokenize(EXAMPLES, ByteTokenizer(), here.data, 64)
+    stream = batches.TrainBatches(rows, batch_size=8, seed=0)
+    for step in range(STEPS // 2):
+        state, _ = train_step(state, stream.at(step), plan=plan)
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Checkpoints(Path(folder), {}, retention=Retention(1))
+        kept.save(STEPS // 2, state, {})
+        kept.wait()
+        target = begin(there)[1]
+        restored = kept.restore(STEPS // 2, target)
+        kept.close()
+    same_place = all(
+        a.sharding == b.sharding
+        for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True)
+    )
+    exact = arrays.digest(restored) == arrays.digest(state)
+    end, _ = trained(there, restored)
+    whole, _ = trained(here)
+    return {"exact": exact, "same_place": same_place, "distance": distance(end, whole)}
+
+
+def main() -> None:
+    found = {}
+    for optimizer in ("adamw", "muon"):
+        alone, losses = trained(configured(1, 1, optimizer))
+        for data, fsdp in ((2, 1), (4, 1), (1, 2), (1, 4), (2, 2)):
+            config = configured(data, fsdp, optimizer)
+            state, theirs = trained(config)
+            again, _ = trained(config)
+            held = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params)]
+            found[f"{optimizer} {data}x{fsdp}"] = {
+                "distance": distance(alone, state),
+                "loss": max(abs(a - b) for a, b in zip(losses, theirs, strict=True)),
+                "again": arrays.digest(again) == arrays.digest(state),
+                "share": sum(held) / sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+            }
+        found[f"{optimizer} moved"] = moved(optimizer)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Several devices as one: each takes rows of the batch, and may keep a part of the parameters.
+
+Axis `data` copies the parameters, axis `fsdp` spreads them, with gradients and optimizer state
+(Rajbhandari et al. 2020, ZeRO). Both split the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tunix_mlflow.config import MeshConfig
+
+ROWS = PartitionSpec(("data", "fsdp"))
+"""How a batch is split."""
+_T = TypeVar("_T")
+
+
+def build(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh | None:
+    """A mesh of the first devices; None for one device, which needs no mesh."""
+    if config.size == 1:
+        return None
+    grid = np.asarray(devices[: config.size]).reshape(config.data, config.fsdp)
+    return Mesh(grid, ("data", "fsdp"))
+
+
+def specs(tree: _T, mesh: Mesh) -> _T:
+    """How each array of a tree is spread: along its longest axis that `fsdp` divides.
+
+    By its shape alone, so parameters, gradients and moments of one shape lie alike.
+    """
+    found: _T = jax.tree.map(lambda leaf: _spec(leaf.shape, mesh.shape["fsdp"]), tree)
+    return found
+
+
+def shardings(tree: _T, mesh: Mesh) -> _T:
+    """The same as shardings, for jit and device_put."""
+    found: _T = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh))
+    return found
+
+
+def gathered(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Inside shard_map: the whole array from this device's part."""
+    axis = _axis(spec)
+    if axis is not None:
+        leaf = jax.lax.all_gather(leaf, "fsdp", axis=axis, tiled=True)
+    return leaf
+
+
+def reduced(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Inside shard_map: this device's part of the sum over all devices."""
+    axis = _axis(spec)
+    if axis is None:
+        leaf = jax.lax.psum(leaf, "fsdp")
+    else:
+        leaf = jax.lax.psum_scatter(leaf, "fsdp", scatter_dimension=axis, tiled=True)
+    leaf = jax.lax.psum(leaf, "data")
+    return leaf
+
+
+def _axis(spec: PartitionSpec) -> int | None:
+    return next((axis for axis, name in enumerate(spec) if name == "fsdp"), None)
+
+
+def _spec(shape: tuple[int, ...], parts: int) -> PartitionSpec:
+    axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or not axes:
+        return PartitionSpec()
+    longest = max(axes, key=lambda axis: shape[axis])
+    return PartitionSpec(*("fsdp" if axis == longest else None for axis in range(len(shape))))
