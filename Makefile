@@ -9,8 +9,10 @@ BIN := $(VENV)/bin
 KILLS ?= 200
 STAMP := $(VENV)/.installed
 SERVICES := .venv-services
+PEERS := .venv-peers
+CONTENDERS := tunix_mlflow/benchmarks/contenders
 
-.PHONY: help venv demo test test-install faults lint format lock wheel clean
+.PHONY: help venv demo test test-install faults peers lock-peers lint format lock wheel clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -41,6 +43,15 @@ $(SERVICES)/.installed: tests/faults/services.lock
 	$(SERVICES)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	touch $@
 
+peers: venv $(PEERS)/.installed  ## the environment of other trainers, for `bench suite=peers`
+
+$(PEERS)/.installed: $(CONTENDERS)/peers.lock
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $< || \
+		(echo "peers.lock wants PyTorch's CPU build: say where pip finds it, for example by" \
+		"PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS; Linux on x86-64, Python 3.11" >&2; exit 1)
+	touch $@
+
 lint: venv  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,6 +68,11 @@ lock: venv  ## resolve both locks anew, for every supported Python and platform
 	$(BIN)/uv pip compile tests/faults/services.in --constraint requirements.lock --universal \
 		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate \
 		--quiet --output-file tests/faults/services.lock
+
+lock-peers: venv  ## resolve the peers' lock anew; UV_FIND_LINKS says where PyTorch's CPU build is
+	$(BIN)/uv pip compile $(CONTENDERS)/peers.in --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet \
+		--output-file $(CONTENDERS)/peers.lock
 
 wheel: venv  ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .

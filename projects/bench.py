@@ -32,7 +32,8 @@ def bench(config: Config) -> dict[str, Any]:
     Raises:
         InputError: for a dataset or device that cannot be used.
     """
-    return _data(config) if config.benchmark.suite == "data" else _train(config)
+    suites = {"train": _train, "data": _data, "peers": _peers}
+    return suites[config.benchmark.suite](config)
 
 
 def _data(config: Config) -> dict[str, Any]:
@@ -53,6 +54,33 @@ def _data(config: Config) -> dict[str, Any]:
         run.log_text(suite.table(figures), "data.md")
     console.say(suite.table(figures))
     return {"suite": "data", "run_id": run.run_id, **figures}
+
+
+def _peers(config: Config) -> dict[str, Any]:
+    from tunix_mlflow import state
+    from tunix_mlflow.benchmarks import compare
+    from tunix_mlflow.benchmarks import peers as suite
+    from tunix_mlflow.tracking import store
+    from tunix_mlflow.tracking.session import session
+
+    python = suite.interpreter(config)
+    store.connect(config.tracking)
+    state.temporary_dir().mkdir(parents=True, exist_ok=True)
+    with (
+        session(config, stage="bench") as run,
+        tempfile.TemporaryDirectory(dir=state.temporary_dir()) as folder,
+    ):
+        results = suite.measure(config, Path(folder), python, console.say)
+        table = suite.table(results)
+        run.log_text(table, "peers.md")
+        figures: dict[str, float] = {}
+        for result in results:
+            for number, rate in enumerate(result.useful_per_sec, start=1):
+                run.write_scalars(number, {f"{compare.REPEATS}{result.key}_per_sec": rate})
+            figures |= result.figures()
+        run.log_figures({f"peers/{name}": value for name, value in figures.items()})
+    console.say(table)
+    return {"suite": "peers", "run_id": run.run_id, **figures}
 
 
 def _train(config: Config) -> dict[str, Any]:
@@ -110,7 +138,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = bootstrap.parse(argv, OWN)
     if "suite" in arguments.stage:
         arguments.overrides.setdefault("benchmark.suite", arguments.stage["suite"])
-    config = arguments.load(DEFAULT)
+    peers = arguments.overrides.get("benchmark.suite") == "peers"
+    config = arguments.load("shape-s" if peers else DEFAULT)
     bootstrap.prepare(config)
     console.result(**bench(config))
 

@@ -227,12 +227,18 @@ class PromotionConfig(_Section, frozen=True):
 class BenchmarkConfig(_Section, frozen=True):
     """The bench entry point."""
 
-    suite: Literal["train", "data"] = "train"
-    """What is measured: the training step, or the catalog."""
+    suite: Literal["train", "data", "peers"] = "train"
+    """What is measured: the training step, the catalog, or other trainers beside ours."""
     traces: Positive = 1_000_000
     """data: generated traces."""
     peer_traces: Positive = 100_000
     """data: traces for the seed system's logic, which is scaled by their number."""
+    vocabulary: Annotated[int, Meta(ge=16)] = 512
+    """peers: tokens that the generated documents are made of."""
+    data: Literal["all", "full", "mix"] = "all"
+    """peers: full rows, documents of mixed lengths, or both."""
+    peers_python: str | None = None
+    """peers: interpreter of their environment; null: that of `make peers`."""
     warmup_steps: Positive = 3
     """Steps that are not counted."""
     steps: Positive = 20

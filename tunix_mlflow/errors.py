@@ -41,6 +41,10 @@ class CheckpointError(InputError):
     """No checkpoint can be used for what was asked."""
 
 
+class BenchmarkError(TunixError):
+    """Something that is measured failed; the message has its last words."""
+
+
 class Refused(TunixError):
     """A check or a gate said no; the reason is the message."""
 

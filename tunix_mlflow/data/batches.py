@@ -159,19 +159,23 @@ class TrainBatches:
         Raises:
             DatasetError: if no token of the batch is trained on.
         """
-        count = len(self.data.rows)
-        first = step * self.batch_size
-        rows = []
-        for position in range(first, first + self.batch_size):
-            epoch, index = divmod(position, count)
-            rows.append(self.data.rows[self._order(epoch)[index]])
-        batch = assemble(self.data, rows)
+        batch = assemble(self.data, self.rows_at(step))
         if not batch.loss_mask.any():
             raise DatasetError(
                 f"the batch of step {step} has no token to train on; raise"
                 " training.batch_size, or see `tunix-mlflow datasets show KEY --mask`"
             )
         return batch
+
+    def rows_at(self, step: int) -> list[list[int]]:
+        """The rows of that batch, as numbers of examples."""
+        count = len(self.data.rows)
+        first = step * self.batch_size
+        rows = []
+        for position in range(first, first + self.batch_size):
+            epoch, index = divmod(position, count)
+            rows.append(self.data.rows[self._order(epoch)[index]])
+        return rows
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._epoch is None or self._epoch[0] != epoch:

@@ -1,0 +1,81 @@
+"""This project's own loop, without tracking: `python -m ... FOLDER CONFIG.json PACKING`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunix_mlflow import bootstrap
+from tunix_mlflow import config as configs
+from tunix_mlflow.benchmarks.contenders import task as tasks
+from tunix_mlflow.benchmarks.contenders.pace import Pace
+
+
+def main(folder: Path, config_file: Path, packing: bool) -> None:
+    """Train the task."""
+    config = configs.from_json(config_file.read_bytes(), str(config_file))
+    bootstrap.prepare(config)
+
+    import jax
+    import numpy as np
+
+    from tunix_mlflow.data import batches
+    from tunix_mlflow.models import llama
+    from tunix_mlflow.training import devices, loop, setup, step
+    from tunix_mlflow.training.checkpoint import Checkpoints, Retention
+
+    task = tasks.read(folder)
+    pace = Pace(task.stops, lambda: jax.block_until_ready(jax.live_arrays()))
+    device = devices.use(config.device)
+    config = setup.settle(config, task.vocab_size, device.platform)
+    plan, state = setup.begin(config, task.vocab_size, device)
+    weights = llama.from_names(task.weights, state.params)
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), weights, state.params)
+    state = state._replace(params=placed)
+    rows = batches.TokenRows(
+        task.documents,
+        [np.ones(len(d), np.bool_) for d in task.documents],
+        batches.lay_out(task.documents, task.length, packing=packing),
+        task.length,
+    )
+    asked = 0
+
+    def paced(state: Any, batch: Any, **named: Any) -> Any:
+        nonlocal asked
+        pace.done(asked)
+        asked += 1
+        pace.useful(asked, int(np.count_nonzero(batch.segments)))
+        return step.train_step(state, batch, **named)
+
+    vars(loop)["train_step"] = paced  # the loop is the real one; its steps wait their turn
+
+    class Losses:
+        """Hands losses to the benchmark."""
+
+        def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+            if "train/loss" in scalars:
+                pace.loss(step, scalars["train/loss"])
+
+        def flush(self) -> None:
+            pass
+
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoints = Checkpoints(Path(scratch), {}, retention=Retention(1))
+        loop.fit(
+            config,
+            state,
+            batches.TrainBatches(rows, batch_size=task.batch_size, seed=config.seed),
+            plan=plan,
+            writers=[Losses()],
+            checkpoints=checkpoints,
+            evaluate=None,
+        )
+        checkpoints.close()
+    pace.end()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "packed")

@@ -1,0 +1,315 @@
+"""Suite `peers`: the same shape on the same data by several trainers, taking turns.
+
+Each is a process of its own, with the same weights to begin with, the same batches, float32 and
+the same optimizer (AdamW, constant rate, gradients clipped by their global norm). Rows are full
+(`full`), or hold one document each of lognormal length with a median of 80 tokens (`mix`), or are
+packed with those (`packed`). What counts is useful tokens: those that are not padding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tunix_mlflow import config as configs
+from tunix_mlflow import state as state_root
+from tunix_mlflow.benchmarks.contenders import task as tasks
+from tunix_mlflow.config import Config
+from tunix_mlflow.data import batches
+from tunix_mlflow.errors import BenchmarkError, ConfigError
+from tunix_mlflow.models import decoder, llama
+
+_HERE = "tunix_mlflow.benchmarks.contenders"
+
+
+class Contender(NamedTuple):
+    """One trainer on one kind of rows."""
+
+    name: str
+    data: str  # full, or mix
+    module: str
+    words: tuple[str, ...] = ()
+    fast: bool = False  # ours, with the preset cpu-fast
+
+
+CONTENDERS = (
+    Contender("ours", "full", "ours", ("padded",)),
+    Contender("ours, cpu-fast", "full", "ours", ("padded",), True),
+    Contender("PeftTrainer", "full", "peft_trainer"),
+    Contender("HF Trainer", "full", "hugging_face", ("trainer",)),
+    Contender("ours, packed", "mix", "ours", ("packed",)),
+    Contender("ours, packed, cpu-fast", "mix", "ours", ("packed",), True),
+    Contender("ours, one a row", "mix", "ours", ("padded",)),
+    Contender("PeftTrainer", "mix", "peft_trainer"),
+    Contender("HF Trainer", "mix", "hugging_face", ("trainer",)),
+    Contender("SFTTrainer", "mix", "hugging_face", ("sft",)),
+    Contender("SFTTrainer, packed", "mix", "hugging_face", ("sft-packed",)),
+)
+
+
+class Result(NamedTuple):
+    """What one contender did."""
+
+    contender: Contender
+    first_step_seconds: float  # from the start of its process
+    useful_per_sec: list[float]  # tokens a second that are not padding, a repeat each
+    step_seconds: list[float]
+    peak_mb: float  # resident, of its process
+    losses: list[float]  # nats a token, an update each
+
+    @property
+    def key(self) -> str:
+        """For metrics."""
+        name = self.contender.name.lower().replace(", ", "-").replace(" ", "-")
+        return f"{self.contender.data}/{name}"
+
+    def figures(self) -> dict[str, float]:
+        """By name; medians of repeats."""
+        values = {
+            "useful_tokens_per_sec": statistics.median(self.useful_per_sec),
+            "step_seconds": statistics.median(self.step_seconds),
+            "first_step_seconds": self.first_step_seconds,
+            "peak_mb": self.peak_mb,
+            "last_loss": self.losses[-1],
+        }
+        return {f"{self.key}/{name}": value for name, value in values.items()}
+
+
+def measure(config: Config, folder: Path, python: Path, say: Callable[[str], None]) -> list[Result]:
+    """Let all contenders train, in turns.
+
+    Args:
+        config: model, optimizer, batch size, sequence length and `benchmark` are read.
+        folder: an empty one, for the tasks and what the contenders print.
+        python: the interpreter of the peers' environment.
+        say: receives one-line messages.
+
+    Raises:
+        BenchmarkError: if a contender fails, with its last words.
+    """
+    wanted = [c for c in CONTENDERS if config.benchmark.data in ("all", c.data)]
+    for data in {c.data for c in wanted}:
+        (folder / data).mkdir()
+        tasks.write(folder / data, _task(config, data))
+    plain, fast = _ours(config, fast=False), _ours(config, fast=True)
+    (folder / "plain.json").write_bytes(configs.to_json(plain))
+    (folder / "fast.json").write_bytes(configs.to_json(fast))
+    racers: list[_Racer] = []
+    try:
+        for contender in wanted:
+            racers.append(_Racer(contender, folder, python))
+            say(f"{contender.data}, {contender.name}: first step after {racers[-1].first:.1f} s")
+        for racer in racers:
+            racer.turn()  # warm up
+        for repeat in range(config.benchmark.repeats):
+            for racer in racers if repeat % 2 == 0 else reversed(racers):
+                racer.timed()
+            say(f"repeat {repeat + 1} of {config.benchmark.repeats}")
+        return [racer.finish() for racer in racers]
+    finally:
+        for racer in racers:
+            racer.stop()
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as Markdown; ratios are medians of paired repeats."""
+    lines = [
+        "| rows | trainer | useful tokens/s | by PeftTrainer | by HF Trainer | s a step"
+        " | first step, s | peak MB | first loss | last loss |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        rates = result.useful_per_sec
+        ratios = [ratio(results, result, name) for name in ("PeftTrainer", "HF Trainer")]
+        shown = ["" if r is None else f"{r:.2f}" for r in ratios]
+        lines.append(
+            f"| {result.contender.data} | {result.contender.name}"
+            f" | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
+            f" | {shown[0]} | {shown[1]} | {statistics.median(result.step_seconds):.2f}"
+            f" | {result.first_step_seconds:.1f} | {result.peak_mb:,.0f}"
+            f" | {result.losses[0]:.4f} | {result.losses[-1]:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def ratio(results: Sequence[Result], result: Result, name: str) -> float | None:
+    """Its useful tokens a second by those of the trainer of that name on the same data."""
+    for other in results:
+        if other.contender.name == name and other.contender.data == result.contender.data:
+            pairs = zip(result.useful_per_sec, other.useful_per_sec, strict=True)
+            return statistics.median(a / b for a, b in pairs)
+    return None
+
+
+def documents(data: str, count: int, length: int, vocab_size: int) -> list[npt.NDArray[np.int32]]:
+    """Token ids that can be learnt: four of five follow from the one before.
+
+    Args:
+        data: `full`: each of `length` tokens; `mix`: lognormal, median 80, at most `length`.
+        count: how many.
+        length: tokens of a row.
+        vocab_size: ids are 2 and more; 0 is padding and 1 an end in some trainers.
+    """
+    rng = np.random.default_rng(7)
+    follows = rng.permutation(vocab_size - 2) + 2
+    made = []
+    for _ in range(count):
+        size = length
+        if data == "mix":
+            size = int(np.clip(rng.lognormal(np.log(80), 0.7), 8, length))
+        ids = rng.integers(2, vocab_size, size)
+        for place in range(1, size):
+            if rng.random() < 0.8:
+                ids[place] = follows[ids[place - 1] - 2]
+        made.append(ids.astype(np.int32))
+    return made
+
+
+def interpreter(config: Config) -> Path:
+    """Of the peers' environment.
+
+    Raises:
+        ConfigError: if it is not there, saying what makes it.
+    """
+    given = config.benchmark.peers_python
+    path = Path(given) if given else state_root.project_root() / ".venv-peers" / "bin" / "python"
+    if not path.is_file():
+        raise ConfigError(
+            f"the peers' environment is missing: no {path}; `make peers` in a checkout builds it,"
+            " or set benchmark.peers_python"
+        )
+    return path
+
+
+def _task(config: Config, data: str) -> tasks.Task:
+    bench, training, rule = config.benchmark, config.training, config.optimizer
+    length = config.data.sequence_length or 0
+    stops = [1, 1 + bench.warmup_steps]
+    stops += [stops[-1] + bench.steps * (n + 1) for n in range(bench.repeats)]
+    count = (stops[-1] + 1) * training.batch_size
+    made = documents(data, count, length, bench.vocabulary)
+    rows = batches.TokenRows(made, [], [[n] for n in range(count)], length)
+    stream = batches.TrainBatches(rows, batch_size=training.batch_size, seed=config.seed)
+    order = [[row[0] for row in stream.rows_at(step)] for step in range(stops[-1] + 1)]
+    _, params = decoder.build(config.model, bench.vocabulary, config.seed)
+    return tasks.Task(
+        model=msgspec.to_builtins(config.model),
+        vocab_size=bench.vocabulary,
+        length=length,
+        batch_size=training.batch_size,
+        learning_rate=rule.learning_rate,
+        b1=rule.b1,
+        b2=rule.b2,
+        weight_decay=rule.weight_decay,
+        clip_norm=rule.clip_norm,
+        threads=len(os.sched_getaffinity(0)),
+        stops=stops,
+        documents=made,
+        order=np.asarray(order, np.int32),
+        weights=llama.to_names(params),
+    )
+
+
+def _ours(config: Config, *, fast: bool) -> Config:
+    bench = config.benchmark
+    training = msgspec.structs.replace(
+        config.training,
+        steps=2 + bench.warmup_steps + bench.steps * bench.repeats,
+        eval_every_steps=0,
+        save_every_steps=0,
+    )
+    rule = msgspec.structs.replace(
+        config.optimizer, name="adamw", warmup_steps=0, final_fraction=1.0
+    )
+    config = msgspec.structs.replace(config, training=training, optimizer=rule)
+    if not fast:
+        return config
+    presets = state_root.project_root() / "projects" / "configs"
+    preset = configs.load("cpu-fast", {}, presets)
+    return msgspec.structs.replace(
+        config,
+        device=preset.device,
+        mesh=preset.mesh,
+        training=msgspec.structs.replace(training, fast_math=preset.training.fast_math),
+    )
+
+
+class _Racer:
+    """A contender's process."""
+
+    def __init__(self, contender: Contender, folder: Path, python: Path) -> None:
+        ours = contender.module == "ours"
+        words = [sys.executable if ours else str(python), "-m", f"{_HERE}.{contender.module}"]
+        words.append(str(folder / contender.data))
+        if ours:
+            words.append(str(folder / ("fast.json" if contender.fast else "plain.json")))
+        name = f"{contender.data}-{contender.module}-{'-'.join(contender.words)}{contender.fast}"
+        self.contender, self._log = contender, folder / f"{name}.log"
+        quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "USE_TF": "0"}
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / name)} if ours else {}
+        root = {"PYTHONPATH": str(state_root.project_root())}
+        started = time.perf_counter()
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*words, *contender.words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **quiet, **cache, **root},
+                text=True,
+            )
+        self._heard()
+        self.first = time.perf_counter() - started
+        self._rates: list[float] = []
+        self._steps: list[float] = []
+        self._at = 1
+
+    def turn(self) -> tuple[float, float, int]:
+        """Let it train to its next pause: seconds, useful tokens, updates."""
+        self._speak()
+        heard = self._heard()
+        updates, self._at = heard["step"] - self._at, int(heard["step"])
+        return heard["seconds"], heard["useful"], int(updates)
+
+    def timed(self) -> None:
+        """A turn that counts."""
+        seconds, useful, updates = self.turn()
+        self._rates.append(useful / seconds)
+        self._steps.append(seconds / updates)
+
+    def finish(self) -> Result:
+        """Its last update, and what it measured itself."""
+        self._speak()
+        heard = self._heard()
+        rates, steps = self._rates, self._steps
+        return Result(self.contender, self.first, rates, steps, heard["peak_mb"], heard["losses"])
+
+    def stop(self) -> None:
+        """End its process, in whatever state."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _speak(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+
+    def _heard(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            last = self._log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise BenchmarkError(f"{self.contender.name} failed: {''.join(last)}")
+        heard: dict[str, Any] = json.loads(line)
+        return heard
