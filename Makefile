@@ -35,7 +35,7 @@ test-install: venv  ## the tests that build environments: uv, and the wheel in a
 	$(BIN)/python -m pytest -q -m install tests/test_install.py
 
 faults: venv $(SERVICES)/.installed  ## the long counts: KILLS=200 of training, long outages, PostgreSQL, S3
-	TUNIX_FAULTS=50 KILLS=$(KILLS) TUNIX_SERVICES=$(abspath $(SERVICES))/bin/python \
+	TUNIX_FAULTS=50 KILLS=$(KILLS) $(if $(CRASHES),CRASHES=$(CRASHES)) TUNIX_SERVICES=$(abspath $(SERVICES))/bin/python \
 		$(BIN)/python -m pytest -q -s -n 0 -m '' tests/faults
 
 $(SERVICES)/.installed: tests/faults/services.lock

@@ -1,20 +1,23 @@
-"""Measure this machine: training throughput on a real dataset, or the catalog.
+"""Measure this machine: the training step, what surrounds it, other trainers, the catalog.
 
     mlflow run . -e bench --env-manager local
     tunix-mlflow bench column-addition benchmark.repeats=5
+    tunix-mlflow bench shape-s suite=tracking
     tunix-mlflow bench suite=data benchmark.traces=100000
 
-Half a minute on two cores; the suite data, with its million traces, some minutes. The last line
-of stdout is JSON.
+Half a minute on two cores; the suites data and peers some minutes. The last line of stdout is
+JSON.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunix_mlflow import bootstrap
 from tunix_mlflow.config import Config
@@ -22,101 +25,85 @@ from tunix_mlflow.errors import ConfigError
 
 from . import console
 
+if TYPE_CHECKING:
+    from tunix_mlflow.tracking.session import RunSession
+
 OWN = ("suite",)
-DEFAULT = "column-addition"
+TRAIN, OTHERS = "column-addition", "shape-s"
+"""Presets of the suite train, and of the others."""
 
 
 def bench(config: Config) -> dict[str, Any]:
     """Run `config.benchmark.suite` and record it.
 
     Raises:
-        InputError: for a dataset or device that cannot be used.
+        InputError: for a dataset, device, server or environment that cannot be used.
+        BenchmarkError: when what is measured fails.
     """
-    suites = {"train": _train, "data": _data, "peers": _peers}
-    return suites[config.benchmark.suite](config)
+    suites: dict[str, Callable[[Config], dict[str, Any]]] = {
+        "train": _train,
+        "data": _data,
+        "peers": _peers,
+        "tracking": _tracking,
+        "checkpoint": _checkpoint,
+        "startup": _startup,
+        "scale": _scale,
+    }
+    return {"suite": config.benchmark.suite, **suites[config.benchmark.suite](config)}
 
 
 def _data(config: Config) -> dict[str, Any]:
-    from tunix_mlflow import state
     from tunix_mlflow.benchmarks import data as suite
-    from tunix_mlflow.tracking import store
-    from tunix_mlflow.tracking.session import session
 
-    store.connect(config.tracking)
-    state.temporary_dir().mkdir(parents=True, exist_ok=True)
-    with (
-        session(config, stage="bench") as run,
-        tempfile.TemporaryDirectory(dir=state.temporary_dir()) as folder,
-    ):
+    with _recorded(config) as (run, folder):
         sizes = {"traces": config.benchmark.traces, "peer_traces": config.benchmark.peer_traces}
-        figures = suite.measure(Path(folder), **sizes, say=console.say)
+        figures = suite.measure(folder, **sizes, say=console.say)
         run.log_figures({f"data/{name}": value for name, value in figures.items()})
         run.log_text(suite.table(figures), "data.md")
     console.say(suite.table(figures))
-    return {"suite": "data", "run_id": run.run_id, **figures}
+    return {"run_id": run.run_id, **figures}
 
 
 def _peers(config: Config) -> dict[str, Any]:
-    from tunix_mlflow import state
-    from tunix_mlflow.benchmarks import compare
     from tunix_mlflow.benchmarks import peers as suite
-    from tunix_mlflow.tracking import store
-    from tunix_mlflow.tracking.session import session
 
     python = suite.interpreter(config)
-    store.connect(config.tracking)
-    state.temporary_dir().mkdir(parents=True, exist_ok=True)
-    with (
-        session(config, stage="bench") as run,
-        tempfile.TemporaryDirectory(dir=state.temporary_dir()) as folder,
-    ):
-        results = suite.measure(config, Path(folder), python, console.say)
-        table = suite.table(results)
-        run.log_text(table, "peers.md")
-        figures: dict[str, float] = {}
-        for result in results:
-            for number, rate in enumerate(result.useful_per_sec, start=1):
-                run.write_scalars(number, {f"{compare.REPEATS}{result.key}_per_sec": rate})
-            figures |= result.figures()
+    with _recorded(config) as (run, folder):
+        results = suite.measure(config, folder, python, console.say)
+        suite.plot(results, run.folder / "peers.png")
+        run.log_file(run.folder / "peers.png")
+        run.log_text(suite.table(results), "peers.md")
+        _log_repeats(run, {f"{result.key}_per_sec": result.useful_per_sec for result in results})
+        figures = {name: value for result in results for name, value in result.figures().items()}
         run.log_figures({f"peers/{name}": value for name, value in figures.items()})
-    console.say(table)
-    return {"suite": "peers", "run_id": run.run_id, **figures}
+        run.sync()
+    console.say(suite.table(results))
+    return {"run_id": run.run_id, **figures}
 
 
 def _train(config: Config) -> dict[str, Any]:
-    from tunix_mlflow.benchmarks import compare
     from tunix_mlflow.benchmarks import train as suite
-    from tunix_mlflow.data import datasets
-    from tunix_mlflow.tracking import store
-    from tunix_mlflow.tracking.session import session
-    from tunix_mlflow.training import devices
-    from tunix_mlflow.training import setup as setups
 
-    if config.dataset is None:
-        raise ConfigError("dataset is missing; give dataset=KEY")
-    store.connect(config.tracking)
-    manifest = datasets.ready(config.dataset, console.say)
-    setup = setups.assemble(config, manifest, devices.use(config.device))
-    config = setup.config
-    tags = {f"tunix.{name}": value for name, value in setup.fingerprint().items()}
-    with session(config, stage="bench", tags=tags) as run:
-        run.log_dataset(manifest, config.data.train_split, usage="benchmark")
-        measured = suite.measure(
-            config.benchmark,
-            setup.state,
-            setup.train_batches(),
-            model=config.model,
-            plan=setup.plan,
-        )
+    config, work, tags = _workload(config)
+    with _recorded(config, tags) as (run, _):
+        if work.manifest is not None:
+            run.log_dataset(work.manifest, config.data.train_split, usage="benchmark")
+        profile = run.folder / "profile" if config.benchmark.profile else None
+        with suite.profiled(profile):
+            measured = suite.measure(
+                config.benchmark, work.state, work.batches, model=config.model, plan=work.plan
+            )
+        if profile is not None:
+            run.log_folder(profile, "profile")
         figures = {k: v for k, v in measured._asdict().items() if isinstance(v, float)}
         run.log_figures({f"perf/{name}": value for name, value in figures.items()})
-        for key, values in (
-            (f"{compare.REPEATS}tokens_per_sec", measured.tokens_per_secs),
-            (f"{compare.REPEATS}step_time_ms", measured.step_times_ms),
-            ("perf/single_step_ms", measured.steps_ms),
-        ):
-            for number, value in enumerate(values, start=1):
-                run.write_scalars(number, {key: value})
+        rates, times = measured.tokens_per_secs, measured.step_times_ms
+        _log_repeats(run, {"tokens_per_sec": rates, "step_time_ms": times})
+        for number, value in enumerate(measured.steps_ms, start=1):
+            run.write_scalars(number, {"perf/single_step_ms": value})
+        suite.plot(measured.steps_ms, run.folder / "steps.png")
+        run.log_file(run.folder / "steps.png")
+        run.sync()
     low, high = min(measured.tokens_per_secs), max(measured.tokens_per_secs)
     console.say(
         f"{measured.tokens_per_sec:,.0f} tokens/s ({low:,.0f} to {high:,.0f}),"
@@ -125,12 +112,150 @@ def _train(config: Config) -> dict[str, Any]:
         f" GFLOP/s, which a large product reaches; {measured.peak_host_mb:,.0f} MB"
     )
     return {
-        "suite": config.benchmark.suite,
-        "dataset": manifest.key,
-        "device": str(setup.device),
+        "dataset": config.dataset,
+        "device": str(work.device),
         "run_id": run.run_id,
         **measured._asdict(),
     }
+
+
+def _tracking(config: Config) -> dict[str, Any]:
+    import mlflow
+
+    from tunix_mlflow.benchmarks import tracking as suite
+
+    config, work, tags = _workload(config)
+    uri = mlflow.get_tracking_uri()
+    if config.benchmark.delay_ms and not uri.startswith("http://"):
+        raise ConfigError(
+            f"benchmark.delay_ms needs a tracking server at http://, and this is {uri}"
+        )
+    later = suite.away(uri, config.benchmark.delay_ms)
+    with later if config.benchmark.delay_ms else nullcontext(uri) as address:
+        mlflow.set_tracking_uri(address)
+        with _recorded(config, tags) as (run, _):
+            cost = suite.measure(
+                config.benchmark, work.plan, work.state, work.batches, run, run.sync
+            )
+            repeats = {"step_ms": cost.step_ms, "recorded_step_ms": cost.recorded_step_ms}
+            figures = _log_cost(run, "tracking", cost._asdict(), repeats)
+    console.say(
+        f"a step takes {statistics.median(cost.step_ms):.1f} ms, recorded"
+        f" {statistics.median(cost.recorded_step_ms):.1f}: {cost.share:+.2%} (median of pairs)."
+        f" Accounted for: {cost.write_ms:.3f} ms in the loop and {cost.delivery_ms:.3f} ms of"
+        f" processor time to deliver, {cost.accounted_share:.2%}"
+    )
+    return {"run_id": run.run_id, **figures}
+
+
+def _checkpoint(config: Config) -> dict[str, Any]:
+    from tunix_mlflow.benchmarks import checkpoint as suite
+
+    config, work, tags = _workload(config)
+    with _recorded(config, tags) as (run, folder):
+        cost = suite.measure(config.benchmark, work.plan, work.state, work.batches, folder / "c")
+        repeats = {"step_ms": cost.step_ms, "save_extra_ms": cost.extra_ms}
+        figures = _log_cost(run, "checkpoint", cost._asdict(), repeats)
+    low, high = min(cost.extra_ms), max(cost.extra_ms)
+    console.say(
+        f"a save of {cost.megabytes:,.1f} MB blocks {cost.blocked_ms:.0f} ms, costs"
+        f" {statistics.median(cost.extra_ms):.0f} ms in all ({low:.0f} to {high:.0f}), counts after"
+        f" {cost.sealed_ms:.0f} ms; {cost.share:.2%} of {suite.EVERY} steps of"
+        f" {statistics.median(cost.step_ms):.0f} ms. Checked in {cost.verify_ms:.0f} ms,"
+        f" restored in {cost.restore_ms:.0f}"
+    )
+    return {"run_id": run.run_id, **figures}
+
+
+def _startup(config: Config) -> dict[str, Any]:
+    from tunix_mlflow.benchmarks import peers
+    from tunix_mlflow.benchmarks import startup as suite
+
+    try:
+        python: Path | None = peers.interpreter(config)
+    except ConfigError as error:
+        if config.benchmark.peers_python:
+            raise
+        python = None
+        console.say(f"without PeftTrainer: {error}")
+    with _recorded(config) as (run, folder):
+        found = suite.measure(config, folder, python, console.say)
+        run.log_text(suite.table(found), "startup.md")
+        figures = _log_cost(run, "startup", {}, found)
+    console.say(suite.table(found))
+    return {"run_id": run.run_id, **figures}
+
+
+def _scale(config: Config) -> dict[str, Any]:
+    from tunix_mlflow.benchmarks import scale as suite
+
+    with _recorded(config) as (run, _):
+        found = suite.measure(config, console.say)
+        run.log_text(suite.table(found), "scale.md")
+        for f in found:
+            values = {
+                "state_bytes": f.state_bytes,
+                "working_bytes": f.working_bytes,
+                "gflop": f.flops / 1e9,
+                "collective_bytes": f.collective_bytes,
+            }
+            run.write_scalars(f.devices, {f"scale/{f.axis}/{k}": v for k, v in values.items()})
+        run.sync()
+    return {"run_id": run.run_id, "forecasts": [f._asdict() for f in found]}
+
+
+@contextmanager
+def _recorded(
+    config: Config, tags: Mapping[str, str] | None = None
+) -> Iterator[tuple[RunSession, Path]]:
+    """A run for a suite, and an empty folder for its work."""
+    from tunix_mlflow import state
+    from tunix_mlflow.tracking import store
+    from tunix_mlflow.tracking.session import session
+
+    store.connect(config.tracking)
+    state.temporary_dir().mkdir(parents=True, exist_ok=True)
+    with (
+        session(config, stage="bench", tags=tags or {}) as run,
+        tempfile.TemporaryDirectory(dir=state.temporary_dir()) as folder,
+    ):
+        yield run, Path(folder)
+
+
+def _workload(config: Config) -> tuple[Config, Any, dict[str, str]]:
+    """Settled configuration, what is trained, and tags: of a dataset, or of made-up documents."""
+    from tunix_mlflow.benchmarks import workload
+    from tunix_mlflow.data import datasets
+    from tunix_mlflow.training import devices
+
+    device = devices.use(config.device)
+    if config.dataset is None:
+        work = workload.made_up(config, device)
+    else:
+        manifest = datasets.ready(config.dataset, console.say)
+        work = workload.of_dataset(config, manifest, device)
+    fingerprint = devices.fingerprint(device, config.mesh)
+    return work.config, work, {f"tunix.{name}": value for name, value in fingerprint.items()}
+
+
+def _log_repeats(run: RunSession, values: Mapping[str, Sequence[float]]) -> None:
+    from tunix_mlflow.benchmarks import compare
+
+    for name, repeats in values.items():
+        for number, value in enumerate(repeats, start=1):
+            run.write_scalars(number, {f"{compare.REPEATS}{name}": value})
+
+
+def _log_cost(
+    run: RunSession, prefix: str, cost: Mapping[str, Any], repeats: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """Figures, and medians of repeats, of a suite; what its JSON says."""
+    figures = {name: value for name, value in cost.items() if isinstance(value, float)}
+    figures |= {name: statistics.median(values) for name, values in repeats.items()}
+    run.log_figures({f"{prefix}/{name}": value for name, value in figures.items()})
+    _log_repeats(run, repeats)
+    run.sync()
+    return {**figures, "repeats": {name: list(values) for name, values in repeats.items()}}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -138,8 +263,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = bootstrap.parse(argv, OWN)
     if "suite" in arguments.stage:
         arguments.overrides.setdefault("benchmark.suite", arguments.stage["suite"])
-    peers = arguments.overrides.get("benchmark.suite") == "peers"
-    config = arguments.load("shape-s" if peers else DEFAULT)
+    suite = arguments.overrides.get("benchmark.suite", "train")
+    config = arguments.load(TRAIN if suite == "train" else OTHERS)
     bootstrap.prepare(config)
     console.result(**bench(config))
 

@@ -18,7 +18,8 @@ from tunix_mlflow import session, state
 from tunix_mlflow.config import Config, TrackingConfig
 from tunix_mlflow.data import datasets
 from tunix_mlflow.errors import ConfigError, Interrupted, TrackingError
-from tunix_mlflow.tracking import delivery, outbox, runs, shipper
+from tunix_mlflow.tracking import delivery, lease, outbox, runs, shipper
+from tunix_mlflow.tracking import session as sessions
 from tunix_mlflow.tracking import store as links
 
 QUIET = Config(tracking=TrackingConfig(system_metrics=False))
@@ -89,6 +90,33 @@ def test_every_way_out_sets_the_status(
     assert (found.info.status, found.data.tags["tunix.error"]) == (status, message)
     assert found.data.metrics["train/loss"] == 5.0
     assert mlflow.active_run() is None
+
+
+def test_a_run_whose_beginning_was_cut_off_is_found(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made by a process that died before it held the lease: ended once that time is over."""
+    short = Config(tracking=TrackingConfig(system_metrics=False, lease_seconds=2))
+
+    def die(*_: object, **__: object) -> None:
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lease, "acquire", die)
+        patched.setattr(sessions, "_leave_fluent", lambda *_: None)
+        with pytest.raises(SystemExit), session(short, stage="train"):
+            pass
+    ghost = mlflow.active_run()
+    assert ghost is not None
+    mlflow.tracking.fluent._active_run_stack.set([])
+    reports: list[str] = []
+    with session(short, stage="train", report=reports.append):
+        assert MlflowClient().get_run(ghost.info.run_id).info.status == "RUNNING"
+    time.sleep(2)
+    with session(short, stage="train", report=reports.append):
+        pass
+    assert MlflowClient().get_run(ghost.info.run_id).info.status == "KILLED"
+    assert any(ghost.info.run_id in report for report in reports)
 
 
 def test_children_are_linked(store: str) -> None:

@@ -227,8 +227,11 @@ class PromotionConfig(_Section, frozen=True):
 class BenchmarkConfig(_Section, frozen=True):
     """The bench entry point."""
 
-    suite: Literal["train", "data", "peers"] = "train"
-    """What is measured: the training step, the catalog, or other trainers beside ours."""
+    suite: Literal["train", "data", "peers", "tracking", "checkpoint", "startup", "scale"] = "train"
+    """What is measured: the training step, the catalog, other trainers beside ours, what recording
+    and saving cost a step, the time to the first step, or what several devices would need."""
+    delay_ms: NonNegative = 0
+    """tracking: how much later the tracking server is to answer."""
     traces: Positive = 1_000_000
     """data: generated traces."""
     peer_traces: Positive = 100_000
@@ -239,6 +242,8 @@ class BenchmarkConfig(_Section, frozen=True):
     """peers: full rows, documents of mixed lengths, or both."""
     peers_python: str | None = None
     """peers: interpreter of their environment; null: that of `make peers`."""
+    profile: bool = False
+    """train: keep a trace of jax.profiler among the run's artifacts."""
     warmup_steps: Positive = 3
     """Steps that are not counted."""
     steps: Positive = 20

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from tunix_mlflow import config as configs
 from tunix_mlflow import state as state_root
+from tunix_mlflow.benchmarks import workload
 from tunix_mlflow.benchmarks.contenders import task as tasks
 from tunix_mlflow.config import Config
-from tunix_mlflow.data import batches
+from tunix_mlflow.data.batches import TrainBatches
 from tunix_mlflow.errors import BenchmarkError, ConfigError
 from tunix_mlflow.models import decoder, llama
 
@@ -101,14 +101,12 @@ def measure(config: Config, folder: Path, python: Path, say: Callable[[str], Non
     wanted = [c for c in CONTENDERS if config.benchmark.data in ("all", c.data)]
     for data in {c.data for c in wanted}:
         (folder / data).mkdir()
-        tasks.write(folder / data, _task(config, data))
-    plain, fast = _ours(config, fast=False), _ours(config, fast=True)
-    (folder / "plain.json").write_bytes(configs.to_json(plain))
-    (folder / "fast.json").write_bytes(configs.to_json(fast))
-    racers: list[_Racer] = []
+        tasks.write(folder / data, task(config, data))
+    write_configs(config, folder)
+    racers: list[Racer] = []
     try:
         for contender in wanted:
-            racers.append(_Racer(contender, folder, python))
+            racers.append(Racer(contender, folder, python))
             say(f"{contender.data}, {contender.name}: first step after {racers[-1].first:.1f} s")
         for racer in racers:
             racer.turn()  # warm up
@@ -143,6 +141,24 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Draw useful tokens a second: medians as bars, repeats as dots."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.4 * len(results) + 1), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{r.contender.name} ({r.contender.data})" for r in results]
+    middles = [statistics.median(r.useful_per_sec) for r in results]
+    colours = ["C0" if r.contender.module == "ours" else "lightgrey" for r in results]
+    axes.barh(names, middles, color=colours)
+    for name, result in zip(names, results, strict=True):
+        rates = result.useful_per_sec
+        axes.plot(rates, [name] * len(rates), ".", color="black", markersize=3)
+    axes.invert_yaxis()
+    axes.set(xlabel="useful tokens/s; dots: repeats")
+    figure.savefig(path, dpi=120)
+
+
 def ratio(results: Sequence[Result], result: Result, name: str) -> float | None:
     """Its useful tokens a second by those of the trainer of that name on the same data."""
     for other in results:
@@ -150,30 +166,6 @@ def ratio(results: Sequence[Result], result: Result, name: str) -> float | None:
             pairs = zip(result.useful_per_sec, other.useful_per_sec, strict=True)
             return statistics.median(a / b for a, b in pairs)
     return None
-
-
-def documents(data: str, count: int, length: int, vocab_size: int) -> list[npt.NDArray[np.int32]]:
-    """Token ids that can be learnt: four of five follow from the one before.
-
-    Args:
-        data: `full`: each of `length` tokens; `mix`: lognormal, median 80, at most `length`.
-        count: how many.
-        length: tokens of a row.
-        vocab_size: ids are 2 and more; 0 is padding and 1 an end in some trainers.
-    """
-    rng = np.random.default_rng(7)
-    follows = rng.permutation(vocab_size - 2) + 2
-    made = []
-    for _ in range(count):
-        size = length
-        if data == "mix":
-            size = int(np.clip(rng.lognormal(np.log(80), 0.7), 8, length))
-        ids = rng.integers(2, vocab_size, size)
-        for place in range(1, size):
-            if rng.random() < 0.8:
-                ids[place] = follows[ids[place - 1] - 2]
-        made.append(ids.astype(np.int32))
-    return made
 
 
 def interpreter(config: Config) -> Path:
@@ -192,15 +184,16 @@ def interpreter(config: Config) -> Path:
     return path
 
 
-def _task(config: Config, data: str) -> tasks.Task:
+def task(config: Config, data: str) -> tasks.Task:
+    """The work, on `full` rows or a `mix`, for as many updates as `benchmark` says."""
     bench, training, rule = config.benchmark, config.training, config.optimizer
     length = config.data.sequence_length or 0
     stops = [1, 1 + bench.warmup_steps]
     stops += [stops[-1] + bench.steps * (n + 1) for n in range(bench.repeats)]
     count = (stops[-1] + 1) * training.batch_size
-    made = documents(data, count, length, bench.vocabulary)
-    rows = batches.TokenRows(made, [], [[n] for n in range(count)], length)
-    stream = batches.TrainBatches(rows, batch_size=training.batch_size, seed=config.seed)
+    made = workload.documents(data, count, length, bench.vocabulary)
+    rows = workload.rows(made, length, packing=False)
+    stream = TrainBatches(rows, batch_size=training.batch_size, seed=config.seed)
     order = [[row[0] for row in stream.rows_at(step)] for step in range(stops[-1] + 1)]
     _, params = decoder.build(config.model, bench.vocabulary, config.seed)
     return tasks.Task(
@@ -219,6 +212,12 @@ def _task(config: Config, data: str) -> tasks.Task:
         order=np.asarray(order, np.int32),
         weights=llama.to_names(params),
     )
+
+
+def write_configs(config: Config, folder: Path) -> None:
+    """Our own configuration for the task, plain and fast."""
+    (folder / "plain.json").write_bytes(configs.to_json(_ours(config, fast=False)))
+    (folder / "fast.json").write_bytes(configs.to_json(_ours(config, fast=True)))
 
 
 def _ours(config: Config, *, fast: bool) -> Config:
@@ -245,10 +244,19 @@ def _ours(config: Config, *, fast: bool) -> Config:
     )
 
 
-class _Racer:
-    """A contender's process."""
+class Racer:
+    """A contender's process, from its start to its first pause.
 
-    def __init__(self, contender: Contender, folder: Path, python: Path) -> None:
+    Args:
+        contender: which.
+        folder: with its task, and our configurations.
+        python: the interpreter of the peers' environment.
+        cache: where ours keeps compiled steps; None: nowhere else but here.
+    """
+
+    def __init__(
+        self, contender: Contender, folder: Path, python: Path, cache: Path | None = None
+    ) -> None:
         ours = contender.module == "ours"
         words = [sys.executable if ours else str(python), "-m", f"{_HERE}.{contender.module}"]
         words.append(str(folder / contender.data))
@@ -257,23 +265,26 @@ class _Racer:
         name = f"{contender.data}-{contender.module}-{'-'.join(contender.words)}{contender.fast}"
         self.contender, self._log = contender, folder / f"{name}.log"
         quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "USE_TF": "0"}
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / name)} if ours else {}
+        compiled = {"JAX_COMPILATION_CACHE_DIR": str(cache or folder / name)} if ours else {}
         root = {"PYTHONPATH": str(state_root.project_root())}
-        started = time.perf_counter()
+        self.started = time.perf_counter()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*words, *contender.words],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, **quiet, **cache, **root},
+                env={**os.environ, **quiet, **compiled, **root},
                 text=True,
             )
-        self._heard()
-        self.first = time.perf_counter() - started
+        try:
+            self._at = int(self._heard()["step"])
+        except BenchmarkError:
+            self.stop()
+            raise
+        self.first = time.perf_counter() - self.started
         self._rates: list[float] = []
         self._steps: list[float] = []
-        self._at = 1
 
     def turn(self) -> tuple[float, float, int]:
         """Let it train to its next pause: seconds, useful tokens, updates."""

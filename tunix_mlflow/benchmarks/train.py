@@ -13,6 +13,9 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -107,6 +110,28 @@ def measure(
         _peak_host_mb(),
         _peak_device_mb(state),
     )
+
+
+@contextmanager
+def profiled(folder: Path | None) -> Iterator[None]:
+    """Leave a trace of `jax.profiler` in a folder, for TensorBoard or Perfetto; None: do not."""
+    if folder is None:
+        yield
+        return
+    with jax.profiler.trace(str(folder)):
+        yield
+
+
+def plot(steps_ms: Sequence[float], path: Path) -> None:
+    """Draw single steps, one after the other, with their median."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(steps_ms) + 1), steps_ms, marker=".", linewidth=0.8)
+    axes.axhline(statistics.median(steps_ms), color="grey", linestyle="--", linewidth=0.8)
+    axes.set(xlabel="step", ylabel="ms", ylim=(0, None), title="single steps; dashed: their median")
+    figure.savefig(path, dpi=120)
 
 
 def flops_per_token(parameters: int, model: ModelConfig, length: int) -> float:

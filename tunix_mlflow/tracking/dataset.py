@@ -1,15 +1,20 @@
-"""A split of a manifest as an MLflow dataset, one input of a run."""
+"""A split of a manifest as an MLflow dataset, one input of a run.
+
+Imported by every `import mlflow`, through the constructor plugin.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow.data.dataset import Dataset
 from mlflow.types.schema import ColSpec, DataType, Schema
 
-from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.tracking.dataset_source import TunixDatasetSource
+
+if TYPE_CHECKING:
+    from tunix_mlflow.data.manifest import Manifest
 
 _SCHEMA = Schema(
     [

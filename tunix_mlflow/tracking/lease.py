@@ -60,6 +60,11 @@ class Lease:
                 self._client.set_tag(self._run_id, TAG, f"{self._owner} 0")
 
 
+def provisional(seconds: float) -> dict[str, str]:
+    """The tag to make a run with: if this process dies before it holds the lease, it is seen."""
+    return {TAG: f"starting {int(1000 * (time.time() + seconds))}"}
+
+
 def holder(tags: dict[str, str]) -> tuple[str, float] | None:
     """Owner and end (seconds since 1970) of the lease that a run's tags tell of."""
     owner, _, ends = tags.get(TAG, "").partition(" ")
@@ -107,6 +112,9 @@ def acquire(
     """
     owner = owner_of(folder)
     lease = Lease(client, run_id, owner, seconds)
+    if fresh:
+        lease.write()
+        return lease
     held = first = holder(client.get_run(run_id).data.tags)
     while held is not None and held[0] != owner and held[1] >= time.time():
         if first is None or held != first:
@@ -119,7 +127,7 @@ def acquire(
         time.sleep(_LOOK_SECONDS)
         held = holder(client.get_run(run_id).data.tags)
     lease.write()
-    if not fresh and (held is None or held[0] != owner):
+    if held is None or held[0] != owner:
         time.sleep(_SETTLE_SECONDS)  # two may have found it free
         now = holder(client.get_run(run_id).data.tags)
         if now is None or now[0] != owner:

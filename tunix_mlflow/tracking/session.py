@@ -432,7 +432,7 @@ def _begin_there(
     seconds = config.tracking.lease_seconds
     with contextlib.ExitStack() as undo:
         if run_id is None:
-            active = _start(client, config, name, tags)
+            active = _start(client, config, name, tags | lease.provisional(seconds))
             undo.callback(_leave_fluent, active.info.run_id, "FAILED")
             folder = state.run_dir(active.info.run_id)
             lock = _locked(folder)

@@ -55,10 +55,11 @@ def reduced(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Inside shard_map: this device's part of the sum over all devices."""
     axis = _axis(spec)
     if axis is None:
-        leaf = jax.lax.psum(leaf, "fsdp")
-    else:
-        leaf = jax.lax.psum_scatter(leaf, "fsdp", scatter_dimension=axis, tiled=True)
-    leaf = jax.lax.psum(leaf, "data")
+        leaf = jax.lax.psum(leaf, ("data", "fsdp"))
+        return leaf
+    leaf = jax.lax.psum_scatter(leaf, "fsdp", scatter_dimension=axis, tiled=True)
+    if jax.lax.axis_size("data") > 1:
+        leaf = jax.lax.psum(leaf, "data")
     return leaf
 
 

@@ -134,24 +134,46 @@ def begin(config: Config, vocab_size: int, device: jax.Device) -> tuple[Plan, Tr
     Raises:
         DeviceError: if there are fewer devices than the mesh needs.
     """
-    training = config.training
-    mesh = meshes.build(config.mesh, devices.group(device, config.mesh.size))
-    rule = optimizer.build(config.optimizer, training.steps)
-    plan = Plan(
-        decoder.shape(config.model, vocab_size)[0],
-        rule,
-        config.microbatches,
-        mesh,
-        Compute(training.compute_dtype, training.remat, training.loss_chunk or 0),
-    )
+    plan = _plan(config, vocab_size, device)
 
     def params() -> decoder.Params:
         made = decoder.build(config.model, vocab_size, config.seed)[1]
-        return _as_type(made, training.param_dtype)
+        return _as_type(made, config.training.param_dtype)
 
-    if mesh is None:
-        return plan, step.init_state(params(), rule)
-    return plan, step.init_spread(params, rule, mesh)
+    if plan.mesh is None:
+        return plan, step.init_state(params(), plan.optimizer)
+    return plan, step.init_spread(params, plan.optimizer, plan.mesh)
+
+
+def abstract(config: Config, vocab_size: int, device: jax.Device) -> tuple[Plan, TrainState]:
+    """The same with shapes, types and places for arrays; nothing is computed."""
+    plan = _plan(config, vocab_size, device)
+
+    def make() -> TrainState:
+        params = decoder.build(config.model, vocab_size, config.seed)[1]
+        params = _as_type(params, config.training.param_dtype)
+        state: TrainState = step.init_state(params, plan.optimizer)
+        return state
+
+    state: TrainState = jax.eval_shape(make)
+    if plan.mesh is not None:
+        state = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            state,
+            meshes.shardings(state, plan.mesh),
+        )
+    return plan, state
+
+
+def _plan(config: Config, vocab_size: int, device: jax.Device) -> Plan:
+    training = config.training
+    return Plan(
+        decoder.shape(config.model, vocab_size)[0],
+        optimizer.build(config.optimizer, training.steps),
+        config.microbatches,
+        meshes.build(config.mesh, devices.group(device, config.mesh.size)),
+        Compute(training.compute_dtype, training.remat, training.loss_chunk or 0),
+    )
 
 
 def whole(params: decoder.Params, device: jax.Device) -> decoder.Params:

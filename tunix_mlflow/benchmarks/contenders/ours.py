@@ -22,7 +22,8 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
     import jax
     import numpy as np
 
-    from tunix_mlflow.data import batches
+    from tunix_mlflow.benchmarks import workload
+    from tunix_mlflow.data.batches import TrainBatches
     from tunix_mlflow.models import llama
     from tunix_mlflow.training import devices, loop, setup, step
     from tunix_mlflow.training.checkpoint import Checkpoints, Retention
@@ -35,12 +36,7 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
     weights = llama.from_names(task.weights, state.params)
     placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), weights, state.params)
     state = state._replace(params=placed)
-    rows = batches.TokenRows(
-        task.documents,
-        [np.ones(len(d), np.bool_) for d in task.documents],
-        batches.lay_out(task.documents, task.length, packing=packing),
-        task.length,
-    )
+    rows = workload.rows(task.documents, task.length, packing=packing)
     asked = 0
 
     def paced(state: Any, batch: Any, **named: Any) -> Any:
@@ -67,7 +63,7 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
         loop.fit(
             config,
             state,
-            batches.TrainBatches(rows, batch_size=task.batch_size, seed=config.seed),
+            TrainBatches(rows, batch_size=task.batch_size, seed=config.seed),
             plan=plan,
             writers=[Losses()],
             checkpoints=checkpoints,

@@ -1,0 +1,85 @@
+"""What a suite trains on: documents of tokens that are made up, and can be learnt."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tunix_mlflow.config import Config
+from tunix_mlflow.data import batches
+from tunix_mlflow.data.batches import TokenRows, TrainBatches
+from tunix_mlflow.data.manifest import Manifest
+from tunix_mlflow.training import setup
+from tunix_mlflow.training.step import Plan, TrainState
+
+_LENGTH = 256
+
+
+def documents(data: str, count: int, length: int, vocab_size: int) -> list[npt.NDArray[np.int32]]:
+    """Token ids, of which four of five follow from the one before.
+
+    Args:
+        data: `full`: each of `length` tokens; `mix`: lognormal, median 80, at most `length`.
+        count: how many.
+        length: tokens of a row.
+        vocab_size: ids are 2 and more; 0 is padding and 1 an end in some trainers.
+    """
+    rng = np.random.default_rng(7)
+    follows = rng.permutation(vocab_size - 2) + 2
+    made = []
+    for _ in range(count):
+        size = length if data == "full" else int(np.clip(rng.lognormal(np.log(80), 0.7), 8, length))
+        ids = rng.integers(2, vocab_size, size)
+        for place in range(1, size):
+            if rng.random() < 0.8:
+                ids[place] = follows[ids[place - 1] - 2]
+        made.append(ids.astype(np.int32))
+    return made
+
+
+def rows(made: list[npt.NDArray[np.int32]], length: int, *, packing: bool) -> TokenRows:
+    """Rows of documents whose every token is trained on."""
+    trained = [np.ones(len(document), np.bool_) for document in made]
+    return TokenRows(made, trained, batches.lay_out(made, length, packing=packing), length)
+
+
+class Work(NamedTuple):
+    """What is trained, and how."""
+
+    config: Config  # settled
+    manifest: Manifest | None  # None: made up
+    plan: Plan
+    state: TrainState
+    batches: TrainBatches
+    device: jax.Device
+
+
+def of_dataset(config: Config, manifest: Manifest, device: jax.Device) -> Work:
+    """What training would do with a dataset.
+
+    Raises:
+        DatasetError: as `training.setup.assemble`.
+    """
+    made = setup.assemble(config, manifest, device)
+    return Work(made.config, manifest, made.plan, made.state, made.train_batches(), device)
+
+
+def made_up(config: Config, device: jax.Device) -> Work:
+    """Documents by `benchmark.data` and `benchmark.vocabulary`."""
+    length = config.data.sequence_length or _LENGTH
+    data = msgspec.structs.replace(config.data, sequence_length=length)
+    config = msgspec.structs.replace(config, data=data)
+    config = setup.settle(config, config.benchmark.vocabulary, device.platform)
+    plan, state = setup.begin(config, config.benchmark.vocabulary, device)
+    kind = "mix" if config.benchmark.data == "mix" else "full"
+    made = documents(kind, 16 * config.training.batch_size, length, config.benchmark.vocabulary)
+    stream = TrainBatches(
+        rows(made, length, packing=config.data.packing),
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+    )
+    return Work(config, None, plan, state, stream, device)
