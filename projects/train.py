@@ -140,7 +140,7 @@ def train(config: Config, *, start: Start | None = None) -> Trained:
         last = config.training.steps
         params = setups.whole(state.params, setup.device)
         bundle = bundles.Bundle(
-            config.model, setup.plan.graph, params, setup.tokenizer, setup.max_new_tokens
+            config.model, setup.graph, params, setup.tokenizer, setup.max_new_tokens
         )
         sample = scoring.scorable(setup.held_out, config.evaluation.samples)
         figures: dict[str, float] = {}

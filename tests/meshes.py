@@ -29,7 +29,7 @@ EXAMPLES = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n i
 
 def configured(data: int, fsdp: int, optimizer: str) -> Config:
     tree = {
-        "model": {"layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 24},
+        "model": {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 24},
         "data": {"sequence_length": 64, "packing": False},
         "training": {"steps": STEPS, "batch_size": 8, "microbatch_size": 1},
         "optimizer": {"name": optimizer, "warmup_steps": 0},
@@ -88,9 +88,9 @@ def moved(optimizer: str) -> dict[str, float]:
 
 def main() -> None:
     found = {}
-    for optimizer in ("adamw", "muon"):
+    for optimizer, meshes in (("adamw", ((2, 1), (1, 4), (2, 2))), ("muon", ((2, 2),))):
         alone, losses = trained(configured(1, 1, optimizer))
-        for data, fsdp in ((2, 1), (4, 1), (1, 2), (1, 4), (2, 2)):
+        for data, fsdp in meshes:
             config = configured(data, fsdp, optimizer)
             state, theirs = trained(config)
             again, _ = trained(config)
@@ -101,7 +101,7 @@ def main() -> None:
                 "again": arrays.digest(again) == arrays.digest(state),
                 "share": sum(held) / sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             }
-        found[f"{optimizer} moved"] = moved(optimizer)
+    found["moved"] = moved("adamw")
     print(json.dumps(found))
 
 

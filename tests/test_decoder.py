@@ -130,6 +130,53 @@ def test_generation_stops_at_the_end_of_sequence() -> None:
     assert list(cut) == list(free)[: list(free).index(stop)]
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_fused_form_computes_the_same(name: str) -> None:
+    """Logits, and gradients taken back through `fuse`."""
+    config = SHAPES[name]
+    graph, params = decoder.build(config, VOCAB, seed=2)
+    fused, target = decoder.shape(config, VOCAB, fused=True)
+    made = decoder.fuse(params, config)
+    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(target)]
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(made)] == shapes
+    assert jax.tree.structure(made) == jax.tree.structure(target)
+    tokens = jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6]], jnp.int32)
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0]], jnp.int32)
+    positions, mask = jnp.arange(8)[None], decoder.segment_mask(segments)
+
+    def of(form: decoder.Graph, state: decoder.Params) -> jax.Array:
+        return jnp.sin(nnx.merge(form, state)(tokens, positions, mask)[0])
+
+    assert np.allclose(of(graph, params), of(fused, made), atol=1e-5)
+    plain = jax.grad(lambda p: of(graph, p).sum())(params)
+    back = jax.grad(lambda p: of(fused, decoder.fuse(p, config)).sum())(params)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(back), strict=True):
+        assert np.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "groups", "length", "seen"), [(4, 2, 8, 8), (6, 1, 1, 12)])
+def test_attention_is_the_librarys(heads: int, groups: int, length: int, seen: int) -> None:
+    """In value and gradient, with a mask, for self-attention and for one token and a cache."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, length, heads, 16))
+    k, v = (jax.random.normal(key, (2, seen, groups, 16)) for key in keys[1:])
+    mask = jnp.arange(seen)[None, None, None] <= jnp.arange(length)[:, None] + seen - length
+    mask = jnp.broadcast_to(mask, (2, 1, length, seen))
+
+    def library(*arrays: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(*arrays, mask=mask)
+
+    def ours(*arrays: jax.Array) -> jax.Array:
+        return decoder.attend(*arrays, mask)
+
+    assert np.allclose(library(q, k, v), ours(q, k, v), atol=1e-6)
+    gradients = [
+        jax.grad(lambda *x, f=f: jnp.sin(f(*x)).sum(), (0, 1, 2))(q, k, v) for f in (library, ours)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        assert np.allclose(a, b, atol=1e-5)
+
+
 def test_the_seed_makes_the_parameters() -> None:
     """Same seed same bits, another seed others."""
     config = SHAPES["grouped, tied"]

@@ -24,6 +24,9 @@ Params: TypeAlias = "nnx.State[Any, Any]"
 """Its arrays."""
 
 
+_NEVER = -1e30  # a score whose share is 0
+
+
 class LayerCache(NamedTuple):
     """Keys and values of the tokens seen so far, for one layer."""
 
@@ -51,17 +54,82 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return turned.astype(x.dtype)
 
 
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention of a CPU: the query heads of one key head are the rows of one product.
+
+    Args:
+        q: [B, T, H, D].
+        k: [B, S, K, D], H a multiple of K.
+        v: [B, S, K, D].
+        mask: [B, 1, T, S], true where a query may look.
+
+    Returns:
+        [B, T, H, D], as `jax.nn.dot_product_attention` up to rounding.
+    """
+    batch, length, heads, width = q.shape
+    seen, groups = k.shape[1:3]
+    each = heads // groups
+    rows = (q * width**-0.5).reshape(batch, length, groups, each, width)
+    rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, groups, each * length, width)
+    scores = (rows @ k.transpose(0, 2, 3, 1)).astype(jnp.float32)
+    scores = scores.reshape(batch, groups, each, length, seen)
+    shares = jax.nn.softmax(jnp.where(mask[:, :, None], scores, _NEVER), axis=-1)
+    shares = shares.astype(v.dtype).reshape(batch, groups, each * length, seen)
+    found = (shares @ v.transpose(0, 2, 1, 3)).reshape(batch, groups, each, length, width)
+    return found.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def _library_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ kernel
+
+
+def _product_backward(
+    saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows, columns = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    return gradient @ kernel.T, rows.T @ columns
+
+
+_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+
+
+class Product(nnx.Linear):
+    """nnx.Linear without a bias, whose kernel's gradient is one product of two matrices.
+
+    Left to itself JAX makes that gradient turned round and XLA copies it on a CPU, which costs a
+    step of ours a tenth of its time.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs) -> None:
+        super().__init__(inputs, outputs, use_bias=False, rngs=rngs)
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """[..., inputs] -> [..., outputs]."""
+        return _product(inputs, self.kernel[...])
+
+
 class Attention(nnx.Module):
     """Grouped-query attention over a packed row, or over a cache."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, fused: bool = False) -> None:
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_dim = config.head_dim or config.width // config.heads
         self.theta = config.rope_theta
-        self.queries = _linear(config.width, self.heads * self.head_dim, rngs)
-        self.keys = _linear(config.width, self.kv_heads * self.head_dim, rngs)
-        self.values = _linear(config.width, self.kv_heads * self.head_dim, rngs)
-        self.output = _linear(self.heads * self.head_dim, config.width, rngs)
+        self.fused = fused
+        if fused:
+            all_heads = self.heads + 2 * self.kv_heads
+            self.inputs = Product(config.width, all_heads * self.head_dim, rngs)
+        else:
+            self.queries = Product(config.width, self.heads * self.head_dim, rngs)
+            self.keys = Product(config.width, self.kv_heads * self.head_dim, rngs)
+            self.values = Product(config.width, self.kv_heads * self.head_dim, rngs)
+        self.output = Product(self.heads * self.head_dim, config.width, rngs)
 
     def __call__(
         self,
@@ -73,9 +141,13 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attend; with a cache, to what it holds too. Returns [B, T, W] and the cache."""
         batch, length, _ = x.shape
-        q = self.queries(x).reshape(batch, length, self.heads, self.head_dim)
-        k = self.keys(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        v = self.values(x).reshape(batch, length, self.kv_heads, self.head_dim)
+        if self.fused:
+            heads = self.inputs(x).reshape(batch, length, -1, self.head_dim)
+            q, k, v = jnp.split(heads, (self.heads, self.heads + self.kv_heads), axis=2)
+        else:
+            q = self.queries(x).reshape(batch, length, self.heads, self.head_dim)
+            k = self.keys(x).reshape(batch, length, self.kv_heads, self.head_dim)
+            v = self.values(x).reshape(batch, length, self.kv_heads, self.head_dim)
         q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
         if cache is not None:
             start = (0, cache_index, 0, 0)
@@ -84,31 +156,36 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.value, v, start),
             )
             k, v = cache
-        attended = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        attended = jax.lax.platform_dependent(q, k, v, mask, cpu=attend, default=_library_attention)
         return self.output(attended.reshape(batch, length, -1)), cache
 
 
 class FeedForward(nnx.Module):
     """SwiGLU."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.gate = _linear(config.width, config.mlp_width, rngs)
-        self.up = _linear(config.width, config.mlp_width, rngs)
-        self.down = _linear(config.mlp_width, config.width, rngs)
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, fused: bool = False) -> None:
+        self.fused = fused
+        if fused:
+            self.inputs = Product(config.width, 2 * config.mlp_width, rngs)
+        else:
+            self.gate = Product(config.width, config.mlp_width, rngs)
+            self.up = Product(config.width, config.mlp_width, rngs)
+        self.down = Product(config.mlp_width, config.width, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, W] -> [B, T, W]."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = jnp.split(self.inputs(x), 2, -1) if self.fused else (self.gate(x), self.up(x))
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
     """Attention, then feed-forward, each normalised first and added to the stream."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
-        self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
-        self.mlp = FeedForward(config, rngs=rngs)
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, fused: bool = False) -> None:
+        self.attention_norm = _norm(config, rngs, fused)
+        self.attention = Attention(config, rngs=rngs, fused=fused)
+        self.mlp_norm = _norm(config, rngs, fused)
+        self.mlp = FeedForward(config, rngs=rngs, fused=fused)
 
     def __call__(
         self,
@@ -127,9 +204,18 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to next-token logits."""
+    """Token ids to next-token logits.
 
-    def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs) -> None:
+    Args:
+        config: the shape.
+        vocab_size: number of tokens.
+        rngs: makes the parameters.
+        fused: a form that computes the same in fewer and larger products; see :func:`fuse`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs, fused: bool = False
+    ) -> None:
         self.config = config
         self.embedding = nnx.Embed(
             vocab_size,
@@ -137,11 +223,12 @@ class Decoder(nnx.Module):
             embedding_init=nnx.initializers.normal(config.width**-0.5),
             rngs=rngs,
         )
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
-        self.final_norm = nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
-        self.unembedding = (
-            None if config.tie_embeddings else _linear(config.width, vocab_size, rngs)
+        self.blocks = nnx.List(
+            [Block(config, rngs=rngs, fused=fused) for _ in range(config.layers)]
         )
+        self.final_norm = _norm(config, rngs, fused)
+        tied = config.tie_embeddings and not fused
+        self.unembedding = None if tied else Product(config.width, vocab_size, rngs)
 
     def __call__(
         self,
@@ -232,11 +319,55 @@ def build(config: ModelConfig, vocab_size: int, seed: int) -> tuple[Graph, Param
     return shape(config, vocab_size)[0], _init(config, vocab_size, jax.random.key(seed))
 
 
-def shape(config: ModelConfig, vocab_size: int) -> tuple[Graph, Params]:
+def shape(config: ModelConfig, vocab_size: int, *, fused: bool = False) -> tuple[Graph, Params]:
     """The static graph, and shapes and types in place of parameters; nothing is computed."""
-    model = nnx.eval_shape(lambda: Decoder(config, vocab_size, rngs=nnx.Rngs(params=0)))
+    model = nnx.eval_shape(
+        lambda: Decoder(config, vocab_size, rngs=nnx.Rngs(params=0), fused=fused)
+    )
     graph, params = nnx.split(model, nnx.Param)
     return graph, params
+
+
+def fuse(params: Params, config: ModelConfig) -> Params:
+    """The parameters of the fused form of a decoder.
+
+    Products that read the same input stand side by side, and each norm's scale is multiplied into
+    the product that follows: fewer and larger products, and no sum over tokens for a scale's
+    gradient. Training fuses once an update and takes gradients back through this function.
+
+    Args:
+        params: of the plain form.
+        config: its shape.
+    """
+    plain: Any = nnx.to_pure_dict(params)
+
+    def after(norm: Any, *products: Any) -> dict[str, jax.Array]:
+        kernel = jnp.concatenate([product["kernel"] for product in products], axis=1)
+        return {"kernel": norm["scale"][:, None] * kernel}
+
+    table = plain["embedding"]["embedding"]
+    last = {"kernel": table.T} if config.tie_embeddings else plain["unembedding"]
+    fused = {
+        "embedding": plain["embedding"],
+        "unembedding": after(plain["final_norm"], last),
+        "blocks": {},
+    }
+    for number, block in plain["blocks"].items():
+        heads, mlp = block["attention"], block["mlp"]
+        inputs = heads["queries"], heads["keys"], heads["values"]
+        fused["blocks"][number] = {
+            "attention": {
+                "inputs": after(block["attention_norm"], *inputs),
+                "output": heads["output"],
+            },
+            "mlp": {
+                "inputs": after(block["mlp_norm"], mlp["gate"], mlp["up"]),
+                "down": mlp["down"],
+            },
+        }
+    target = shape(config, table.shape[0], fused=True)[1]
+    nnx.replace_by_pure_dict(target, fused)
+    return target
 
 
 @partial(jax.jit, static_argnames=("config", "vocab_size"))
@@ -260,5 +391,5 @@ def parameter_count(params: Params) -> int:
     return sum(int(leaf.size) for leaf in jax.tree.leaves(params))
 
 
-def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)
+def _norm(config: ModelConfig, rngs: nnx.Rngs, fused: bool) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, use_scale=not fused, rngs=rngs)

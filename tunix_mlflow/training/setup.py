@@ -21,7 +21,7 @@ from tunix_mlflow.training import mesh as meshes
 from tunix_mlflow.training.losses import Compute
 from tunix_mlflow.training.step import Plan, TrainState
 
-_CPU_TOKENS = 256
+_CPU_TOKENS = 512
 """Of a microbatch on a CPU: what it works on stays in the cache."""
 _LOGITS_BYTES = 256 * 2**20
 """Logits that are held at a time, where nothing is configured."""
@@ -53,6 +53,11 @@ class Setup(NamedTuple):
         assert self.held_out_rows is not None
         parts = batches.eval_batches(self.held_out_rows, self.config.training.batch_size)
         return loop.held_out_loss(self.plan, state.params, parts)
+
+    @property
+    def graph(self) -> decoder.Graph:
+        """The model's plain form, in which it is kept and asked."""
+        return decoder.shape(self.config.model, self.tokenizer.vocab_size)[0]
 
     def identity(self) -> dict[str, str]:
         """Digests of what decides the path of the parameters."""
@@ -168,11 +173,12 @@ def abstract(config: Config, vocab_size: int, device: jax.Device) -> tuple[Plan,
 def _plan(config: Config, vocab_size: int, device: jax.Device) -> Plan:
     training = config.training
     return Plan(
-        decoder.shape(config.model, vocab_size)[0],
+        decoder.shape(config.model, vocab_size, fused=True)[0],
         optimizer.build(config.optimizer, training.steps),
         config.microbatches,
         meshes.build(config.mesh, devices.group(device, config.mesh.size)),
         Compute(training.compute_dtype, training.remat, training.loss_chunk or 0),
+        config.model,
     )
 
 

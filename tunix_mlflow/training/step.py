@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from tunix_mlflow.config import ModelConfig
 from tunix_mlflow.data.batches import Batch
+from tunix_mlflow.models import decoder
 from tunix_mlflow.models.decoder import Graph, Params
 from tunix_mlflow.training import mesh as meshes
-from tunix_mlflow.training.losses import Compute, token_losses
+from tunix_mlflow.training.losses import PLAIN, Compute, token_losses
 
 
 class TrainState(NamedTuple):
@@ -36,7 +38,8 @@ class Plan(NamedTuple):
     optimizer: optax.GradientTransformation
     microbatches: int = 1  # of one update, on each device
     mesh: Mesh | None = None  # None: one device
-    compute: Compute = Compute()
+    compute: Compute = PLAIN
+    fuse: ModelConfig | None = None  # the model's shape, where `graph` is its fused form
 
 
 class StepMetrics(NamedTuple):
@@ -107,15 +110,13 @@ def eval_step(params: Params, batch: Batch, *, plan: Plan) -> tuple[jax.Array, j
     if plan.mesh is not None:
         rows = jax.sharding.NamedSharding(plan.mesh, meshes.ROWS)
         batch = jax.lax.with_sharding_constraint(batch, rows)
-    dtype = jnp.dtype(plan.compute.dtype)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    return token_losses(plan.graph, params, batch, plan.compute)
+    return token_losses(
+        plan.graph, _as(plan.compute.dtype, _fused(params, plan)), batch, plan.compute
+    )
 
 
 def _sums(params: Params, batch: Batch, plan: Plan) -> _Sums:
     """Sums over a whole batch, float32."""
-    dtype = jnp.dtype(plan.compute.dtype)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)  # once an update
     mesh = plan.mesh
     if mesh is None:
         return _scanned(params, batch, plan)
@@ -142,18 +143,32 @@ def _sums(params: Params, batch: Batch, plan: Plan) -> _Sums:
     return sums
 
 
+def _fused(params: Params, plan: Plan) -> Params:
+    """The parameters as `plan.graph` wants them."""
+    return params if plan.fuse is None else decoder.fuse(params, plan.fuse)
+
+
+def _as(dtype: str, params: Params) -> Params:
+    cast: Params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return cast
+
+
 def _scanned(params: Params, batch: Batch, plan: Plan) -> _Sums:
     """Sums over the microbatches of one device, one after the other."""
+    # Once an update, not once a microbatch. Gradients go back in float32.
+    exact, back = jax.vjp(lambda params: _fused(params, plan), _as("float32", params))
+    ready = _as(plan.compute.dtype, exact)
     parts = jax.tree.map(lambda x: x.reshape(plan.microbatches, -1, *x.shape[1:]), batch)
 
     def loss_of(params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
         return token_losses(plan.graph, params, part, plan.compute)
 
     def add(total: _Sums, part: Batch) -> tuple[_Sums, None]:
-        (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(params, part)
+        (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(ready, part)
         return (jax.tree.map(jnp.add, total[0], grads), total[1] + loss, total[2] + count), None
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), ready)
     zero = (zeros, jnp.zeros(()), jnp.zeros(()))
-    sums, _ = jax.lax.scan(add, zero, parts)
-    return sums
+    (grads, loss, count), _ = jax.lax.scan(add, zero, parts)
+    (grads,) = back(grads)
+    return grads, loss, count
