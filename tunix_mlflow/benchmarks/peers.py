@@ -283,6 +283,7 @@ class Racer:
             self.stop()
             raise
         self.first = time.perf_counter() - self.started
+        self._peak_mb = 0.0
         self._rates: list[float] = []
         self._steps: list[float] = []
 
@@ -290,6 +291,7 @@ class Racer:
         """Let it train to its next pause: seconds, useful tokens, updates."""
         self._speak()
         heard = self._heard()
+        self._peak_mb = heard["peak_mb"]
         updates, self._at = heard["step"] - self._at, int(heard["step"])
         return heard["seconds"], heard["useful"], int(updates)
 
@@ -300,11 +302,11 @@ class Racer:
         self._steps.append(seconds / updates)
 
     def finish(self) -> Result:
-        """Its last update, and what it measured itself."""
+        """Its last update, and what it told."""
         self._speak()
         heard = self._heard()
         rates, steps = self._rates, self._steps
-        return Result(self.contender, self.first, rates, steps, heard["peak_mb"], heard["losses"])
+        return Result(self.contender, self.first, rates, steps, self._peak_mb, heard["losses"])
 
     def stop(self) -> None:
         """End its process, in whatever state."""

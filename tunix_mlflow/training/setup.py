@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -140,27 +141,20 @@ def begin(config: Config, vocab_size: int, device: jax.Device) -> tuple[Plan, Tr
         DeviceError: if there are fewer devices than the mesh needs.
     """
     plan = _plan(config, vocab_size, device)
-
-    def params() -> decoder.Params:
-        made = decoder.build(config.model, vocab_size, config.seed)[1]
-        return _as_type(made, config.training.param_dtype)
-
+    params = decoder.init(config.model, vocab_size, config.seed)
+    params = _as_type(params, config.training.param_dtype)
     if plan.mesh is None:
-        return plan, step.init_state(params(), plan.optimizer)
+        return plan, step.init_state(params, plan.optimizer)
     return plan, step.init_spread(params, plan.optimizer, plan.mesh)
 
 
 def abstract(config: Config, vocab_size: int, device: jax.Device) -> tuple[Plan, TrainState]:
     """The same with shapes, types and places for arrays; nothing is computed."""
     plan = _plan(config, vocab_size, device)
-
-    def make() -> TrainState:
-        params = decoder.build(config.model, vocab_size, config.seed)[1]
-        params = _as_type(params, config.training.param_dtype)
-        state: TrainState = step.init_state(params, plan.optimizer)
-        return state
-
-    state: TrainState = jax.eval_shape(make)
+    params = decoder.shape(config.model, vocab_size)[1]
+    dtype = config.training.param_dtype
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+    state: TrainState = jax.eval_shape(partial(step.init_state, optimizer=plan.optimizer), params)
     if plan.mesh is not None:
         state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

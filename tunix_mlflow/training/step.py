@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -59,17 +58,14 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def init_spread(
-    make: Callable[[], Params], optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """The same over a mesh: each device makes its own part, and no device holds the whole."""
-
-    def init() -> TrainState:
-        state: TrainState = init_state(make(), optimizer)
-        return state
-
-    spread = meshes.shardings(jax.eval_shape(init), mesh)
-    made: TrainState = jax.jit(init, out_shardings=spread)()
+def init_spread(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The same over a mesh, of NumPy arrays: no device holds the whole."""
+    spread = meshes.shardings(
+        jax.eval_shape(partial(init_state, optimizer=optimizer), params), mesh
+    )
+    placed = jax.device_put(params, spread.params)
+    make = jax.jit(init_state, static_argnames="optimizer", out_shardings=spread)
+    made: TrainState = make(placed, optimizer=optimizer)
     return made
 
 

@@ -46,7 +46,7 @@ class Pace:
         self._settle()
         seconds = time.perf_counter() - self._at
         tokens = sum(n for step, n in self._useful.items() if self._since < step <= steps)
-        self._say(step=steps, seconds=seconds, useful=tokens)
+        self._say(step=steps, seconds=seconds, useful=tokens, peak_mb=_peak_mb())
         self._since = steps
         sys.stdin.readline()
         self._at = time.perf_counter()
@@ -54,15 +54,15 @@ class Pace:
     def end(self) -> None:
         """The trainer has returned."""
         losses = [self._losses[step] for step in sorted(self._losses)]
-        self._say(losses=losses, peak_mb=_memory("VmHWM"))
+        self._say(losses=losses)
 
     def _say(self, **words: object) -> None:
         self._out.write(json.dumps(words) + "\n")
         self._out.flush()
 
 
-def _memory(name: str) -> float:
-    """Megabytes of this process, as Linux counts them; 0 elsewhere."""
+def _peak_mb() -> float:
+    """Resident megabytes of this process at most, as Linux counts them; 0 elsewhere."""
     status = Path("/proc/self/status")
-    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 / 1e6 if found else 0.0
