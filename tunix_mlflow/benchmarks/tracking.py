@@ -1,7 +1,8 @@
 """Suite `tracking`: what the record of a step costs the step, with and without, in turns.
 
-Blocks of steps alternate between a loop that records, as training does, and one that does not. A
-recorded block ends when MLflow has it all, so nothing is left for the next block to pay. As the
+Blocks of steps alternate between a loop that records, as training does, and one that does not.
+Between blocks is waited until MLflow has it all, so nothing is left for the next one to pay; a block
+should be some times as long as the shipper's interval, or its last delivery goes uncounted. As the
 machine's noise is larger than what is looked for, the cost is also accounted for: the loop's wait
 in each write, and the processor time of the threads that deliver.
 """
@@ -73,10 +74,11 @@ def measure(
                 at = time.perf_counter()
                 writer.write_scalars(done, scalars)
                 write_seconds.append(time.perf_counter() - at)
+        jax.block_until_ready(state)
+        took = time.perf_counter() - begun
         if recorded:
             sync()
-        jax.block_until_ready(state)
-        return 1000 * (time.perf_counter() - begun) / config.steps
+        return 1000 * took / config.steps
 
     block(recorded=True)  # compiles, and opens connections
     write_seconds.clear()
