@@ -283,7 +283,7 @@ class Racer:
             self.stop()
             raise
         self.first = time.perf_counter() - self.started
-        self._peak_mb = 0.0
+        self._peak_mb = self.compiling = 0.0
         self._rates: list[float] = []
         self._steps: list[float] = []
 
@@ -291,7 +291,7 @@ class Racer:
         """Let it train to its next pause: seconds, useful tokens, updates."""
         self._speak()
         heard = self._heard()
-        self._peak_mb = heard["peak_mb"]
+        self._peak_mb, self.compiling = heard["peak_mb"], heard["compiling"]
         updates, self._at = heard["step"] - self._at, int(heard["step"])
         return heard["seconds"], heard["useful"], int(updates)
 

@@ -1,10 +1,10 @@
 """Suite `tracking`: what the record of a step costs the step, with and without, in turns.
 
 Blocks of steps alternate between a loop that records, as training does, and one that does not.
-Between blocks is waited until MLflow has it all, so nothing is left for the next one to pay; a block
-should be some times as long as the shipper's interval, or its last delivery goes uncounted. As the
-machine's noise is larger than what is looked for, the cost is also accounted for: the loop's wait
-in each write, and the processor time of the threads that deliver.
+Between blocks MLflow is given the rest, so that nothing is left for the next one to pay; a block
+should be some times as long as the shipper's interval, or its last delivery goes uncounted. As
+the machine's noise is larger than what is looked for, the cost is also accounted for: the loop's
+wait in each write, and the processor time of the threads that deliver.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from tunix_mlflow import config as configs
 from tunix_mlflow.benchmarks.contenders import task as tasks
 from tunix_mlflow.benchmarks.contenders.pace import Pace
 
+_COMPILING = "backend_compile"  # an event of jax.monitoring, from the cache too
+
 
 def main(folder: Path, config_file: Path, packing: bool) -> None:
     """Train the task."""
@@ -30,6 +32,12 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
 
     task = tasks.read(folder)
     pace = Pace(task.stops, lambda: jax.block_until_ready(jax.live_arrays()))
+
+    def heard(event: str, duration_secs: float, **_: Any) -> None:
+        if _COMPILING in event:
+            pace.compiled(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
     device = devices.use(config.device)
     config = setup.settle(config, task.vocab_size, device.platform)
     plan, state = setup.begin(config, task.vocab_size, device)

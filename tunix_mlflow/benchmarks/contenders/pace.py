@@ -27,6 +27,7 @@ class Pace:
         self._stops, self._settle = set(stops), settle
         self._useful: dict[int, int] = {}
         self._losses: dict[int, float] = {}
+        self._compiling = 0.0
         self._since, self._at = 0, time.perf_counter()
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what a trainer prints is not for the benchmark
@@ -39,6 +40,10 @@ class Pace:
         """The loss of that update, whenever it is known."""
         self._losses[step] = value
 
+    def compiled(self, seconds: float) -> None:
+        """So long it took to compile something, or to read it from the cache."""
+        self._compiling += seconds
+
     def done(self, steps: int) -> None:
         """So many updates were asked for; pauses where that was agreed."""
         if steps not in self._stops:
@@ -46,8 +51,14 @@ class Pace:
         self._settle()
         seconds = time.perf_counter() - self._at
         tokens = sum(n for step, n in self._useful.items() if self._since < step <= steps)
-        self._say(step=steps, seconds=seconds, useful=tokens, peak_mb=_peak_mb())
-        self._since = steps
+        self._say(
+            step=steps,
+            seconds=seconds,
+            useful=tokens,
+            compiling=self._compiling,
+            peak_mb=_peak_mb(),
+        )
+        self._since, self._compiling = steps, 0.0
         sys.stdin.readline()
         self._at = time.perf_counter()
 
