@@ -146,6 +146,9 @@ class TrainingConfig(_Section, frozen=True):
     loss_chunk: NonNegative | None = None
     """Tokens whose logits are held at a time, 0: of all; null: so many as take 256 MB. What was
     chosen is in the run's config.json."""
+    fused: bool | None = None
+    """Compute with products that stand side by side, made anew for each update; null: where an
+    update has at least 2048 tokens on a device. What was chosen is in the run's config.json."""
     fast_math: bool = False
     """On a CPU: let XLA change the order of sums and leave out NaN and signed zeros. Other bits."""
 
@@ -240,6 +243,8 @@ class BenchmarkConfig(_Section, frozen=True):
     """peers: tokens that the generated documents are made of."""
     data: Literal["all", "full", "mix"] = "all"
     """peers: full rows, documents of mixed lengths, or both."""
+    cpu_fast: bool = True
+    """peers: ours with the preset cpu-fast besides."""
     peers_python: str | None = None
     """peers: interpreter of their environment; null: that of `make peers`."""
     profile: bool = False
@@ -370,13 +375,12 @@ def settled(config: Config, before: Config) -> Config:
     """What a configuration leaves open, as an earlier part of the run chose it."""
     length = config.data.sequence_length or before.data.sequence_length
     rows = config.training.microbatch_size or before.training.microbatch_size
-    chunk = config.training.loss_chunk
-    if chunk is None:
-        chunk = before.training.loss_chunk
+    open_ = [key for key in ("loss_chunk", "fused") if getattr(config.training, key) is None]
+    chosen = {key: getattr(before.training, key) for key in open_}
     return msgspec.structs.replace(
         config,
         data=msgspec.structs.replace(config.data, sequence_length=length),
-        training=msgspec.structs.replace(config.training, microbatch_size=rows, loss_chunk=chunk),
+        training=msgspec.structs.replace(config.training, microbatch_size=rows, **chosen),
     )
 
 

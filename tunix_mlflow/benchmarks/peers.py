@@ -98,7 +98,8 @@ def measure(config: Config, folder: Path, python: Path, say: Callable[[str], Non
     Raises:
         BenchmarkError: if a contender fails, with its last words.
     """
-    wanted = [c for c in CONTENDERS if config.benchmark.data in ("all", c.data)]
+    chosen = config.benchmark
+    wanted = [c for c in CONTENDERS if chosen.data in ("all", c.data) and c.fast <= chosen.cpu_fast]
     for data in {c.data for c in wanted}:
         (folder / data).mkdir()
         tasks.write(folder / data, task(config, data))

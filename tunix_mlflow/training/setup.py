@@ -24,6 +24,8 @@ from tunix_mlflow.training.step import Plan, TrainState
 
 _CPU_TOKENS = 512
 """Of a microbatch on a CPU: what it works on stays in the cache."""
+_FUSED_TOKENS = 2048
+"""Of an update on a device, from which on fused products are worth making."""
 _LOGITS_BYTES = 256 * 2**20
 """Logits that are held at a time, where nothing is configured."""
 
@@ -130,7 +132,12 @@ def settle(config: Config, vocab_size: int, platform: str) -> Config:
     if chunk is None:
         fit = max(1, _LOGITS_BYTES // (4 * vocab_size))
         chunk = fit if rows * length > fit else 0
-    training = msgspec.structs.replace(training, microbatch_size=rows, loss_chunk=chunk)
+    fused = training.fused
+    if fused is None:
+        fused = training.batch_size // config.mesh.size * length >= _FUSED_TOKENS
+    training = msgspec.structs.replace(
+        training, microbatch_size=rows, loss_chunk=chunk, fused=fused
+    )
     return msgspec.structs.replace(config, training=training)
 
 
@@ -167,12 +174,12 @@ def abstract(config: Config, vocab_size: int, device: jax.Device) -> tuple[Plan,
 def _plan(config: Config, vocab_size: int, device: jax.Device) -> Plan:
     training = config.training
     return Plan(
-        decoder.shape(config.model, vocab_size, fused=True)[0],
+        decoder.shape(config.model, vocab_size, fused=bool(training.fused))[0],
         optimizer.build(config.optimizer, training.steps),
         config.microbatches,
         meshes.build(config.mesh, devices.group(device, config.mesh.size)),
         Compute(training.compute_dtype, training.remat, training.loss_chunk or 0),
-        config.model,
+        config.model if training.fused else None,
     )
 
 

@@ -154,17 +154,22 @@ def _scanned(params: Params, batch: Batch, plan: Plan) -> _Sums:
     # Once an update, not once a microbatch. Gradients go back in float32.
     exact, back = jax.vjp(lambda params: _fused(params, plan), _as("float32", params))
     ready = _as(plan.compute.dtype, exact)
-    parts = jax.tree.map(lambda x: x.reshape(plan.microbatches, -1, *x.shape[1:]), batch)
 
     def loss_of(params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
         return token_losses(plan.graph, params, part, plan.compute)
 
-    def add(total: _Sums, part: Batch) -> tuple[_Sums, None]:
+    def sums(part: Batch) -> _Sums:
         (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(ready, part)
-        return (jax.tree.map(jnp.add, total[0], grads), total[1] + loss, total[2] + count), None
+        return _as("float32", grads), loss, count
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), ready)
-    zero = (zeros, jnp.zeros(()), jnp.zeros(()))
-    (grads, loss, count), _ = jax.lax.scan(add, zero, parts)
+    def add(total: _Sums, part: Batch) -> tuple[_Sums, None]:
+        return jax.tree.map(jnp.add, total, sums(part)), None
+
+    if plan.microbatches == 1:
+        grads, loss, count = sums(batch)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(plan.microbatches, -1, *x.shape[1:]), batch)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), ready)
+        (grads, loss, count), _ = jax.lax.scan(add, (zeros, jnp.zeros(()), jnp.zeros(())), parts)
     (grads,) = back(grads)
     return grads, loss, count

@@ -76,6 +76,7 @@ def _model(task: Task) -> Any:
     model = transformers.LlamaForCausalLM(config)
     weights = {name: torch.from_numpy(array.copy()) for name, array in task.weights.items()}
     missing, unknown = model.load_state_dict(weights, strict=False)
+    task.weights.clear()
     assert not unknown
     assert set(missing) <= {"lm_head.weight"}
     return model

@@ -44,6 +44,8 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
     weights = llama.from_names(task.weights, state.params)
     placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), weights, state.params)
     state = state._replace(params=placed)
+    del weights, placed
+    task.weights.clear()
     rows = workload.rows(task.documents, task.length, packing=packing)
     asked = 0
 

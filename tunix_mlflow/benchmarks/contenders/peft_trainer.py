@@ -57,6 +57,8 @@ def main(folder: Path) -> None:
         weights = {n: np.ascontiguousarray(a) for n, a in task.weights.items()}
         save_file(weights, Path(scratch) / "model.safetensors")
         model = loader.create_model_from_safe_tensors(scratch, config)
+    del weights
+    task.weights.clear()
     rule = optax.chain(
         optax.clip_by_global_norm(task.clip_norm),
         optax.adamw(
