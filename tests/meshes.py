@@ -63,8 +63,7 @@ def distance(a: TrainState, b: TrainState) -> float:
 def moved(optimizer: str) -> dict[str, float]:
     """Trained on a mesh, saved, restored on another, trained on there."""
     here, there = configured(2, 2, optimizer), configured(1, 4, optimizer)
-    short = configured(2, 2, optimizer)
-    plan, state = begin(short)
+    plan, state = begin(here)
     rows = batches.tokenize(EXAMPLES, ByteTokenizer(), here.data, 64)
     stream = batches.TrainBatches(rows, batch_size=8, seed=0)
     for step in range(STEPS // 2):

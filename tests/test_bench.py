@@ -30,7 +30,7 @@ def test_flops_of_a_known_shape() -> None:
 
 def test_the_train_suite(store: str, command: Command) -> None:
     """Real steps: figures that fit together, repeats and single steps in MLflow."""
-    words = as_arguments(tiny(benchmark__steps="3", benchmark__repeats="2"))
+    words = as_arguments(tiny(benchmark__steps="3", benchmark__repeats="2", mesh__data="2"))
     done = command("tunix-mlflow", "bench", "golden-v2", *words)
     assert done.returncode == 0, done.stderr
     figures = last_json(done.stdout)

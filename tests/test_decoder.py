@@ -267,6 +267,27 @@ def test_bfloat16_is_near(data: batches.TokenRows) -> None:
     assert float(m1.grad_norm) == pytest.approx(float(m2.grad_norm), rel=5e-2)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_bfloat16_parameters_keep_their_type(data: batches.TokenRows, name: str) -> None:
+    """Two updates of the fused form, of parameters and optimizer state; losses near float32's."""
+    config = SHAPES["grouped, tied"]
+    vocabulary = ByteTokenizer.vocab_size
+    rule = optimizers.build(OptimizerConfig(name=name, warmup_steps=0), 10)  # type: ignore[arg-type]
+    graph = decoder.shape(config, vocabulary, fused=True)[0]
+    plan = step.Plan(graph, rule, 2, fuse=config)
+    batch = batches.assemble(data, [[i] for i in range(8)])
+    losses: dict[str, list[float]] = {}
+    for dtype in ("float32", "bfloat16"):
+        made = decoder.build(config, vocabulary, 0)[1]
+        state = step.init_state(jax.tree.map(lambda x, t=dtype: x.astype(t), made), rule)
+        types = [leaf.dtype for leaf in jax.tree.leaves(state)]
+        for _ in range(2):
+            state, metrics = step.train_step(state, batch, plan=plan)
+            losses.setdefault(dtype, []).append(float(metrics.loss))
+        assert [leaf.dtype for leaf in jax.tree.leaves(state)] == types
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=3e-2)
+
+
 @pytest.mark.parametrize(("name", "microbatches"), [("adamw", 2), ("muon", 4)])
 def test_microbatches_change_no_update(
     data: batches.TokenRows, name: str, microbatches: int

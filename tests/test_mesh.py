@@ -39,7 +39,7 @@ def test_a_mesh_trains_as_one_device() -> None:
 
 
 def test_a_run_on_a_mesh(store: str, command: Callable[..., Any]) -> None:
-    """The preset cpu-fast trains on two, says where, and goes on upon one, which is said."""
+    """Training on two devices says where, and goes on upon one, then four, which is said."""
     words = as_arguments(tiny(dataset="golden-v2", training__steps="2", mesh__data="2"))
     done = command("tunix-mlflow", "train", "cpu-fast", *words)
     assert done.returncode == 0, done.stderr
@@ -50,6 +50,11 @@ def test_a_run_on_a_mesh(store: str, command: Callable[..., Any]) -> None:
     resumed = command("tunix-mlflow", "resume", run.info.run_id, *more)
     assert resumed.returncode == 0, resumed.stderr
     assert "mesh data=2,fsdp=1, now data=1,fsdp=1" in resumed.stderr
+    more = ("training.steps=6", "mesh.data=1", "mesh.fsdp=4")
+    spread = command("tunix-mlflow", "resume", run.info.run_id, *more)
+    assert spread.returncode == 0, spread.stderr
+    assert "mesh data=1,fsdp=1, now data=1,fsdp=4" in spread.stderr
+    assert "microbatch_size 2, now 1" in spread.stderr
 
 
 @pytest.mark.parametrize(

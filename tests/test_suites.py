@@ -69,8 +69,21 @@ def test_contenders_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_contender_that_fails_is_named(tmp_path: Path) -> None:
     """With its last words."""
     (tmp_path / "full").mkdir()
-    with pytest.raises(BenchmarkError, match=r"PeftTrainer failed: .*No such file"):
+    with pytest.raises(BenchmarkError, match=r"PeftTrainer failed, exit code 1: No such file"):
         peers.Racer(peers.CONTENDERS[2], tmp_path, _broken(tmp_path))
+
+
+def test_a_contender_that_dies_while_it_waits_is_named(tmp_path: Path) -> None:
+    """Killed between two turns."""
+    config = small()
+    (tmp_path / "full").mkdir()
+    tasks.write(tmp_path / "full", peers.task(config, "full"))
+    peers.write_configs(config, tmp_path)
+    racer = peers.Racer(peers.CONTENDERS[0], tmp_path, Path(sys.executable))
+    racer._process.kill()
+    with pytest.raises(BenchmarkError, match="ours failed, exit code -9"):
+        racer.turn()
+    racer.stop()
 
 
 def _broken(folder: Path) -> Path:
@@ -144,7 +157,8 @@ def test_a_mistake_is_one_line(
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert MlflowClient().search_runs(["0"]) == []
+    experiments = [e.experiment_id for e in MlflowClient().search_experiments()]
+    assert MlflowClient().search_runs(experiments) == []
 
 
 def test_a_server_further_away() -> None:

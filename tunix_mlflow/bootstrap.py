@@ -25,7 +25,6 @@ from tunix_mlflow.errors import ConfigError, Interrupted, TunixError
 
 DETERMINISTIC_GPU = "--xla_gpu_deterministic_ops=true"
 FAST_CPU = "--xla_cpu_enable_fast_math=true"
-ONE_THREAD_EACH = "--xla_cpu_multi_thread_eigen=false"  # the virtual devices share the cores
 _LOOK_SECONDS = 0.5
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 
@@ -115,7 +114,6 @@ def prepare(config: Config, recorded: Mapping[str, str] | None = None) -> None:
     asked = {
         DETERMINISTIC_GPU: config.training.deterministic,
         FAST_CPU: config.training.fast_math,
-        ONE_THREAD_EACH: config.mesh.size > 1,
     }
     for flag, wish in asked.items():
         if wish and flag not in flags:
@@ -126,6 +124,8 @@ def prepare(config: Config, recorded: Mapping[str, str] | None = None) -> None:
         wanted["JAX_NUM_CPU_DEVICES"] = str(config.mesh.size)
     if config.device.startswith("cpu"):
         wanted["JAX_PLATFORMS"] = "cpu"  # do not take a GPU's memory for nothing
+    elif (platforms := os.environ.get("JAX_PLATFORMS")) and "cpu" not in platforms.split(","):
+        wanted["JAX_PLATFORMS"] = f"{platforms},cpu"  # where parameters are drawn
     wanted["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
         state.compilation_cache()
     )

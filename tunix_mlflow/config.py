@@ -240,9 +240,10 @@ class BenchmarkConfig(_Section, frozen=True):
     peer_traces: Positive = 100_000
     """data: traces for the seed system's logic, which is scaled by their number."""
     vocabulary: Annotated[int, Meta(ge=16)] = 512
-    """peers: tokens that the generated documents are made of."""
+    """Tokens that made-up documents are made of, where no dataset is given."""
     data: Literal["all", "full", "mix"] = "all"
-    """peers: full rows, documents of mixed lengths, or both."""
+    """Made-up documents: as long as a row, of mixed lengths, or (peers) both; all is full
+    elsewhere."""
     cpu_fast: bool = True
     """peers: ours with the preset cpu-fast besides."""
     peers_python: str | None = None
@@ -372,23 +373,31 @@ def digest(config: Config) -> str:
 
 
 def settled(config: Config, before: Config) -> Config:
-    """What a configuration leaves open, as an earlier part of the run chose it."""
+    """What a configuration leaves open, as an earlier part of the run chose it.
+
+    Raises:
+        ConfigError: if that does not fit what it does say.
+    """
     length = config.data.sequence_length or before.data.sequence_length
     rows = config.training.microbatch_size or before.training.microbatch_size
+    if config.training.microbatch_size is None:
+        rows = _shared(before, config)
     open_ = [key for key in ("loss_chunk", "fused") if getattr(config.training, key) is None]
     chosen = {key: getattr(before.training, key) for key in open_}
-    return msgspec.structs.replace(
+    found = msgspec.structs.replace(
         config,
         data=msgspec.structs.replace(config.data, sequence_length=length),
         training=msgspec.structs.replace(config.training, microbatch_size=rows, **chosen),
     )
+    _check_relations(found)
+    return found
 
 
 FIXED = ("seed", "data", "model", "optimizer", "training")
 """What decides the path of the parameters, with the data itself."""
 FREE = (
     *("data.evaluation_sets", "data.leakage", "training.steps", "training.eval_every_steps"),
-    *("training.save_every_steps", "training.save_every_minutes"),
+    *("training.save_every_steps", "training.save_every_minutes", "training.microbatch_size"),
 )
 """What of it may change when a run goes on."""
 
@@ -404,9 +413,22 @@ def changed(config: Config, overrides: Mapping[str, str]) -> Config:
         ConfigError: naming the key.
     """
     tree: dict[str, Any] = msgspec.to_builtins(config)
+    refit = "training.microbatch_size" not in overrides and any("mesh." in k for k in overrides)
+    if refit:
+        tree["training"]["microbatch_size"] = None
     for key, text in overrides.items():
         _set(tree, key, text)
-    return resolve(tree, "the run's configuration", overrides)
+    after = resolve(tree, "the run's configuration", overrides)
+    if not refit:
+        return after
+    training = msgspec.structs.replace(after.training, microbatch_size=_shared(config, after))
+    return msgspec.structs.replace(after, training=training)
+
+
+def _shared(before: Config, after: Config) -> int | None:
+    """The microbatch of a run that goes on upon another mesh: what fits both."""
+    rows = before.training.microbatch_size
+    return rows and math.gcd(rows, after.training.batch_size // after.mesh.size)
 
 
 def differences(before: Config, after: Config) -> list[str]:
@@ -548,11 +570,15 @@ def _check_relations(config: Config) -> None:
         )
     if (model.head_dim or model.width // model.heads) % 2:
         raise ConfigError("the width of one head must be even: set model.head_dim")
-    devices = "" if config.mesh.size == 1 else f" times the {config.mesh.size} devices of mesh"
     if training.batch_size % (config.mesh.size * (training.microbatch_size or 1)):
-        rows = f" training.microbatch_size={training.microbatch_size or 1}"
+        parts = []
+        if training.microbatch_size:
+            parts.append(f"training.microbatch_size={training.microbatch_size}")
+        if config.mesh.size > 1:
+            parts.append(f"the {config.mesh.size} devices of mesh")
         raise ConfigError(
-            f"training.batch_size={training.batch_size} must be a multiple of{rows}{devices}"
+            f"training.batch_size={training.batch_size} must be a multiple of"
+            f" {' times '.join(parts)}"
         )
     if config.data.train_split == config.evaluation.split:
         raise ConfigError(

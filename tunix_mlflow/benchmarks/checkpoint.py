@@ -45,7 +45,7 @@ def measure(
         folder: an empty one.
     """
     kept = Checkpoints(folder, {}, retention=Retention(1))
-    done, blocked, sealed = 0, [], []
+    done, blocked = 0, []
 
     def block(*, saves: bool) -> float:
         nonlocal state, done
@@ -72,7 +72,7 @@ def measure(
     begun = time.perf_counter()
     kept.save(done, state)
     kept.wait()
-    sealed.append(1000 * (time.perf_counter() - begun))
+    sealed = time.perf_counter() - begun
     last = folder / f"{done:08d}"
     size = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
     begun = time.perf_counter()
@@ -87,7 +87,7 @@ def measure(
         plain,
         extra,
         statistics.median(blocked),
-        statistics.median(sealed),
+        1000 * sealed,
         statistics.median(extra) / (EVERY * statistics.median(plain)),
         1000 * verified,
         1000 * restored,

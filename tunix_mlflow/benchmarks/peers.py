@@ -25,7 +25,7 @@ from tunix_mlflow import config as configs
 from tunix_mlflow import state as state_root
 from tunix_mlflow.benchmarks import workload
 from tunix_mlflow.benchmarks.contenders import task as tasks
-from tunix_mlflow.config import Config
+from tunix_mlflow.config import Config, MeshConfig
 from tunix_mlflow.data.batches import TrainBatches
 from tunix_mlflow.errors import BenchmarkError, ConfigError
 from tunix_mlflow.models import decoder, llama
@@ -177,7 +177,7 @@ def interpreter(config: Config) -> Path:
     """
     given = config.benchmark.peers_python
     path = Path(given) if given else state_root.project_root() / ".venv-peers" / "bin" / "python"
-    if not path.is_file():
+    if not (path.is_file() and os.access(path, os.X_OK)):
         raise ConfigError(
             f"the peers' environment is missing: no {path}; `make peers` in a checkout builds it,"
             " or set benchmark.peers_python"
@@ -207,7 +207,7 @@ def task(config: Config, data: str) -> tasks.Task:
         b2=rule.b2,
         weight_decay=rule.weight_decay,
         clip_norm=rule.clip_norm,
-        threads=len(os.sched_getaffinity(0)),
+        threads=int(os.environ["NPROC"]),  # which XLA reads
         stops=stops,
         documents=made,
         order=np.asarray(order, np.int32),
@@ -232,15 +232,15 @@ def _ours(config: Config, *, fast: bool) -> Config:
     rule = msgspec.structs.replace(
         config.optimizer, name="adamw", warmup_steps=0, final_fraction=1.0
     )
-    config = msgspec.structs.replace(config, training=training, optimizer=rule)
+    config = msgspec.structs.replace(
+        config, training=training, optimizer=rule, device="cpu", mesh=MeshConfig()
+    )
     if not fast:
         return config
     presets = state_root.project_root() / "projects" / "configs"
     preset = configs.load("cpu-fast", {}, presets)
     return msgspec.structs.replace(
         config,
-        device=preset.device,
-        mesh=preset.mesh,
         training=msgspec.structs.replace(training, fast_math=preset.training.fast_math),
     )
 
@@ -267,6 +267,8 @@ class Racer:
         self.contender, self._log = contender, folder / f"{name}.log"
         quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "USE_TF": "0"}
         compiled = {"JAX_COMPILATION_CACHE_DIR": str(cache or folder / name)} if ours else {}
+        ours_alone = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
+        inherited = {k: v for k, v in os.environ.items() if ours or k not in ours_alone}
         root = {"PYTHONPATH": str(state_root.project_root())}
         self.started = time.perf_counter()
         with self._log.open("wb") as log:
@@ -275,12 +277,12 @@ class Racer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, **quiet, **compiled, **root},
+                env={**inherited, **quiet, **compiled, **root},
                 text=True,
             )
         try:
             self._at = int(self._heard()["step"])
-        except BenchmarkError:
+        except BaseException:  # a signal too: nobody else knows of the process yet
             self.stop()
             raise
         self.first = time.perf_counter() - self.started
@@ -314,16 +316,23 @@ class Racer:
         self._process.kill()
         self._process.communicate()
 
+    def _failed(self) -> BenchmarkError:
+        last = self._log.read_text(errors="replace").strip().splitlines()[-1:]
+        code = self._process.wait()
+        return BenchmarkError(f"{self.contender.name} failed, exit code {code}: {''.join(last)}")
+
     def _speak(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failed() from None
 
     def _heard(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            last = self._log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise BenchmarkError(f"{self.contender.name} failed: {''.join(last)}")
+            raise self._failed()
         heard: dict[str, Any] = json.loads(line)
         return heard

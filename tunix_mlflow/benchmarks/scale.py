@@ -45,7 +45,8 @@ def measure(config: Config, say: Callable[[str], None]) -> list[Forecast]:
     """Compile for every count of devices, along either axis.
 
     Args:
-        config: model, optimizer and `training` are read; `training.batch_size` is a device's.
+        config: model, optimizer and `training` are read; `training.batch_size` is a device's, in
+            one pass, with all logits at once.
         say: receives one-line messages.
 
     Raises:
@@ -106,8 +107,9 @@ def collectives(text: str) -> tuple[dict[str, int], int]:
 def _compile(config: Config, axis: str, count: int) -> Forecast:
     mesh = MeshConfig(**{axis: count})
     rows = config.training.batch_size
+    # One pass, without a loop: the compiler counts what is in one once.
     training = msgspec.structs.replace(
-        config.training, batch_size=rows * count, microbatch_size=rows
+        config.training, batch_size=rows * count, microbatch_size=rows, loss_chunk=0
     )
     config = msgspec.structs.replace(config, mesh=mesh, training=training, device="cpu")
     words = [sys.executable, "-m", "tunix_mlflow.benchmarks.scale", axis]

@@ -127,9 +127,12 @@ def away(uri: str, milliseconds: float) -> Iterator[str]:
             writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(target.hostname, target.port)
-        ways = carry(reader, back, milliseconds / 1000), carry(there, writer, 0.0)
-        await asyncio.gather(*ways, return_exceptions=True)
+        try:
+            there, back = await asyncio.open_connection(target.hostname, target.port or 80)
+            ways = carry(reader, back, milliseconds / 1000), carry(there, writer, 0.0)
+            await asyncio.gather(*ways, return_exceptions=True)
+        finally:
+            writer.close()
 
     async def listen() -> None:
         stopped = asyncio.Event()
@@ -143,7 +146,8 @@ def away(uri: str, milliseconds: float) -> Iterator[str]:
     thread.start()
     port, loop, stopped = begun.result()
     try:
-        yield f"http://127.0.0.1:{port}"
+        user, at, _ = target.netloc.rpartition("@")
+        yield f"http://{user}{at}127.0.0.1:{port}{target.path}"
     finally:
         loop.call_soon_threadsafe(stopped.set)
         thread.join(5)

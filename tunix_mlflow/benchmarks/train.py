@@ -93,6 +93,8 @@ def measure(
         1000 * run(first + config.repeats * config.steps + n, 1)[0] for n in range(config.steps)
     ]
     peak = max(before, gemm_peak())
+    if plan.mesh is not None and plan.mesh.devices.flat[0].platform != "cpu":
+        peak *= plan.mesh.size  # virtual devices share the cores
     padded_rate = statistics.median(padded_rates)
     return Measured(
         compile_seconds,
@@ -165,5 +167,7 @@ def _peak_host_mb() -> float:
 
 
 def _peak_device_mb(state: TrainState) -> float:
-    (device,) = state.step.devices()
-    return float((device.memory_stats() or {}).get("peak_bytes_in_use", 0)) / 1e6
+    return max(
+        float((device.memory_stats() or {}).get("peak_bytes_in_use", 0)) / 1e6
+        for device in state.step.devices()
+    )

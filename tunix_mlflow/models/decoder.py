@@ -219,12 +219,7 @@ class Decoder(nnx.Module):
         self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs, fused: bool = False
     ) -> None:
         self.config = config
-        self.embedding = nnx.Embed(
-            vocab_size,
-            config.width,
-            embedding_init=nnx.initializers.normal(config.width**-0.5),
-            rngs=rngs,
-        )
+        self.embedding = nnx.Embed(vocab_size, config.width, rngs=rngs)
         self.blocks = nnx.List(
             [Block(config, rngs=rngs, fused=fused) for _ in range(config.layers)]
         )

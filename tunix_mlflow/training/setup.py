@@ -73,7 +73,8 @@ class Setup(NamedTuple):
 
     def fingerprint(self) -> dict[str, str]:
         """What bit-identity depends on besides."""
-        return devices.fingerprint(self.device, self.config.mesh)
+        rows = {"microbatch_size": str(self.config.training.microbatch_size)}
+        return devices.fingerprint(self.device, self.config.mesh) | rows
 
 
 def assemble(config: Config, manifest: Manifest, device: jax.Device) -> Setup:
@@ -130,8 +131,7 @@ def settle(config: Config, vocab_size: int, platform: str) -> Config:
     )
     chunk = training.loss_chunk
     if chunk is None:
-        fit = max(1, _LOGITS_BYTES // (4 * vocab_size))
-        chunk = fit if rows * length > fit else 0
+        chunk = max(1, _LOGITS_BYTES // (4 * vocab_size))
     fused = training.fused
     if fused is None:
         fused = training.batch_size // config.mesh.size * length >= _FUSED_TOKENS

@@ -87,10 +87,12 @@ def train_step(state: TrainState, batch: Batch, *, plan: Plan) -> tuple[TrainSta
         before clipping, and the number of trained tokens.
     """
     grads, loss, count = _sums(state.params, batch, plan)
-    grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.params)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    norm = optax.tree.norm(grads)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
     updates, opt_state = plan.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = StepMetrics(loss / count, optax.tree.norm(grads), count)
+    metrics = StepMetrics(loss / count, norm, count)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
@@ -107,7 +109,10 @@ def eval_step(params: Params, batch: Batch, *, plan: Plan) -> tuple[jax.Array, j
         rows = jax.sharding.NamedSharding(plan.mesh, meshes.ROWS)
         batch = jax.lax.with_sharding_constraint(batch, rows)
     return token_losses(
-        plan.graph, _as(plan.compute.dtype, _fused(params, plan)), batch, plan.compute
+        plan.graph,
+        _as(plan.compute.dtype, _fused(_as("float32", params), plan)),
+        batch,
+        plan.compute,
     )
 
 

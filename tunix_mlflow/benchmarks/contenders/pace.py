@@ -59,7 +59,8 @@ class Pace:
             peak_mb=_peak_mb(),
         )
         self._since, self._compiling = steps, 0.0
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            raise SystemExit("the benchmark is gone")
         self._at = time.perf_counter()
 
     def end(self) -> None:
