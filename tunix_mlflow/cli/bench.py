@@ -40,7 +40,7 @@ class _Percent(click.ParamType):  # type: ignore[type-arg]
 
 @click.group(cls=_RunsByDefault)
 def bench() -> None:
-    """Measure training throughput on this machine, or the catalog; compare runs.
+    """Measure this machine: the training step and what surrounds it; compare runs.
 
     `tunix-mlflow bench [CONFIG] [key=value]...` is short for `bench run`.
     """
@@ -51,7 +51,8 @@ def bench() -> None:
 def run(arguments: tuple[str, ...]) -> None:
     """Measure, and record it as a run; the last line is JSON.
 
-    suite=train (default) or suite=data. Without CONFIG: column-addition.
+    suite=train (default), tracking, checkpoint, startup, scale, data, or peers (after
+    `make peers`). Without CONFIG: column-addition for train, shape-s for the others.
     """
     launch.stage("bench", arguments)
 
