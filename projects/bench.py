@@ -26,11 +26,11 @@ from tunix_mlflow.errors import ConfigError
 from . import console
 
 if TYPE_CHECKING:
+    from tunix_mlflow.benchmarks.workload import Work
     from tunix_mlflow.tracking.session import RunSession
 
 OWN = ("suite",)
-TRAIN, OTHERS = "column-addition", "shape-s"
-"""Presets of the suite train, and of the others."""
+TRAIN, OTHERS = "column-addition", "shape-s"  # presets of the suite train, and of the others
 
 
 def bench(config: Config) -> dict[str, Any]:
@@ -84,8 +84,9 @@ def _peers(config: Config) -> dict[str, Any]:
 def _train(config: Config) -> dict[str, Any]:
     from tunix_mlflow.benchmarks import train as suite
 
-    config, work, tags = _workload(config)
-    with _recorded(config, tags) as (run, _):
+    work = _workload(config)
+    config = work.config
+    with _recorded(config, work.tags()) as (run, _):
         if work.manifest is not None:
             run.log_dataset(work.manifest, config.data.train_split, usage="benchmark")
         profile = run.folder / "profile" if config.benchmark.profile else None
@@ -124,7 +125,7 @@ def _tracking(config: Config) -> dict[str, Any]:
 
     from tunix_mlflow.benchmarks import tracking as suite
 
-    config, work, tags = _workload(config)
+    work = _workload(config)
     uri = mlflow.get_tracking_uri()
     if config.benchmark.delay_ms and (config.tracking.offline or not uri.startswith("http://")):
         raise ConfigError(
@@ -134,7 +135,7 @@ def _tracking(config: Config) -> dict[str, Any]:
     with later if config.benchmark.delay_ms else nullcontext(uri) as address:
         mlflow.set_tracking_uri(address)
         try:
-            with _recorded(config, tags) as (run, _):
+            with _recorded(work.config, work.tags()) as (run, _):
                 cost = suite.measure(
                     config.benchmark, work.plan, work.state, work.batches, run, run.sync
                 )
@@ -154,8 +155,8 @@ def _tracking(config: Config) -> dict[str, Any]:
 def _checkpoint(config: Config) -> dict[str, Any]:
     from tunix_mlflow.benchmarks import checkpoint as suite
 
-    config, work, tags = _workload(config)
-    with _recorded(config, tags) as (run, folder):
+    work = _workload(config)
+    with _recorded(work.config, work.tags()) as (run, folder):
         cost = suite.measure(config.benchmark, work.plan, work.state, work.batches, folder / "c")
         figures = _log_cost(run, "checkpoint", cost._asdict(), {"step_ms": cost.step_ms})
     low, high = min(cost.extra_ms), max(cost.extra_ms)
@@ -224,20 +225,16 @@ def _recorded(
         yield run, Path(folder)
 
 
-def _workload(config: Config) -> tuple[Config, Any, dict[str, str]]:
-    """Settled configuration, what is trained, and tags: of a dataset, or of made-up documents."""
+def _workload(config: Config) -> Work:
+    """What is trained: of a dataset, or of made-up documents."""
     from tunix_mlflow.benchmarks import workload
     from tunix_mlflow.data import datasets
     from tunix_mlflow.training import devices
 
     device = devices.use(config.device)
     if config.dataset is None:
-        work = workload.made_up(config, device)
-    else:
-        manifest = datasets.ready(config.dataset, console.say)
-        work = workload.of_dataset(config, manifest, device)
-    fingerprint = devices.fingerprint(device, config.mesh)
-    return work.config, work, {f"tunix.{name}": value for name, value in fingerprint.items()}
+        return workload.made_up(config, device)
+    return workload.of_dataset(config, datasets.ready(config.dataset, console.say), device)
 
 
 def _log_repeats(run: RunSession, values: Mapping[str, Sequence[float]]) -> None:

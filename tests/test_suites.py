@@ -70,7 +70,7 @@ def test_a_contender_that_fails_is_named(tmp_path: Path) -> None:
     """With its last words."""
     (tmp_path / "full").mkdir()
     with pytest.raises(BenchmarkError, match=r"PeftTrainer failed, exit code 1: No such file"):
-        peers.Racer(peers.CONTENDERS[2], tmp_path, _broken(tmp_path))
+        peers.Racer(peers.PEFT_TRAINER, tmp_path, _broken(tmp_path))
 
 
 def test_a_contender_that_dies_while_it_waits_is_named(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_contender_that_dies_while_it_waits_is_named(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     tasks.write(tmp_path / "full", peers.task(config, "full"))
     peers.write_configs(config, tmp_path)
-    racer = peers.Racer(peers.CONTENDERS[0], tmp_path, Path(sys.executable))
+    racer = peers.Racer(peers.OURS, tmp_path, Path(sys.executable))
     racer._process.kill()
     with pytest.raises(BenchmarkError, match="ours failed, exit code -9"):
         racer.turn()

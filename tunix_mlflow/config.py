@@ -379,9 +379,11 @@ def settled(config: Config, before: Config) -> Config:
         ConfigError: if that does not fit what it does say.
     """
     length = config.data.sequence_length or before.data.sequence_length
-    rows = config.training.microbatch_size or before.training.microbatch_size
-    if config.training.microbatch_size is None:
-        rows = _shared(before, config)
+    rows = config.training.microbatch_size
+    if rows is None and before.training.microbatch_size is not None:
+        # On another mesh a device has other rows: what fits both.
+        parts = config.training.batch_size // config.mesh.size
+        rows = math.gcd(before.training.microbatch_size, parts)
     open_ = [key for key in ("loss_chunk", "fused") if getattr(config.training, key) is None]
     chosen = {key: getattr(before.training, key) for key in open_}
     found = msgspec.structs.replace(
@@ -413,22 +415,11 @@ def changed(config: Config, overrides: Mapping[str, str]) -> Config:
         ConfigError: naming the key.
     """
     tree: dict[str, Any] = msgspec.to_builtins(config)
-    refit = "training.microbatch_size" not in overrides and any("mesh." in k for k in overrides)
-    if refit:
+    if any(key.startswith("mesh.") for key in overrides):
         tree["training"]["microbatch_size"] = None
     for key, text in overrides.items():
         _set(tree, key, text)
-    after = resolve(tree, "the run's configuration", overrides)
-    if not refit:
-        return after
-    training = msgspec.structs.replace(after.training, microbatch_size=_shared(config, after))
-    return msgspec.structs.replace(after, training=training)
-
-
-def _shared(before: Config, after: Config) -> int | None:
-    """The microbatch of a run that goes on upon another mesh: what fits both."""
-    rows = before.training.microbatch_size
-    return rows and math.gcd(rows, after.training.batch_size // after.mesh.size)
+    return settled(resolve(tree, "the run's configuration", overrides), config)
 
 
 def differences(before: Config, after: Config) -> list[str]:

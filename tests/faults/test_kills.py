@@ -2,8 +2,8 @@
 uninterrupted one.
 
 KILLS=200 (`make faults KILLS=200`) for the long count, CRASHES=all for a crash at every place. A
-chain begins a run by a key of its own,
-and whoever comes after a kill goes on with it by that key, until it has finished.
+chain begins a run by a key of its own, and whoever comes after a kill goes on with it by that key,
+until it has finished.
 """
 
 from __future__ import annotations
@@ -224,7 +224,8 @@ def test_a_crash_before_any_operation(store: str, spawn: Spawn, home: Path) -> N
         for at in waiting:
             key = f"crash{at}"
             code = victims.run(key, home, crash_at=at)
-            assert code in (0, 9)  # 0: threads did less this time, and it got through
+            # Threads may do less than in the first run: then the last places are not reached.
+            assert code == 9 or (code == 0 and at > 0.9 * total)
             crashed.append(code == 9)
             assert victims.run(key, home) == 0, victims.log.read_text()[-3000:]
             assert outcome(key) == expected
@@ -232,7 +233,6 @@ def test_a_crash_before_any_operation(store: str, spawn: Spawn, home: Path) -> N
     with ThreadPoolExecutor(TOGETHER) as pool:
         for done in [pool.submit(work, each) for each in (first, spawn())]:
             done.result()
-    assert sum(crashed) > 0.9 * len(places)
     print(f"{sum(crashed)} of {sum(crashed)} crashes survived, of {total} places")
 
 

@@ -2,8 +2,8 @@
 
 Each is a process of its own, with the same weights to begin with, the same batches, float32 and
 the same optimizer (AdamW, constant rate, gradients clipped by their global norm). Rows are full
-(`full`), or hold one document each of lognormal length with a median of 80 tokens (`mix`), or are
-packed with those (`packed`). What counts is useful tokens: those that are not padding.
+(`full`), or hold documents of lognormal length with a median of 80 tokens (`mix`), one each where
+the trainer does not pack. What counts is useful tokens: those that are not padding.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ class Contender(NamedTuple):
     fast: bool = False  # ours, with the preset cpu-fast
 
 
+OURS = Contender("ours", "full", "ours", ("padded",))
+PEFT_TRAINER = Contender("PeftTrainer", "full", "peft_trainer")
 CONTENDERS = (
-    Contender("ours", "full", "ours", ("padded",)),
+    OURS,
     Contender("ours, cpu-fast", "full", "ours", ("padded",), True),
-    Contender("PeftTrainer", "full", "peft_trainer"),
+    PEFT_TRAINER,
     Contender("HF Trainer", "full", "hugging_face", ("trainer",)),
     Contender("ours, packed", "mix", "ours", ("packed",)),
     Contender("ours, packed, cpu-fast", "mix", "ours", ("packed",), True),

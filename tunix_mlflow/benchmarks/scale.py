@@ -40,6 +40,10 @@ class Forecast(NamedTuple):
     collectives: dict[str, int]  # kind -> how many
     collective_bytes: int  # that they give a device, of an update
 
+    def kinds(self) -> str:
+        """The collectives in words."""
+        return ", ".join(f"{n} {kind}" for kind, n in sorted(self.collectives.items())) or "none"
+
 
 def measure(config: Config, say: Callable[[str], None]) -> list[Forecast]:
     """Compile for every count of devices, along either axis.
@@ -65,11 +69,10 @@ def measure(config: Config, say: Callable[[str], None]) -> list[Forecast]:
 def line(forecast: Forecast) -> str:
     """One forecast in words."""
     f = forecast
-    kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(f.collectives.items())) or "none"
     return (
         f"{f.axis} {f.devices}: {f.state_bytes / 1e6:,.1f} MB of state and"
         f" {f.working_bytes / 1e6:,.1f} MB besides on a device, {f.flops / 1e9:,.2f} GFLOP;"
-        f" collectives: {kinds}, {f.collective_bytes / 1e6:,.1f} MB"
+        f" collectives: {f.kinds()}, {f.collective_bytes / 1e6:,.1f} MB"
     )
 
 
@@ -82,10 +85,9 @@ def table(forecasts: Sequence[Forecast]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for f in forecasts:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(f.collectives.items()))
         rows.append(
             f"| {f.axis} | {f.devices} | {f.state_bytes / 1e6:,.1f} | {f.working_bytes / 1e6:,.1f}"
-            f" | {f.flops / 1e9:,.2f} | {kinds} | {f.collective_bytes / 1e6:,.1f} |"
+            f" | {f.flops / 1e9:,.2f} | {f.kinds()} | {f.collective_bytes / 1e6:,.1f} |"
         )
     return "\n".join(rows)
 

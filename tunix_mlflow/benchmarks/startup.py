@@ -23,8 +23,6 @@ from tunix_mlflow.benchmarks.peers import Contender, Racer
 from tunix_mlflow.config import Config
 from tunix_mlflow.errors import BenchmarkError
 
-_OURS = Contender("ours", "full", "ours", ("padded",))
-_PEER = Contender("PeftTrainer", "full", "peft_trainer")
 _WITH = "import mlflow"
 # The same as if this project were not installed.
 _WITHOUT = """
@@ -68,11 +66,14 @@ def measure(
         cache = folder / "cache"
         shutil.rmtree(cache, ignore_errors=True)
         for name in ("cold", "warm"):
-            first, compiling = _first_step(_OURS, folder, Path(sys.executable), cache)
+            first, compiling = _first_step(peers.OURS, folder, Path(sys.executable), cache)
             note(f"first_step_{name}_s", first)
             note(f"compile_{name}_s", compiling)
         if python is not None:
-            note("first_step_peft_trainer_s", _first_step(_PEER, folder, python, cache)[0])
+            note(
+                "first_step_peft_trainer_s",
+                _first_step(peers.PEFT_TRAINER, folder, python, cache)[0],
+            )
         note("first_step_tracked_cold_s", _tracked(config, folder))
         note("help_cpu_s", _cpu(["-m", "tunix_mlflow.cli.main", "--help"]))
         note("plugins_s", plugins())

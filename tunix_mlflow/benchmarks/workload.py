@@ -13,7 +13,7 @@ from tunix_mlflow.config import Config
 from tunix_mlflow.data import batches
 from tunix_mlflow.data.batches import TokenRows, TrainBatches
 from tunix_mlflow.data.manifest import Manifest
-from tunix_mlflow.training import setup
+from tunix_mlflow.training import devices, setup
 from tunix_mlflow.training.step import Plan, TrainState
 
 _LENGTH = 256
@@ -56,6 +56,11 @@ class Work(NamedTuple):
     state: TrainState
     batches: TrainBatches
     device: jax.Device
+
+    def tags(self) -> dict[str, str]:
+        """What the figures depend on besides, for the run."""
+        found = devices.fingerprint(self.device, self.config.mesh)
+        return {f"tunix.{name}": value for name, value in found.items()}
 
 
 def of_dataset(config: Config, manifest: Manifest, device: jax.Device) -> Work:

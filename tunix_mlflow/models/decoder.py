@@ -278,21 +278,12 @@ class Decoder(nnx.Module):
         return self.unembedding(features)
 
 
-def _call(
-    block: Block,
-    x: jax.Array,
-    positions: jax.Array,
-    mask: jax.Array,
-    cache: LayerCache | None,
-    cache_index: jax.Array | int,
-) -> tuple[jax.Array, LayerCache | None]:
-    return block(x, positions, mask, cache, cache_index)
-
-
 _REMAT: dict[str, Callable[..., tuple[jax.Array, LayerCache | None]]] = {
-    "none": _call,
-    "block": nnx.remat(_call),
-    "dots": nnx.remat(_call, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "none": Block.__call__,
+    "block": nnx.remat(Block.__call__),
+    "dots": nnx.remat(
+        Block.__call__, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
 }
 
 
@@ -408,6 +399,12 @@ def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) 
     return [
         LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)
     ]
+
+
+def as_type(params: Params, dtype: str) -> Params:
+    """The same parameters in another type."""
+    cast: Params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return cast
 
 
 def parameter_count(params: Params) -> int:

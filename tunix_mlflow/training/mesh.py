@@ -38,7 +38,7 @@ def specs(tree: _T, mesh: Mesh) -> _T:
 
 
 def shardings(tree: _T, mesh: Mesh) -> _T:
-    """The same as shardings, for jit and device_put."""
+    """The same for jit and device_put."""
     found: _T = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh))
     return found
 

@@ -33,7 +33,7 @@ _LOGITS_BYTES = 256 * 2**20
 class Setup(NamedTuple):
     """What a run trains, on what, and how."""
 
-    config: Config  # with what it left open: sequence length, microbatch, chunk of the loss
+    config: Config  # with what it left open; see `settle`
     manifest: Manifest
     tokenizer: ByteTokenizer
     examples: list[Example]
@@ -149,7 +149,7 @@ def begin(config: Config, vocab_size: int, device: jax.Device) -> tuple[Plan, Tr
     """
     plan = _plan(config, vocab_size, device)
     params = decoder.init(config.model, vocab_size, config.seed)
-    params = _as_type(params, config.training.param_dtype)
+    params = decoder.as_type(params, config.training.param_dtype)
     if plan.mesh is None:
         return plan, step.init_state(params, plan.optimizer)
     return plan, step.init_spread(params, plan.optimizer, plan.mesh)
@@ -185,12 +185,7 @@ def _plan(config: Config, vocab_size: int, device: jax.Device) -> Plan:
 
 def whole(params: decoder.Params, device: jax.Device) -> decoder.Params:
     """Parameters as a model is logged and asked: on one device, float32."""
-    return _as_type(jax.device_put(params, device), "float32")
-
-
-def _as_type(params: decoder.Params, dtype: str) -> decoder.Params:
-    cast: decoder.Params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    return cast
+    return decoder.as_type(jax.device_put(params, device), "float32")
 
 
 def microbatch(batch_size: int, length: int, platform: str) -> int:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from tunix_mlflow.config import ModelConfig
 from tunix_mlflow.data.batches import Batch
 from tunix_mlflow.models import decoder
-from tunix_mlflow.models.decoder import Graph, Params
+from tunix_mlflow.models.decoder import Graph, Params, as_type
 from tunix_mlflow.training import mesh as meshes
 from tunix_mlflow.training.losses import PLAIN, Compute, token_losses
 
@@ -110,7 +110,7 @@ def eval_step(params: Params, batch: Batch, *, plan: Plan) -> tuple[jax.Array, j
         batch = jax.lax.with_sharding_constraint(batch, rows)
     return token_losses(
         plan.graph,
-        _as(plan.compute.dtype, _fused(_as("float32", params), plan)),
+        as_type(_fused(as_type(params, "float32"), plan), plan.compute.dtype),
         batch,
         plan.compute,
     )
@@ -149,23 +149,18 @@ def _fused(params: Params, plan: Plan) -> Params:
     return params if plan.fuse is None else decoder.fuse(params, plan.fuse)
 
 
-def _as(dtype: str, params: Params) -> Params:
-    cast: Params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    return cast
-
-
 def _scanned(params: Params, batch: Batch, plan: Plan) -> _Sums:
     """Sums over the microbatches of one device, one after the other."""
     # Once an update, not once a microbatch. Gradients go back in float32.
-    exact, back = jax.vjp(lambda params: _fused(params, plan), _as("float32", params))
-    ready = _as(plan.compute.dtype, exact)
+    exact, back = jax.vjp(lambda params: _fused(params, plan), as_type(params, "float32"))
+    ready = as_type(exact, plan.compute.dtype)
 
     def loss_of(params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
         return token_losses(plan.graph, params, part, plan.compute)
 
     def sums(part: Batch) -> _Sums:
         (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(ready, part)
-        return _as("float32", grads), loss, count
+        return as_type(grads, "float32"), loss, count
 
     def add(total: _Sums, part: Batch) -> tuple[_Sums, None]:
         return jax.tree.map(jnp.add, total, sums(part)), None
