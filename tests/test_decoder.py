@@ -308,6 +308,29 @@ def test_microbatches_change_no_update(
         assert np.allclose(a, b, atol=2e-3 if name == "muon" else 1e-4)
 
 
+def test_a_step_is_compiled_once(data: batches.TokenRows) -> None:
+    """After compile_step neither the first step nor those after it, nor a last partial batch,
+    compile anything."""
+    graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
+    rule = optimizers.build(OptimizerConfig(), 10)
+    plan = step.Plan(graph, rule, 2)
+    state = step.init_state(params, rule)
+    full = batches.assemble(data, [[i] for i in range(8)])
+    partial = batches.assemble(data, [[i] for i in range(5)] + [[]] * 3)
+    compiled: list[str] = []
+
+    def heard(event: str, _: float, **__: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    step.compile_step(state, full, plan=plan)
+    assert len(compiled) == 1
+    for batch in (full, full, partial):
+        state, _ = step.train_step(state, batch, plan=plan)
+    assert len(compiled) == 1
+
+
 def test_muon_takes_the_hidden_matrices_alone() -> None:
     """Embedding and norms are AdamW's; both kinds move."""
     _, params = decoder.build(SHAPES["grouped, tied"], VOCAB, 0)

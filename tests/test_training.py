@@ -163,7 +163,7 @@ def test_loss_falls_and_everything_is_recorded(
     assert sorted(s for k, s in recorder.points if k == "eval/loss") == [2, 4, 6, 8]
     assert recorder.flushed == [2, 4, 6, 8]
     assert ("perf/step_time_ms", 1) not in recorder.points
-    assert ("perf/first_step_ms", 1) in recorder.points
+    assert 0 < recorder.points["perf/compile_ms", 1] < recorder.points["perf/first_step_ms", 1]
 
 
 @pytest.mark.parametrize("at", [1, 2, 5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 
@@ -63,6 +64,17 @@ def fingerprint(device: jax.Device, mesh: MeshConfig) -> dict[str, str]:
         "nproc": os.environ.get("NPROC", ""),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def return_freed_memory() -> None:
+    """Give the system back what Python and XLA have freed; does nothing but on glibc.
+
+    The C library keeps what initialising and compiling took in pieces too small for a step's one
+    large buffer, which then comes on top: half a gigabyte for a model of 135 million parameters.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _other_platforms() -> set[str]:

@@ -96,6 +96,11 @@ def train_step(state: TrainState, batch: Batch, *, plan: Plan) -> tuple[TrainSta
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
+def compile_step(state: TrainState, batch: Batch, *, plan: Plan) -> None:
+    """Compile :func:`train_step` for such arguments; calls with them use what was made."""
+    train_step.lower(state, batch, plan=plan).compile()
+
+
 @jax.jit
 def is_finite(params: Params) -> jax.Array:
     """Whether every parameter is a number, as a bool scalar."""

@@ -41,10 +41,11 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
     device = devices.use(config.device)
     config = setup.settle(config, task.vocab_size, device.platform)
     plan, state = setup.begin(config, task.vocab_size, device)
-    weights = llama.from_names(task.weights, state.params)
-    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), weights, state.params)
-    state = state._replace(params=placed)
-    del weights, placed
+    # Not tied to a device by hand, as fresh parameters are not: else the second step is compiled
+    # again, for a state that has become so altogether.
+    given = jax.device_put(llama.from_names(task.weights, state.params))
+    state = state._replace(params=given)
+    del given
     task.weights.clear()
     rows = workload.rows(task.documents, task.length, packing=packing)
     asked = 0
