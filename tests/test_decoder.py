@@ -16,7 +16,7 @@ from tunix_mlflow.data import batches
 from tunix_mlflow.data.batches import Batch
 from tunix_mlflow.data.examples import reasoning_trace
 from tunix_mlflow.data.tokenizer import ByteTokenizer
-from tunix_mlflow.models import decoder, generation
+from tunix_mlflow.models import decoder, generation, layers
 from tunix_mlflow.training import optimizer as optimizers
 from tunix_mlflow.training import step
 from tunix_mlflow.training.losses import PLAIN, Compute, token_losses
@@ -92,9 +92,11 @@ def test_rotation_keeps_lengths_and_depends_on_distance() -> None:
     rng = np.random.default_rng(1)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
+    frequency = layers.frequencies(8, 10_000.0)
+
     def score(i: int, j: int) -> float:
-        a = decoder.rotate(q, jnp.asarray([[i]]), 10_000.0)
-        b = decoder.rotate(k, jnp.asarray([[j]]), 10_000.0)
+        a = layers.rotate(q, jnp.asarray([[i]]), frequency)
+        b = layers.rotate(k, jnp.asarray([[j]]), frequency)
         assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(q), rel=1e-6)
         return float(jnp.sum(a * b))
 
@@ -109,7 +111,7 @@ def test_cached_generation_is_greedy_decoding(
     graph, params = model
     rng = np.random.default_rng(2)
     prompts = [rng.integers(1, VOCAB, n).astype(np.int32) for n in (3, 11, 34, 1)]
-    made = generation.generate(graph, params, prompts, max_new_tokens=12, eos_id=0, pad_id=0)
+    made = generation.generate(graph, params, prompts, max_new_tokens=12, eos_ids=(0,), pad_id=0)
     for prompt, found in zip(prompts, made, strict=True):
         tokens = list(prompt)
         for _ in range(12):
@@ -124,9 +126,13 @@ def test_generation_stops_at_the_end_of_sequence() -> None:
     """Nothing follows the token that ends, and it is not returned."""
     graph, params = decoder.build(SHAPES["grouped, tied"], VOCAB, seed=1)
     prompt = np.asarray([5, 6, 7], np.int32)
-    free = generation.generate(graph, params, [prompt], max_new_tokens=8, eos_id=39, pad_id=0)[0]
+    free = generation.generate(graph, params, [prompt], max_new_tokens=8, eos_ids=(39,), pad_id=0)[
+        0
+    ]
     stop = int(free[3])
-    cut = generation.generate(graph, params, [prompt], max_new_tokens=8, eos_id=stop, pad_id=0)[0]
+    cut = generation.generate(graph, params, [prompt], max_new_tokens=8, eos_ids=(stop,), pad_id=0)[
+        0
+    ]
     assert list(cut) == list(free)[: list(free).index(stop)]
 
 
@@ -167,7 +173,7 @@ def test_attention_is_the_librarys(heads: int, groups: int, length: int, seen: i
         return jax.nn.dot_product_attention(*arrays, mask=mask)
 
     def ours(*arrays: jax.Array) -> jax.Array:
-        return decoder.attend(*arrays, mask)
+        return layers.attend(*arrays, mask)
 
     assert np.allclose(library(q, k, v), ours(q, k, v), atol=1e-6)
     gradients = [

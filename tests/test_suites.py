@@ -22,8 +22,8 @@ from tunix_mlflow import config as configs
 from tunix_mlflow.benchmarks import compare, peers, scale, startup, tracking, workload
 from tunix_mlflow.benchmarks.contenders import task as tasks
 from tunix_mlflow.config import Config
-from tunix_mlflow.errors import BenchmarkError, IntegrityError
-from tunix_mlflow.models import decoder, llama
+from tunix_mlflow.errors import BenchmarkError
+from tunix_mlflow.models import decoder
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = tiny(
@@ -219,21 +219,3 @@ def test_plugins_load_nothing_but_themselves() -> None:
     assert added
     assert all(name.startswith("tunix_mlflow") for name in added)
     assert startup.plugins() > 0
-
-
-def test_names_of_a_llama() -> None:
-    """There and back; what is missing, unknown or of another shape is named."""
-    params = decoder.build(small().model, 64, 0)[1]
-    names = llama.to_names(params)
-    assert names["model.layers.0.self_attn.k_proj.weight"].shape == (8, 16)
-    back = llama.from_names(names, params)
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True):
-        assert np.array_equal(a, b)
-    wrong = {
-        "is missing": {k: v for k, v in names.items() if k != "model.norm.weight"},
-        "is no parameter": {**names, "model.more": np.zeros(1)},
-        "has shape": {**names, "model.norm.weight": np.zeros(3)},
-    }
-    for message, weights in wrong.items():
-        with pytest.raises(IntegrityError, match=message):
-            llama.from_names(weights, params)

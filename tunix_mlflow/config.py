@@ -71,9 +71,28 @@ class LimitsConfig(_Section, frozen=True):
     """Longest line, or row as JSON."""
 
 
+class RopeScaling(_Section, frozen=True):
+    """Rotary positions that are stretched for a longer context."""
+
+    kind: Literal["linear", "llama3"]
+    """All alike, or as Llama 3.1: long waves by `factor`, short ones not, between them in part."""
+    factor: Above0
+    """How far."""
+    low_freq_factor: Above0 = 1.0
+    """llama3: a wave that turns fewer times than this in the first context is long."""
+    high_freq_factor: Above0 = 4.0
+    """llama3: a wave that turns more often is short."""
+    original_positions: Positive = 8192
+    """llama3: the first context."""
+
+
 class ModelConfig(_Section, frozen=True):
     """The decoder's shape."""
 
+    family: Literal["llama", "qwen2", "qwen3", "gemma2", "gemma3_text"] = "llama"
+    """What it is made of: as llama; with biases of queries, keys and values (qwen2); with norms of
+    queries and keys (qwen3); with a gated GELU, norms of what is added, norms that scale by
+    1 + weight and embeddings times sqrt(width) (gemma2); all but the biases (gemma3_text)."""
     layers: Positive = 2
     """Number of blocks."""
     width: Positive = 128
@@ -85,13 +104,84 @@ class ModelConfig(_Section, frozen=True):
     head_dim: Positive | None = None
     """Width of one head, even; null: width / heads."""
     mlp_width: Positive = 352
-    """Hidden width of the SwiGLU feed-forward."""
+    """Hidden width of the gated feed-forward."""
     rope_theta: Above0 = 10_000.0
     """Base of the rotary position frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Stretched positions; null: as they are."""
     tie_embeddings: bool = True
     """Use the embedding table as the output projection."""
     norm_epsilon: Above0 = 1e-6
     """Added to the mean square in RMSNorm."""
+    window: Positive | None = None
+    """Tokens that a windowed layer sees, the query's own among them."""
+    windowed_layers: tuple[NonNegative, ...] = ()
+    """Layers with that window, from 0."""
+    window_rope_theta: Above0 | None = None
+    """rope_theta of those layers, which are never stretched; null: as the others."""
+    query_scale: Above0 | None = None
+    """Scores are divided by its square root; null: the width of a head."""
+    attention_softcap: Above0 | None = None
+    """Scores are bent into minus this to this; null: they are not."""
+    logit_softcap: Above0 | None = None
+    """The same of the logits."""
+    vocab_size: Positive | None = None
+    """Rows of the embedding table; null: as many as the tokenizer needs."""
+    max_positions: Positive | None = None
+    """Longest text that it was made for, in tokens; null: not known."""
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have a bias."""
+        return self.family == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised."""
+        return self.family in ("qwen3", "gemma3_text")
+
+    @property
+    def post_norms(self) -> bool:
+        """Whether what a part adds to the stream is normalised."""
+        return self.family in _GEMMA
+
+    @property
+    def scale_embeddings(self) -> bool:
+        """Whether embeddings are multiplied by sqrt(width)."""
+        return self.family in _GEMMA
+
+    @property
+    def norm_offset(self) -> float:
+        """What norms add to their weight to scale by."""
+        return 1.0 if self.family in _GEMMA else 0.0
+
+    @property
+    def activation(self) -> Literal["silu", "gelu"]:
+        """Of the gate; gelu is the one by tanh."""
+        return "gelu" if self.family in _GEMMA else "silu"
+
+
+_GEMMA = ("gemma2", "gemma3_text")
+
+
+class LoraConfig(_Section, frozen=True):
+    """Low-rank adapters, which are trained in place of the model (Hu et al. 2021)."""
+
+    rank: NonNegative = 0
+    """Their rank; 0: none, the whole model is trained."""
+    alpha: Above0 = 16.0
+    """What they add is multiplied by alpha / rank."""
+    dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    """Share of their inputs that is left out at random, in training."""
+    targets: tuple[
+        Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...
+    ] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """The products that have one."""
 
 
 class OptimizerConfig(_Section, frozen=True):
@@ -269,7 +359,12 @@ class Config(_Section, frozen=True):
     """auto, cpu, gpu or tpu, with an optional index: gpu:1."""
     data: DataConfig = DataConfig()
     limits: LimitsConfig = LimitsConfig()
+    base: str | None = None
+    """A pretrained model to begin with: a folder as Hugging Face lays it out, a GGUF file, or
+    models:/ or runs:/ of such a folder. The shape and the tokenizer are its own. null: from
+    scratch."""
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     mesh: MeshConfig = MeshConfig()
@@ -395,7 +490,7 @@ def settled(config: Config, before: Config) -> Config:
     return found
 
 
-FIXED = ("seed", "data", "model", "optimizer", "training")
+FIXED = ("seed", "data", "model", "lora", "optimizer", "training")
 """What decides the path of the parameters, with the data itself."""
 FREE = (
     *("data.evaluation_sets", "data.leakage", "training.steps", "training.eval_every_steps"),
@@ -559,7 +654,7 @@ def _check_relations(config: Config) -> None:
             f"model.width={model.width} must be a multiple of model.heads={model.heads},"
             f" or set model.head_dim"
         )
-    if (model.head_dim or model.width // model.heads) % 2:
+    if model.head_width % 2:
         raise ConfigError("the width of one head must be even: set model.head_dim")
     if training.batch_size % (config.mesh.size * (training.microbatch_size or 1)):
         parts = []

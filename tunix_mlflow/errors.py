@@ -29,6 +29,10 @@ class DatasetError(InputError):
     """A dataset, a seed, a trace file or the catalog is missing or malformed."""
 
 
+class ModelError(InputError):
+    """A pretrained model's files are missing, damaged, or of a kind that is not implemented."""
+
+
 class DeviceError(InputError):
     """The device that was asked for is not there."""
 

@@ -28,7 +28,7 @@ from tunix_mlflow.benchmarks.contenders import task as tasks
 from tunix_mlflow.config import Config, MeshConfig
 from tunix_mlflow.data.batches import TrainBatches
 from tunix_mlflow.errors import BenchmarkError, ConfigError
-from tunix_mlflow.models import decoder, llama
+from tunix_mlflow.models import decoder, names
 
 _HERE = "tunix_mlflow.benchmarks.contenders"
 
@@ -213,7 +213,7 @@ def task(config: Config, data: str) -> tasks.Task:
         stops=stops,
         documents=made,
         order=np.asarray(order, np.int32),
-        weights=llama.to_names(params),
+        weights=names.to_names(params, config.model),
     )
 
 

@@ -144,7 +144,7 @@ def flops_per_token(parameters: int, model: ModelConfig, length: int) -> float:
         model: L layers; W is the width of all its query heads.
         length: T, tokens in a row.
     """
-    heads = model.heads * (model.head_dim or model.width // model.heads)
+    heads = model.heads * model.head_width
     return 6.0 * parameters + 12.0 * model.layers * heads * length
 
 

@@ -46,7 +46,7 @@ class Bundle(NamedTuple):
             self.params,
             prompts,
             max_new_tokens=max_new_tokens or self.max_new_tokens,
-            eos_id=self.tokenizer.eos_id,
+            eos_ids=(self.tokenizer.eos_id,),
             pad_id=self.tokenizer.pad_id,
         )
         return [(self.tokenizer.decode(ids), self.tokenizer.answer(ids)) for ids in made]

@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 
-from tunix_mlflow.models.decoder import Graph, LayerCache, Params, empty_cache
+from tunix_mlflow.models.decoder import Graph, Params, empty_cache
+from tunix_mlflow.models.layers import LayerCache
 
+_OVER = -1  # in place of a token: the completion has ended
 _PROMPT_MULTIPLE = 32  # prompt widths are rounded up, so that few shapes are compiled
 
 
@@ -22,7 +24,7 @@ def generate(
     prompts: Sequence[npt.NDArray[np.int32]],
     *,
     max_new_tokens: int,
-    eos_id: int,
+    eos_ids: Sequence[int],
     pad_id: int,
 ) -> list[npt.NDArray[np.int32]]:
     """Continue each prompt with the likeliest token until the end of sequence.
@@ -32,7 +34,7 @@ def generate(
         params: its parameters.
         prompts: token ids, each [n], n at least 1.
         max_new_tokens: tokens generated at most.
-        eos_id: ends a completion; it is not returned.
+        eos_ids: each ends a completion; it is not returned.
         pad_id: fills prompts up on the left.
 
     Returns:
@@ -40,27 +42,26 @@ def generate(
     """
     width = max(len(p) for p in prompts)
     width = -(-width // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
-    # A multiple of 8 rows, for the same reason; the added rows are copies and are dropped.
-    rows = -(-len(prompts) // 8) * 8
+    # One row or a multiple of 8, for the same reason; added rows are copies and are dropped.
+    rows = 1 if len(prompts) == 1 else -(-len(prompts) // 8) * 8
     tokens = np.full((rows, width), pad_id, np.int32)
     padding = np.zeros((rows,), np.int32)
     for row in range(rows):
         prompt = prompts[min(row, len(prompts) - 1)]
         padding[row] = width - len(prompt)
         tokens[row, padding[row] :] = prompt
+    ends = tuple(sorted(set(eos_ids)))
     made = np.asarray(
-        _generate(
-            params, tokens, padding, graph=graph, max_new_tokens=max_new_tokens, eos_id=eos_id
-        )
+        _generate(params, tokens, padding, graph=graph, max_new_tokens=max_new_tokens, ends=ends)
     )
     completions = []
     for row in made[: len(prompts)]:
-        (ends,) = np.nonzero(row == eos_id)
-        completions.append(row[: ends[0]] if len(ends) else row)
+        (over,) = np.nonzero(row == _OVER)
+        completions.append(row[: over[0]] if len(over) else row)
     return completions
 
 
-@partial(jax.jit, static_argnames=("graph", "max_new_tokens", "eos_id"))
+@partial(jax.jit, static_argnames=("graph", "max_new_tokens", "ends"))
 def _generate(
     params: Params,
     tokens: jax.Array,  # [B, P], filled up on the left
@@ -68,8 +69,8 @@ def _generate(
     *,
     graph: Graph,
     max_new_tokens: int,
-    eos_id: int,
-) -> jax.Array:  # [B, max_new_tokens], eos after the end
+    ends: tuple[int, ...],
+) -> jax.Array:  # [B, max_new_tokens], _OVER from the end on
     model = nnx.merge(graph, params)
     batch, width = tokens.shape
     length = width + max_new_tokens
@@ -79,27 +80,30 @@ def _generate(
     def look(queries: jax.Array) -> jax.Array:  # [T] slot numbers -> [B, 1, T, S]
         return (real[:, None, :] & (slots[None, None, :] <= queries[None, :, None]))[:, None]
 
+    def likeliest(features: jax.Array) -> jax.Array:  # [B, T, W] -> [B]
+        token = jnp.argmax(model.logits(features[:, -1]), axis=-1).astype(jnp.int32)
+        return jnp.where(jnp.isin(token, jnp.asarray(ends, jnp.int32)), _OVER, token)
+
     prompt_slots = jnp.arange(width)
     cache = empty_cache(model.config, batch, length, jax.tree.leaves(params)[0].dtype)
     positions = jnp.maximum(prompt_slots[None, :] - padding[:, None], 0)
-    logits, cache = model(tokens, positions, look(prompt_slots), cache)
-    first = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
-    made = jnp.full((batch, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(first)
+    features, cache = model.features(tokens, positions, look(prompt_slots), cache)
+    first = likeliest(features)
+    made = jnp.full((batch, max_new_tokens), _OVER, jnp.int32).at[:, 0].set(first)
 
     def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array, list[LayerCache]]) -> jax.Array:
         count, last, _, _ = carry
-        return (count < max_new_tokens) & jnp.any(last != eos_id)
+        return (count < max_new_tokens) & jnp.any(last != _OVER)
 
     def extend(
         carry: tuple[jax.Array, jax.Array, jax.Array, list[LayerCache]],
     ) -> tuple[jax.Array, jax.Array, jax.Array, list[LayerCache]]:
         count, last, made, cache = carry
         slot = width + count - 1  # where `last` stands
-        logits, cache = model(
-            last[:, None], (slot - padding)[:, None], look(slot[None]), cache, slot
+        features, cache = model.features(
+            jnp.maximum(last, 0)[:, None], (slot - padding)[:, None], look(slot[None]), cache, slot
         )
-        token = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
-        token = jnp.where(last == eos_id, eos_id, token)
+        token = jnp.where(last == _OVER, _OVER, likeliest(features))
         return count + 1, token, made.at[:, count].set(token), cache
 
     _, _, made, _ = jax.lax.while_loop(unfinished, extend, (jnp.int32(1), first, made, cache))

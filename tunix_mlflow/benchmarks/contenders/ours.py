@@ -26,7 +26,7 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
 
     from tunix_mlflow.benchmarks import workload
     from tunix_mlflow.data.batches import TrainBatches
-    from tunix_mlflow.models import llama
+    from tunix_mlflow.models import names
     from tunix_mlflow.training import devices, loop, setup, step
     from tunix_mlflow.training.checkpoint import Checkpoints, Retention
 
@@ -43,7 +43,9 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
     plan, state = setup.begin(config, task.vocab_size, device)
     # Not tied to a device by hand, as fresh parameters are not: else the second step is compiled
     # again, for a state that has become so altogether.
-    given = jax.device_put(llama.from_names(task.weights, state.params))
+    given = jax.device_put(
+        names.from_names(task.weights, task.weights.__getitem__, state.params, config.model)
+    )
     state = state._replace(params=given)
     del given
     task.weights.clear()

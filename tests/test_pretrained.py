@@ -1,0 +1,295 @@
+"""Pretrained models: transformers' numbers, the same bytes back, and every fault named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from tests.golden.make import GREEDY, VOCABULARY, weights
+from tunix_mlflow.config import LoraConfig, ModelConfig
+from tunix_mlflow.errors import ModelError
+from tunix_mlflow.models import decoder, families, generation, lora, pretrained
+
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = sorted(path.stem for path in GOLDEN.glob("*.json"))
+
+
+def about(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text())
+    return found
+
+
+def folder_of(name: str, place: Path, shards: int = 1) -> Path:
+    """A model as transformers saved it."""
+    said = about(name)
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(json.dumps(said["config"]))
+    offset = name.startswith("gemma")
+    tensors = {k: weights(k, tuple(shape), offset) for k, shape in said["tensors"].items()}
+    if shards == 1:
+        save_file(tensors, place / "model.safetensors", {"format": "pt"})
+        return place
+    listed = {}
+    for number in range(shards):
+        part = dict(list(tensors.items())[number::shards])
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(part, place / file, {"format": "pt"})
+        listed |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": listed}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+    return place
+
+
+def imported(folder: Path) -> tuple[ModelConfig, decoder.Params]:
+    with pretrained.opened(folder) as source:
+        params = pretrained.load(source, VOCABULARY, lambda array, _: jnp.asarray(array))
+        return source.config, params
+
+
+def plain(config: ModelConfig) -> decoder.Graph:
+    return decoder.shape(config, VOCABULARY)[0]
+
+
+@partial(jax.jit, static_argnames=("graph",))
+def logits(graph: decoder.Graph, params: decoder.Params, tokens: jax.Array) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    mask = decoder.segment_mask(jnp.ones_like(tokens))
+    return nnx.merge(graph, params)(tokens, positions, mask)[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_greedy_text_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Within 1e-4, plain and fused; and 64 tokens of greedy text, through the cache."""
+    config, params = imported(folder_of(name, tmp_path / "model", shards=3))
+    golden = np.load(GOLDEN / f"{name}.npz")
+    made = logits(plain(config), params, jnp.asarray(golden["tokens"]))
+    assert np.abs(made - golden["logits"]).max() < 1e-4
+    fused = decoder.shape(config, VOCABULARY, fused=True)[0]
+    made = logits(fused, decoder.fuse(params, config), jnp.asarray(golden["tokens"]))
+    assert np.abs(made - golden["logits"]).max() < 1e-4
+    (text,) = generation.generate(
+        plain(config),
+        params,
+        [golden["tokens"][0, :11]],
+        max_new_tokens=GREEDY,
+        eos_ids=(),
+        pad_id=0,
+    )
+    assert text.tolist() == golden["greedy"].tolist()
+
+
+def test_every_family_has_three_shapes() -> None:
+    """Tied and untied, grouped heads, scaled positions, windows where the family has them."""
+    kinds = [families.read(about(name)["config"], name) for name in MODELS]
+    for family in families.ARCHITECTURES:
+        shapes = [kind for kind in kinds if kind.family == family]
+        assert len(shapes) == 3
+        assert len({kind.heads // kind.kv_heads for kind in shapes}) > 1
+        assert {kind.tie_embeddings for kind in shapes} == {True, False}
+        if family != "llama":
+            assert any(kind.windowed_layers for kind in shapes)
+    assert {k.rope_scaling.kind for k in kinds if k.rope_scaling} == {"linear", "llama3"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_is_the_same(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Import, export, import: configuration and every bit; in shards too."""
+    config, params = imported(folder_of(name, tmp_path / "model"))
+    pretrained.save(tmp_path / "one", config, params)
+    monkeypatch.setattr(pretrained, "_SHARD_BYTES", 10_000)
+    pretrained.save(tmp_path / "many", config, params)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    for place in ("one", "many"):
+        again, back = imported(tmp_path / place)
+        assert again == config
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True):
+            assert a.tobytes() == b.tobytes()
+    original = load_file(tmp_path / "model" / "model.safetensors")
+    written = load_file(tmp_path / "one" / "model.safetensors")
+    assert sorted(original) == sorted(written)
+    assert all(original[key].tobytes() == written[key].tobytes() for key in original)
+
+
+def _truncated(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def _missing(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def _header(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(struct.pack("<Q", 2**40) + shard.read_bytes()[8:])
+
+
+def _empty(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[0].write_bytes(b"")
+
+
+def _changed(change: Callable[[dict[str, Any]], None], listed: bool = False) -> Any:
+    def damage(folder: Path) -> None:
+        shard = sorted(folder.glob("*.safetensors"))[0]
+        tensors = load_file(shard)
+        change(tensors)
+        save_file(tensors, shard)
+        if listed:
+            path = folder / "model.safetensors.index.json"
+            index = json.loads(path.read_text())
+            old = {k: v for k, v in index["weight_map"].items() if v != shard.name}
+            index["weight_map"] = old | dict.fromkeys(tensors, shard.name)
+            path.write_text(json.dumps(index))
+
+    return damage
+
+
+def _index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other"}}')
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing shard": (_missing, "damaged or missing"),
+    "truncated": (_truncated, "damaged or missing"),
+    "bad header": (_header, "damaged or missing"),
+    "empty": (_empty, "damaged or missing"),
+    "another shape": (
+        _changed(lambda t: t.update({next(iter(t)): np.zeros((3, 5), np.float32)})),
+        "has shape",
+    ),
+    "one more": (_changed(lambda t: t.update(more=np.zeros(2, np.float32)), True), "no tensor of"),
+    "one less": (_changed(lambda t: t.pop(next(iter(t))), True), "is missing"),
+    "not in the index": (
+        _changed(lambda t: t.update(more=np.zeros(2, np.float32))),
+        "not in the index",
+    ),
+    "not in its shard": (_changed(lambda t: t.pop(next(iter(t)))), "not in its shard"),
+    "integers": (
+        _changed(lambda t: t.update({next(iter(t)): np.zeros((3, 5), np.int8)})),
+        "only floats",
+    ),
+    "an index that leaves": (_index, "files beside it"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(damage: str, tmp_path: Path) -> None:
+    """A shard missing, cut off, of other shapes, with more or fewer tensors: one line, exit 2."""
+    folder = folder_of("qwen2-b", tmp_path / "model", shards=3)
+    harm, message = DAMAGES[damage]
+    harm(folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        imported(folder)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba'"),
+        ({"model_type": "gemma3", "text_config": {}}, "text model alone"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": None}, "yarn"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_experts": 8}, "num_experts"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "wide"}, "width"),
+        ({"num_key_value_heads": 4}, "do not go together"),
+        ({"layer_types": ["chunked_attention"] * 3}, "layer_types"),
+    ],
+)
+def test_what_is_not_implemented_is_named(change: dict[str, Any], message: str) -> None:
+    """Never a silent approximation."""
+    tree = about("qwen3-a")["config"] | change
+    with pytest.raises(ModelError, match=message):
+        families.read(tree, "config.json")
+
+
+def test_the_older_spelling_is_understood() -> None:
+    """config.json as transformers 4 wrote it, of the models that people have."""
+    llama = {
+        **{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96},
+        **{"vocab_size": 61, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
+        **{"torch_dtype": "bfloat16", "max_position_embeddings": 131072},
+        **{"tie_word_embeddings": True, "pretraining_tp": 1, "mlp_bias": False},
+        "rope_scaling": {
+            **{"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0},
+            **{"original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        },
+    }
+    read = families.read(llama, "config.json")
+    assert read.rope_scaling is not None
+    assert read.rope_scaling.factor == 32.0
+    assert read.rope_theta == 500_000.0
+    gemma = {
+        **{"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 7},
+        **{"num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 96},
+        **{"head_dim": 16, "vocab_size": 61, "rms_norm_eps": 1e-6, "rope_theta": 1000000},
+        **{"rope_local_base_freq": 10000, "rope_scaling": None, "sliding_window": 512},
+        **{"sliding_window_pattern": 6, "query_pre_attn_scalar": 256},
+        **{"max_position_embeddings": 32768, "hidden_activation": "gelu_pytorch_tanh"},
+    }
+    read = families.read(gemma, "config.json")
+    assert read.windowed_layers == (0, 1, 2, 3, 4, 6)
+    assert read.window_rope_theta == 10_000.0
+    assert families.read(families.write(read, 61), "again") == read
+
+
+def test_a_hub_cache_is_a_folder_too(tmp_path: Path) -> None:
+    """models--org--name with refs and snapshots."""
+    cache = tmp_path / "models--org--name"
+    folder_of("llama-a", cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    assert pretrained.resolve(cache).name == "abc"
+    shutil.rmtree(cache / "refs")
+    assert pretrained.resolve(cache).name == "abc"
+    with pytest.raises(ModelError, match="there is no"):
+        pretrained.resolve(tmp_path / "nowhere")
+
+
+def test_a_tied_output_must_be_the_table(tmp_path: Path) -> None:
+    """Some files hold it twice; another one would be left out in silence."""
+    folder = folder_of("llama-a", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    imported(folder)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match="tied"):
+        imported(folder)
+
+
+@pytest.mark.parametrize("name", ["llama-b", "gemma3-b"])
+def test_adapters_begin_at_nothing(name: str, tmp_path: Path) -> None:
+    """A model with fresh adapters computes what it did."""
+    config, params = imported(folder_of(name, tmp_path / "model"))
+    small = LoraConfig(rank=3)
+    graph = decoder.shape(config, VOCABULARY, lora=small)[0]
+    adapters = jax.tree.map(jnp.asarray, lora.init(config, VOCABULARY, small, seed=1))
+    assert len(jax.tree.leaves(adapters)) == 2 * 7 * config.layers
+    tokens = jnp.asarray(np.load(GOLDEN / f"{name}.npz")["tokens"])
+    before = logits(plain(config), params, tokens)
+    assert np.allclose(logits(graph, lora.joined(adapters, params), tokens), before, atol=1e-5)
+    moved = jax.tree.map(lambda leaf: leaf + 0.01, adapters)
+    after = logits(graph, lora.joined(moved, params), tokens)
+    assert not np.allclose(after, before, atol=1e-2)
+    merged = lora.merged(moved, params, small)
+    assert np.allclose(after, logits(plain(config), merged, tokens), atol=1e-4)

@@ -1,0 +1,370 @@
+"""What decoders are made of: rotary positions, attention, feed-forward, norms, adapters.
+
+Shapes in comments: B batch, T query length, S key length, H query heads, K key/value heads,
+D head width, W model width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import nnx
+
+from tunix_mlflow.config import LoraConfig, ModelConfig, RopeScaling
+
+_NEVER = -1e30  # a score whose share is 0
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of the tokens seen so far, for one layer."""
+
+    key: jax.Array  # [B, S, K, D]
+    value: jax.Array  # [B, S, K, D]
+
+
+def frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> npt.NDArray[np.float32]:
+    """Radians a position, of each pair of a head: [head_dim / 2].
+
+    Args:
+        head_dim: even.
+        theta: their base.
+        scaling: stretches positions for a longer context: all alike (Chen et al. 2023), or as
+            Llama 3.1 does, long waves fully, short ones not, those between in part.
+    """
+    pairs = head_dim // 2
+    found = theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
+    if scaling is None:
+        return found.astype(np.float32)
+    stretched = found / scaling.factor
+    if scaling.kind == "linear":
+        return stretched.astype(np.float32)
+    turns = scaling.original_positions * found / (2 * math.pi)  # within the first context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (kept * found + (1 - kept) * stretched).astype(np.float32)
+
+
+def rotate(
+    x: jax.Array, positions: jax.Array, frequency: npt.NDArray[np.float32] | jax.Array
+) -> jax.Array:
+    """Rotary embedding, the two halves of a head being the pairs.
+
+    Args:
+        x: [B, T, heads, D], D even.
+        positions: [B, T], int32.
+        frequency: [D / 2], of :func:`frequencies`.
+
+    Returns:
+        [B, T, heads, D], in the dtype of `x`.
+    """
+    angle = positions[..., None, None].astype(jnp.float32) * frequency  # [B, T, 1, D/2]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Bend values smoothly into -cap..cap (Gemma 2, 2024); None leaves them."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
+    """Attention of a CPU: the query heads of one key head are the rows of one product.
+
+    Args:
+        q: [B, T, H, D].
+        k: [B, S, K, D], H a multiple of K.
+        v: [B, S, K, D].
+        mask: [B, 1, T, S], true where a query may look.
+        scale: of the scores; None: D ** -0.5.
+        cap: of the scores; see :func:`softcap`.
+
+    Returns:
+        [B, T, H, D], without a cap as `jax.nn.dot_product_attention` up to rounding.
+    """
+    batch, length, heads, width = q.shape
+    seen, groups = k.shape[1:3]
+    each = heads // groups
+    scale = width**-0.5 if scale is None else scale
+    rows = (q * scale).reshape(batch, length, groups, each, width)
+    rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, groups, each * length, width)
+    scores = softcap((rows @ k.transpose(0, 2, 3, 1)).astype(jnp.float32), cap)
+    scores = scores.reshape(batch, groups, each, length, seen)
+    shares = jax.nn.softmax(jnp.where(mask[:, :, None], scores, _NEVER), axis=-1)
+    shares = shares.astype(v.dtype).reshape(batch, groups, each * length, seen)
+    found = (shares @ v.transpose(0, 2, 1, 3)).reshape(batch, groups, each, length, width)
+    return found.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ kernel
+
+
+def _product_backward(
+    saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows, columns = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    return gradient @ kernel.T, rows.T @ columns
+
+
+_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+
+
+class Product(nnx.Linear):
+    """nnx.Linear whose kernel's gradient is one product of two matrices; with an adapter or not.
+
+    Left to itself JAX makes that gradient turned round and XLA copies it on a CPU, which costs a
+    step of ours a tenth of its time. An adapter adds `alpha / rank * (x A) B` (Hu et al. 2021).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        rngs: nnx.Rngs,
+        *,
+        bias: bool = False,
+        lora: LoraConfig | None = None,
+    ) -> None:
+        super().__init__(inputs, outputs, use_bias=bias, rngs=rngs)
+        self.lora = lora
+        if lora is not None:
+            self.lora_a = nnx.LoRAParam(jnp.zeros((inputs, lora.rank)))
+            self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, outputs)))
+
+    def __call__(self, inputs: jax.Array, noise: Any = None) -> jax.Array:
+        """[..., inputs] -> [..., outputs].
+
+        Args:
+            inputs: as said.
+            noise: a key, to leave out inputs of the adapter at random; None: none is left out.
+        """
+        made = _product(inputs, self.kernel[...])
+        if self.bias is not None:
+            made = made + self.bias[...]
+        if self.lora is None:
+            return made
+        if noise is not None and self.lora.dropout:
+            keep = 1 - self.lora.dropout
+            kept = jax.random.bernoulli(noise, keep, inputs.shape)
+            inputs = jnp.where(kept, inputs / keep, 0)
+        added = _product(_product(inputs, self.lora_a[...]), self.lora_b[...])
+        return made + added * (self.lora.alpha / self.lora.rank)
+
+
+class Norm(nnx.Module):
+    """RMSNorm (Zhang and Sennrich 2019), in float32.
+
+    Args:
+        width: of what is normalised.
+        config: read for `norm_epsilon` and `norm_offset`, which is added to the scale.
+        scaled: false: without a scale.
+    """
+
+    def __init__(self, width: int, config: ModelConfig, *, scaled: bool = True) -> None:
+        self.epsilon, self.offset = config.norm_epsilon, config.norm_offset
+        self.scale = nnx.Param(jnp.full((width,), 1.0 - self.offset)) if scaled else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., width] -> [..., width]."""
+        wide = x.astype(jnp.float32)
+        made = wide * jax.lax.rsqrt(
+            jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon
+        )
+        if self.scale is not None:
+            scale = self.scale[...].astype(jnp.float32)
+            made = made * (scale + self.offset if self.offset else scale)
+        return made.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over a packed row, or over a cache.
+
+    Args:
+        config: the shape.
+        windowed: whether this layer looks back no further than `config.window`.
+        rngs: makes the parameters.
+        fused: queries, keys and values are one product.
+        lora: adapters of some of the products.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        windowed: bool,
+        rngs: nnx.Rngs,
+        fused: bool = False,
+        lora: LoraConfig | None = None,
+    ) -> None:
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.head_dim = config.head_width
+        self.frequency = tuple(config_frequencies(config, windowed=windowed).tolist())
+        self.scale = None if config.query_scale is None else config.query_scale**-0.5
+        self.cap = config.attention_softcap
+        self.fused = fused
+        bias = config.qkv_bias
+        if fused:
+            all_heads = self.heads + 2 * self.kv_heads
+            self.inputs = Product(config.width, all_heads * self.head_dim, rngs, bias=bias)
+        else:
+
+            def product(target: str, heads: int) -> Product:
+                adapter = adapter_of(target, lora)
+                return Product(config.width, heads * self.head_dim, rngs, bias=bias, lora=adapter)
+
+            self.queries = product("q_proj", self.heads)
+            self.keys = product("k_proj", self.kv_heads)
+            self.values = product("v_proj", self.kv_heads)
+        self.output = Product(
+            self.heads * self.head_dim, config.width, rngs, lora=adapter_of("o_proj", lora)
+        )
+        self.query_norm = Norm(self.head_dim, config) if config.qk_norm else None
+        self.key_norm = Norm(self.head_dim, config) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, T, W]
+        positions: jax.Array,  # [B, T]
+        mask: jax.Array,  # [B, 1, T, S]
+        cache: LayerCache | None,
+        cache_index: jax.Array | int,
+        noise: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attend; with a cache, to what it holds too. Returns [B, T, W] and the cache."""
+        batch, length, _ = x.shape
+        if self.fused:
+            heads = self.inputs(x).reshape(batch, length, -1, self.head_dim)
+            q, k, v = jnp.split(heads, (self.heads, self.heads + self.kv_heads), axis=2)
+        else:
+            q = self.queries(x, piece(noise, 0)).reshape(batch, length, self.heads, self.head_dim)
+            k = self.keys(x, piece(noise, 1)).reshape(batch, length, self.kv_heads, self.head_dim)
+            v = self.values(x, piece(noise, 2)).reshape(batch, length, -1, self.head_dim)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        frequency = np.asarray(self.frequency, np.float32)
+        q, k = rotate(q, positions, frequency), rotate(k, positions, frequency)
+        if cache is not None:
+            start = (0, cache_index, 0, 0)
+            cache = LayerCache(
+                jax.lax.dynamic_update_slice(cache.key, k, start),
+                jax.lax.dynamic_update_slice(cache.value, v, start),
+            )
+            k, v = cache
+
+        def on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+            return attend(q, k, v, mask, self.scale, self.cap)
+
+        def elsewhere(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+            return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.scale)
+
+        if self.cap is None:
+            attended = jax.lax.platform_dependent(q, k, v, mask, cpu=on_cpu, default=elsewhere)
+        else:
+            attended = on_cpu(q, k, v, mask)  # the library's has no cap
+        return self.output(attended.reshape(batch, length, -1), piece(noise, 3)), cache
+
+
+class FeedForward(nnx.Module):
+    """Two products gate each other (Shazeer 2020), and one leads back."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        fused: bool = False,
+        lora: LoraConfig | None = None,
+    ) -> None:
+        self.fused = fused
+        self.activation = config.activation
+        width, hidden = config.width, config.mlp_width
+        if fused:
+            self.inputs = Product(width, 2 * hidden, rngs)
+        else:
+            self.gate = Product(width, hidden, rngs, lora=adapter_of("gate_proj", lora))
+            self.up = Product(width, hidden, rngs, lora=adapter_of("up_proj", lora))
+        self.down = Product(hidden, width, rngs, lora=adapter_of("down_proj", lora))
+
+    def __call__(self, x: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """[B, T, W] -> [B, T, W]."""
+        if self.fused:
+            gate, up = jnp.split(self.inputs(x), 2, -1)
+        else:
+            gate, up = self.gate(x, piece(noise, 4)), self.up(x, piece(noise, 5))
+        active = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate)
+        return self.down(active * up, piece(noise, 6))
+
+
+class Block(nnx.Module):
+    """Attention, then feed-forward, each normalised first and added to the stream.
+
+    Gemma normalises once more what is added.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        windowed: bool,
+        rngs: nnx.Rngs,
+        fused: bool = False,
+        lora: LoraConfig | None = None,
+    ) -> None:
+        self.attention_norm = Norm(config.width, config, scaled=not fused)
+        self.attention = Attention(config, windowed=windowed, rngs=rngs, fused=fused, lora=lora)
+        self.attention_post_norm = Norm(config.width, config) if config.post_norms else None
+        self.mlp_norm = Norm(config.width, config, scaled=not fused)
+        self.mlp = FeedForward(config, rngs=rngs, fused=fused, lora=lora)
+        self.mlp_post_norm = Norm(config.width, config) if config.post_norms else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: LayerCache | None,
+        cache_index: jax.Array | int,
+        noise: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """[B, T, W] -> [B, T, W], and the cache."""
+        added, cache = self.attention(
+            self.attention_norm(x), positions, mask, cache, cache_index, noise
+        )
+        x = x + (added if self.attention_post_norm is None else self.attention_post_norm(added))
+        added = self.mlp(self.mlp_norm(x), noise)
+        return x + (added if self.mlp_post_norm is None else self.mlp_post_norm(added)), cache
+
+
+def config_frequencies(config: ModelConfig, *, windowed: bool) -> npt.NDArray[np.float32]:
+    """The rotary frequencies of one kind of layer."""
+    if windowed and config.window_rope_theta is not None:
+        return frequencies(config.head_width, config.window_rope_theta)
+    return frequencies(config.head_width, config.rope_theta, config.rope_scaling)
+
+
+def adapter_of(target: str, lora: LoraConfig | None) -> LoraConfig | None:
+    """The adapter of a product, by the name that other libraries give it."""
+    return lora if lora is not None and lora.rank and target in lora.targets else None
+
+
+def piece(noise: jax.Array | None, number: int) -> jax.Array | None:
+    """One of the keys that a key is cut into."""
+    return None if noise is None else jax.random.fold_in(noise, number)
