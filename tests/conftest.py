@@ -18,9 +18,10 @@ import pytest
 os.environ.setdefault("NPROC", "2")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-# One compilation cache for this process and all its children.
-_CACHE = tempfile.TemporaryDirectory(prefix="tunix-jax-cache-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+# One compilation cache for this process and all its children, pytest's workers among them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="tunix-jax-cache-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 KEPT = {"MLFLOW_LOGGING_LEVEL", "MLFLOW_DISABLE_TELEMETRY"}
@@ -117,6 +118,17 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+def run_here(*arguments: str) -> int:
+    """The exit code of our command line, in this process."""
+    from tunix_mlflow import bootstrap
+    from tunix_mlflow.cli import main as command_line
+
+    try:
+        return bootstrap.execute(command_line._run, arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -10,15 +10,17 @@ import tempfile
 from pathlib import Path
 
 import jax
+import msgspec
 import numpy as np
 
 from tunix_mlflow import config as configs
-from tunix_mlflow.config import Config
+from tunix_mlflow.config import Config, LoraConfig
 from tunix_mlflow.data import batches
 from tunix_mlflow.data.examples import reasoning_trace
 from tunix_mlflow.data.tokenizer import ByteTokenizer
-from tunix_mlflow.models import arrays
+from tunix_mlflow.models import arrays, decoder, lora
 from tunix_mlflow.training import devices, setup
+from tunix_mlflow.training import mesh as meshes
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention
 from tunix_mlflow.training.step import TrainState, train_step
 
@@ -85,11 +87,32 @@ def moved(optimizer: str) -> dict[str, float]:
     return {"exact": exact, "same_place": same_place, "distance": distance(end, whole)}
 
 
+def adapted(data: int, fsdp: int) -> TrainState:
+    """Adapters trained beside parameters that are spread and stay as they are."""
+    config = configured(data, fsdp, "adamw")
+    config = msgspec.structs.replace(
+        config,
+        lora=LoraConfig(rank=2),
+        training=msgspec.structs.replace(config.training, fused=False),
+    )
+    vocabulary = ByteTokenizer.vocab_size
+    plan = setup._plan(config, vocabulary, devices.use("cpu"))
+    frozen = decoder.init(config.model, vocabulary, 0)
+    if plan.mesh is not None:
+        frozen = jax.device_put(frozen, meshes.shardings(frozen, plan.mesh))
+    state = setup._state(plan, lora.init(config.model, vocabulary, config.lora, 0))
+    rows = batches.tokenize(EXAMPLES, ByteTokenizer(), config.data, 64)
+    stream = batches.TrainBatches(rows, batch_size=8, seed=0)
+    for step in range(STEPS):
+        state, _ = train_step(state, stream.at(step), frozen, plan=plan)
+    return state
+
+
 def main() -> None:
     found = {}
-    for optimizer, meshes in (("adamw", ((2, 1), (1, 4), (2, 2))), ("muon", ((2, 2),))):
+    for optimizer, grids in (("adamw", ((2, 1), (1, 4), (2, 2))), ("muon", ((2, 2),))):
         alone, losses = trained(configured(1, 1, optimizer))
-        for data, fsdp in meshes:
+        for data, fsdp in grids:
             config = configured(data, fsdp, optimizer)
             state, theirs = trained(config)
             again, _ = trained(config)
@@ -101,6 +124,7 @@ def main() -> None:
                 "share": sum(held) / sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             }
     found["moved"] = moved("adamw")
+    found["adapted"] = distance(adapted(1, 1), adapted(2, 2))
     print(json.dumps(found))
 
 

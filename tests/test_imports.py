@@ -37,6 +37,10 @@ OWNED = {
     "flax": {"models", "training", "benchmarks", "integrations"},
     "optax": {"training", "benchmarks", "integrations"},
     "orbax": {"models", "training"},
+    "safetensors": {"models", "benchmarks"},
+    "tokenizers": {"data.hub_tokenizer", "models.gguf_file", "benchmarks"},
+    "jinja2": {"data.hub_tokenizer"},
+    "gguf": {"models.gguf_file"},
 }
 # In these, not even inside a function, except in bootstrap's last resort.
 EXCEPTIONS = {("bootstrap", "mlflow")}

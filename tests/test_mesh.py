@@ -15,7 +15,7 @@ from tests.conftest import ROOT, as_arguments, environment, last_json, tiny
 
 def test_a_mesh_trains_as_one_device() -> None:
     """Parameters and losses within 1e-6, twice the same bits, a share of the parameters each; a
-    checkpoint moves to another mesh bit for bit, and is trained on there."""
+    checkpoint moves to another mesh bit for bit, and is trained on there. Adapters too."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.meshes"],
         cwd=ROOT,
@@ -27,6 +27,7 @@ def test_a_mesh_trains_as_one_device() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = last_json(done.stdout)
     moved = found.pop("moved")
+    assert found.pop("adapted") < 1e-6
     assert set(found) == {"adamw 2x1", "adamw 1x4", "adamw 2x2", "muon 2x2"}
     for name, on_mesh in found.items():
         assert on_mesh["distance"] < 1e-6, name

@@ -17,10 +17,9 @@ from mlflow.tracking import MlflowClient
 
 from projects import train as training
 from projects.train import Start
-from tests.conftest import ROOT, tiny, write_traces
-from tunix_mlflow import bootstrap, session, state
+from tests.conftest import ROOT, run_here, tiny, write_traces
 from tunix_mlflow import config as configs
-from tunix_mlflow.cli import main as command_line
+from tunix_mlflow import session, state
 from tunix_mlflow.config import Config, TrackingConfig
 from tunix_mlflow.data import datasets
 from tunix_mlflow.errors import CheckpointError, Interrupted, TrackingError
@@ -62,14 +61,6 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, **more: str) -> str:
     return str(run.info.run_id)
 
 
-def command(*arguments: str) -> int:
-    """The exit code of our command line, in this process."""
-    try:
-        return bootstrap.execute(command_line._run, arguments)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-
-
 def weights(run_id: str) -> str:
     return str(MlflowClient().get_run(run_id).data.tags["tunix.weights_digest"])
 
@@ -99,8 +90,8 @@ def test_from_an_earlier_step(doubles: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_more_steps(doubles: str) -> None:
     """A finished run goes on when it is given more steps, and only then."""
     run_id = training.train(config()).run_id
-    assert command("resume", run_id) == 2
-    assert command("resume", run_id, "training.steps=12", "training.eval_every_steps=3") == 0
+    assert run_here("resume", run_id) == 2
+    assert run_here("resume", run_id, "training.steps=12", "training.eval_every_steps=3") == 0
     assert [step for step, _ in losses(run_id)] == list(range(1, 13))
     run = MlflowClient().get_run(run_id)
     assert run.info.status == "FINISHED"
@@ -114,7 +105,7 @@ def test_a_fork_is_a_run_of_its_own(doubles: str) -> None:
     first = training.train(config()).run_id
     before = losses(first)
     words = ("resume", first, "--step", "4", "--fork", "optimizer.learning_rate=0.01")
-    assert command(*words) == 0
+    assert run_here(*words) == 0
     client = MlflowClient()
     experiment = client.get_run(first).info.experiment_id
     (fork,) = client.search_runs([experiment], f"tags.`tunix.forked_from` = '{first}@4'")
@@ -132,7 +123,7 @@ def test_elsewhere(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     }
     monkeypatch.setenv("TUNIX_MLFLOW_HOME", str(tmp_path / "elsewhere"))
     datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 60), "doubles-v1")
-    assert command("resume", run_id) == 0
+    assert run_here("resume", run_id) == 0
     assert weights(run_id) == weights(whole.run_id)
     assert losses(run_id) == losses(whole.run_id)
     now = stamps(run_id)
@@ -153,7 +144,7 @@ def test_a_damaged_upload_is_not_used(
     data[-1] ^= 1
     victim.write_bytes(data)
     shutil.rmtree(state.run_dir(run_id))
-    assert command("resume", run_id) == 0
+    assert run_here("resume", run_id) == 0
     said = capsys.readouterr().err
     assert "uploaded checkpoint of step 5 is damaged" in said
     assert "fetched the checkpoint of step 4" in said
@@ -166,14 +157,14 @@ def test_by_key(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
     file = tmp_path / "job.yaml"
     file.write_bytes(configs.to_json(config()))
     again = ("train", str(file), "resume=auto", "tracking.key=job-17")
-    assert command(*again, "seed=3") == 2
+    assert run_here(*again, "seed=3") == 2
     assert "seed: 0, now 3" in capsys.readouterr().err
-    assert command(*again) == 0
+    assert run_here(*again) == 0
     assert MlflowClient().get_run(run_id).info.status == "FINISHED"
     capsys.readouterr()
-    assert command(*again) == 0
+    assert run_here(*again) == 0
     assert json.loads(capsys.readouterr().out) == {"run_id": run_id, "finished": True}
-    assert command("train", "resume=auto") == 2
+    assert run_here("train", "resume=auto") == 2
 
 
 WRONG = {
@@ -234,7 +225,7 @@ def test_wrong_targets_are_refused(targets: dict[str, str], capsys: Any) -> None
     before = everything()
     for what, (target, *words) in WRONG.items():
         capsys.readouterr()
-        code = command("resume", targets.get(target, target), *words)
+        code = run_here("resume", targets.get(target, target), *words)
         said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
         assert (code, len(said)) == (2, 1), (what, said)
         assert everything() == before, what
@@ -243,10 +234,10 @@ def test_wrong_targets_are_refused(targets: dict[str, str], capsys: Any) -> None
 
 def test_the_difference_is_named(targets: dict[str, str], capsys: Any) -> None:
     """Which key, what it was and what it would be."""
-    command("resume", targets["RUN"], "optimizer.learning_rate=0.5", "seed=9")
+    run_here("resume", targets["RUN"], "optimizer.learning_rate=0.5", "seed=9")
     said = capsys.readouterr().err
     assert "seed: 0, now 9; optimizer.learning_rate: 0.001, now 0.5" in said
-    command("resume", targets["RUN"], "dataset=other-v1")
+    run_here("resume", targets["RUN"], "dataset=other-v1")
     assert "another dataset_digest" in capsys.readouterr().err
 
 
@@ -341,7 +332,7 @@ def test_the_launcher_of_a_resume_is_no_ghost(
     assert found.data.tags["tunix.launcher_of"] == run_id
     assert found.data.metrics == found.data.params == {}
     capsys.readouterr()
-    assert command("runs", "list", "--json") == 0
+    assert run_here("runs", "list", "--json") == 0
     assert [row["run_id"] for row in json.loads(capsys.readouterr().out)] == [run_id]
 
 
@@ -349,14 +340,14 @@ def test_verify_proves_a_run(doubles: str, capsys: Any) -> None:
     """The last segment is trained again; a value that was changed is found; the verdict stays."""
     run_id = training.train(config()).run_id
     client = MlflowClient()
-    assert command("runs", "verify", run_id) == 0
+    assert run_here("runs", "verify", run_id) == 0
     tag = client.get_run(run_id).data.tags["tunix.verified"]
     assert tag.startswith("ok: steps 7 to 8 trained again")
     shutil.rmtree(state.run_dir(run_id))  # by what MLflow has alone
-    assert command("runs", "verify", run_id, "--json") == 0
+    assert run_here("runs", "verify", run_id, "--json") == 0
     client.log_metric(run_id, "train/loss", 0.5, step=8)
     capsys.readouterr()
-    assert command("runs", "verify", run_id) == 3
+    assert run_here("runs", "verify", run_id) == 3
     assert "train/loss at step 8: recorded" in capsys.readouterr().err
     assert client.get_run(run_id).data.tags["tunix.verified"].startswith("differs: ")
 
@@ -375,7 +366,7 @@ def test_verify_notices_another_state(doubles: str) -> None:
     shutil.copytree(wrong / "state", folder / "state")
     (folder / arrays.MANIFEST).unlink()
     arrays.seal(folder, content | {"state_digest": stranger})
-    assert command("runs", "verify", run_id) == 3
+    assert run_here("runs", "verify", run_id) == 3
 
 
 def test_need_of_a_checkpoint(doubles: str) -> None:

@@ -53,7 +53,12 @@ class Arguments(NamedTuple):
         return configs.load(self.config or default, self.overrides, presets)
 
 
-def parse(argv: Sequence[str], own: Iterable[str] = (), positional: str = "config") -> Arguments:
+def parse(
+    argv: Sequence[str],
+    own: Iterable[str] = (),
+    positional: str = "config",
+    flags: Iterable[str] = (),
+) -> Arguments:
     """Read `[WORD] key=value --key value --key=value`, in any order.
 
     `mlflow run` hands undeclared parameters on as `--key value`, which is why both forms
@@ -63,17 +68,21 @@ def parse(argv: Sequence[str], own: Iterable[str] = (), positional: str = "confi
         argv: without the program's name.
         own: names that are the stage's and not the configuration's.
         positional: what a bare word stands for.
+        flags: names of the stage's own that may stand alone, as `--name`, for `true`.
 
     Raises:
         ConfigError: naming the argument that makes no sense.
     """
-    names = {*own, "config"}
+    alone = {f"--{flag}": flag for flag in flags}
+    names = {*own, *flags, "config"}
     values: dict[str, str] = {}
     position = 0
     while position < len(argv):
         argument = argv[position]
         position += 1
-        if argument.startswith("--"):
+        if argument in alone and argv[position : position + 1] not in (["true"], ["false"]):
+            key, value = alone[argument], "true"
+        elif argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
             if not equals:
                 if position == len(argv):

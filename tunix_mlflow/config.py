@@ -227,7 +227,8 @@ class TrainingConfig(_Section, frozen=True):
     """On a GPU: ask XLA for deterministic kernels. A CPU is deterministic as it is."""
 
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters and the optimizer's state."""
+    """Of the parameters and the optimizer's state; beside adapters, which are float32, of the
+    model's parameters."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the products. Losses, and sums of gradients, are float32 always."""
     remat: Literal["none", "dots", "block"] = "none"

@@ -12,6 +12,7 @@ import jax
 from tunix_mlflow.config import BenchmarkConfig
 from tunix_mlflow.data.batches import TrainBatches
 from tunix_mlflow.models import arrays
+from tunix_mlflow.models.decoder import Params
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention
 from tunix_mlflow.training.step import Plan, TrainState, train_step
 
@@ -33,7 +34,12 @@ class Cost(NamedTuple):
 
 
 def measure(
-    config: BenchmarkConfig, plan: Plan, state: TrainState, batches: TrainBatches, folder: Path
+    config: BenchmarkConfig,
+    plan: Plan,
+    state: TrainState,
+    batches: TrainBatches,
+    folder: Path,
+    frozen: Params | None = None,
 ) -> Cost:
     """Train `repeats` pairs of blocks of `steps` updates, one of a pair with a save.
 
@@ -43,6 +49,7 @@ def measure(
         state: donated.
         batches: of each update.
         folder: an empty one.
+        frozen: the parameters beside adapters.
     """
     kept = Checkpoints(folder, {}, retention=Retention(1))
     done, blocked = 0, []
@@ -54,7 +61,7 @@ def measure(
             kept.save(done, state)
             blocked.append(1000 * (time.perf_counter() - begun))
         for _ in range(config.steps):
-            state, metrics = train_step(state, batches.at(done), plan=plan)
+            state, metrics = train_step(state, batches.at(done), frozen, plan=plan)
             done += 1
             float(metrics.loss)
         jax.block_until_ready(state)

@@ -283,12 +283,13 @@ class Racer:
                 text=True,
             )
         try:
-            self._at = int(self._heard()["step"])
+            heard = self._heard()
+            self._at, self.compiling = int(heard["step"]), float(heard["compiling"])
         except BaseException:  # a signal too: nobody else knows of the process yet
             self.stop()
             raise
         self.first = time.perf_counter() - self.started
-        self._peak_mb = self.compiling = 0.0
+        self._peak_mb = 0.0
         self._rates: list[float] = []
         self._steps: list[float] = []
 
@@ -296,7 +297,8 @@ class Racer:
         """Let it train to its next pause: seconds, useful tokens, updates."""
         self._speak()
         heard = self._heard()
-        self._peak_mb, self.compiling = heard["peak_mb"], heard["compiling"]
+        self._peak_mb = heard["peak_mb"]
+        self.compiling += heard["compiling"]
         updates, self._at = heard["step"] - self._at, int(heard["step"])
         return heard["seconds"], heard["useful"], int(updates)
 

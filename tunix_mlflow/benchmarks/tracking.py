@@ -24,6 +24,7 @@ import psutil
 
 from tunix_mlflow.config import BenchmarkConfig
 from tunix_mlflow.data.batches import TrainBatches
+from tunix_mlflow.models.decoder import Params
 from tunix_mlflow.training.step import Plan, TrainState, train_step
 from tunix_mlflow.training.writers import MetricWriter
 
@@ -46,6 +47,7 @@ def measure(
     batches: TrainBatches,
     writer: MetricWriter,
     sync: Callable[[], object],
+    frozen: Params | None = None,
 ) -> Cost:
     """Train `repeats` pairs of blocks of `steps` updates.
 
@@ -56,6 +58,7 @@ def measure(
         batches: of each update.
         writer: receives what training would record.
         sync: returns when all of it is delivered.
+        frozen: the parameters beside adapters.
     """
     done = 0
     process = psutil.Process()
@@ -65,7 +68,7 @@ def measure(
         nonlocal state, done
         begun = time.perf_counter()
         for _ in range(config.steps):
-            state, metrics = train_step(state, batches.at(done), plan=plan)
+            state, metrics = train_step(state, batches.at(done), frozen, plan=plan)
             done += 1
             loss, norm = float(metrics.loss), float(metrics.grad_norm)
             if recorded:

@@ -25,6 +25,7 @@ import numpy as np
 from tunix_mlflow.config import BenchmarkConfig, ModelConfig
 from tunix_mlflow.data.batches import TrainBatches
 from tunix_mlflow.models import decoder
+from tunix_mlflow.models.decoder import Params
 from tunix_mlflow.training.step import Plan, TrainState, train_step
 
 
@@ -54,6 +55,7 @@ def measure(
     *,
     model: ModelConfig,
     plan: Plan,
+    frozen: Params | None = None,
 ) -> Measured:
     """Time `repeats` runs of `steps` updates, after `warmup_steps` that do not count.
 
@@ -63,8 +65,9 @@ def measure(
         batches: where each step's batch comes from; making it is part of the step.
         model: the decoder's shape.
         plan: how an update is computed.
+        frozen: the parameters beside adapters.
     """
-    parameters = decoder.parameter_count(state.params)
+    parameters = decoder.parameter_count(state.params if frozen is None else frozen)
     flops = flops_per_token(parameters, model, batches.data.length)
 
     def run(first: int, count: int) -> tuple[float, int, int]:
@@ -75,7 +78,7 @@ def measure(
             batch = batches.at(step)
             useful += int(np.count_nonzero(batch.segments))
             padded += batch.segments.size
-            state, _ = train_step(state, batch, plan=plan)
+            state, _ = train_step(state, batch, frozen, plan=plan)
         jax.block_until_ready(state)
         return time.perf_counter() - start, useful, padded
 

@@ -13,6 +13,8 @@ from tunix_mlflow.config import Config
 from tunix_mlflow.data import batches
 from tunix_mlflow.data.batches import TokenRows, TrainBatches
 from tunix_mlflow.data.manifest import Manifest
+from tunix_mlflow.models.base import Base
+from tunix_mlflow.models.decoder import Params
 from tunix_mlflow.training import devices, setup
 from tunix_mlflow.training.step import Plan, TrainState
 
@@ -56,6 +58,7 @@ class Work(NamedTuple):
     state: TrainState
     batches: TrainBatches
     device: jax.Device
+    frozen: Params | None = None  # the parameters beside adapters
 
     def tags(self) -> dict[str, str]:
         """What the figures depend on besides, for the run."""
@@ -63,23 +66,29 @@ class Work(NamedTuple):
         return {f"tunix.{name}": value for name, value in found.items()}
 
 
-def of_dataset(config: Config, manifest: Manifest, device: jax.Device) -> Work:
+def of_dataset(
+    config: Config, manifest: Manifest, device: jax.Device, base: Base | None = None
+) -> Work:
     """What training would do with a dataset.
 
     Raises:
         DatasetError: as `training.setup.assemble`.
     """
-    made = setup.assemble(config, manifest, device)
-    return Work(made.config, manifest, made.plan, made.state, made.train_batches(), device)
+    made = setup.assemble(config, manifest, device, base)
+    stream = made.train_batches()
+    return Work(made.config, manifest, made.plan, made.state, stream, device, made.frozen)
 
 
-def made_up(config: Config, device: jax.Device) -> Work:
+def made_up(config: Config, device: jax.Device, base: Base | None = None) -> Work:
     """Documents by `benchmark.data` and `benchmark.vocabulary`."""
+    if base is not None:
+        config = setup.of_base(config, base)
+    size = config.model.vocab_size or config.benchmark.vocabulary
     length = config.data.sequence_length or _LENGTH
     data = msgspec.structs.replace(config.data, sequence_length=length)
     config = msgspec.structs.replace(config, data=data)
-    config = setup.settle(config, config.benchmark.vocabulary, device.platform)
-    plan, state = setup.begin(config, config.benchmark.vocabulary, device)
+    config = setup.settle(config, size, device.platform)
+    plan, state, frozen, _ = setup.start(config, size, device, base)
     kind = "mix" if config.benchmark.data == "mix" else "full"
     made = documents(kind, 16 * config.training.batch_size, length, config.benchmark.vocabulary)
     stream = TrainBatches(
@@ -87,4 +96,4 @@ def made_up(config: Config, device: jax.Device) -> Work:
         batch_size=config.training.batch_size,
         seed=config.seed,
     )
-    return Work(config, None, plan, state, stream, device)
+    return Work(config, None, plan, state, stream, device, frozen)

@@ -15,6 +15,7 @@ import click
 if TYPE_CHECKING:
     from tunix_mlflow.data.examples import Example
     from tunix_mlflow.data.manifest import Manifest
+    from tunix_mlflow.data.tokenizer import Tokenizer
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _split = click.option(
@@ -66,8 +67,11 @@ def list_(as_json: bool) -> None:
 @click.option("--limit", type=click.IntRange(1), default=3, help="Examples shown.")
 @click.option("--mask", is_flag=True, help="Show the tokens, and which are trained on.")
 @click.option("--answer-only", is_flag=True, help="With --mask: as with data.include_steps=false.")
+@click.option("--base", help="With --mask: by the tokenizer and template of this model.")
 @_json
-def show(key: str, limit: int, mask: bool, answer_only: bool, as_json: bool) -> None:
+def show(
+    key: str, limit: int, mask: bool, answer_only: bool, base: str | None, as_json: bool
+) -> None:
     """A dataset's manifest, statistics and first examples."""
     from tunix_mlflow.data import datasets as operations
     from tunix_mlflow.data import examples, snapshot
@@ -87,9 +91,13 @@ def show(key: str, limit: int, mask: bool, answer_only: bool, as_json: bool) -> 
         click.echo(f"  parent: {manifest.parent}")
     for source in operations.provenance(key):
         click.echo(f"  from {source['file']}: {source['rows']} rows, sha256 {source['sha256']}")
+    tokenizer = _tokenizer(base) if mask else None
     for example in found:
         click.echo("")
-        click.echo(_masked(example, answer_only) if mask else _readable(example))
+        if tokenizer is None:
+            click.echo(_readable(example))
+        else:
+            click.echo(_masked(example, answer_only, tokenizer))
 
 
 @datasets.command()
@@ -349,12 +357,16 @@ def check_leakage(
 @datasets.command()
 @click.argument("key")
 @click.option("--sequence-length", type=click.IntRange(1), help="Tokens in a row.")
+@click.option("--base", help="Count tokens by the tokenizer and template of this model.")
 @_json
-def stats(key: str, sequence_length: int | None, as_json: bool) -> None:
+def stats(key: str, sequence_length: int | None, base: str | None, as_json: bool) -> None:
     """Steps, characters and byte tokens of a dataset, with percentiles.
 
     With --sequence-length, how many examples a row of that length would cut.
     """
+    if base is not None:
+        _stats_of(key, base, as_json)
+        return
     from tunix_mlflow import state
     from tunix_mlflow.data import catalog
     from tunix_mlflow.data import datasets as operations
@@ -541,19 +553,43 @@ def _readable(example: Example) -> str:
     return "\n".join(lines)
 
 
-def _masked(example: Example, answer_only: bool) -> str:
-    from itertools import groupby
-
-    from tunix_mlflow.data import chat
+def _tokenizer(base: str | None) -> Tokenizer:
+    """That of a pretrained model, or the byte tokenizer."""
     from tunix_mlflow.data.tokenizer import ByteTokenizer
 
-    tokenizer = ByteTokenizer()
-    ids, trained = tokenizer.encode(chat.render(example, include_steps=not answer_only))
+    if base is None:
+        return ByteTokenizer()
+    from tunix_mlflow.models import base as bases
+    from tunix_mlflow.tracking import artifacts
+
+    with artifacts.local(base) as place:
+        return bases.find(place).tokenizer
+
+
+def _stats_of(key: str, base: str, as_json: bool) -> None:
+    """Token lengths under a pretrained model's tokenizer."""
+    from tunix_mlflow.data import batches, snapshot
+    from tunix_mlflow.data import datasets as operations
+
+    manifest = operations.ready(key, lambda message: click.echo(message, err=True))
+    figures = batches.lengths(snapshot.read(manifest.digest), _tokenizer(base), True)
+    if as_json:
+        _print({"key": key, "count": manifest.count, "base": base, **figures})
+        return
+    click.echo(f"{key}: {manifest.count:,} examples")
+    for name, value in figures.items():
+        click.echo(f"{name.replace('_', ' '):12} {value:>12,.10g}")
+
+
+def _masked(example: Example, answer_only: bool, tokenizer: Tokenizer) -> str:
+    from itertools import groupby
+
+    ids, trained = tokenizer.example(example, include_steps=not answer_only)
     lines = []
     for is_trained, part in groupby(zip(ids, trained, strict=True), key=lambda pair: bool(pair[1])):
         tokens = [int(token) for token, _ in part]
         kind = "trained" if is_trained else "ignored"
-        lines.append(f"{kind} {len(tokens):>4} tokens  {tokenizer.decode(tokens)!r}")
+        lines.append(f"{kind} {len(tokens):>4} tokens  {tokenizer.spell(tokens)!r}")
     return "\n".join(lines)
 
 

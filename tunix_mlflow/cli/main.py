@@ -18,6 +18,7 @@ from tunix_mlflow.cli import launch
 from tunix_mlflow.cli.bench import bench
 from tunix_mlflow.cli.checkpoints import checkpoints
 from tunix_mlflow.cli.datasets import datasets
+from tunix_mlflow.cli.models import models
 from tunix_mlflow.cli.runs import runs
 from tunix_mlflow.errors import InputError, Interrupted
 
@@ -37,6 +38,7 @@ def cli() -> None:
 cli.add_command(datasets)
 cli.add_command(runs)
 cli.add_command(checkpoints)
+cli.add_command(models)
 cli.add_command(bench)
 
 
@@ -65,6 +67,10 @@ def train(arguments: tuple[str, ...]) -> None:
     \b
     tunix-mlflow train column-addition training.steps=200 optimizer.learning_rate=5e-3
     tunix-mlflow train dataset=support-v1 device=gpu:0
+    tunix-mlflow train dataset=support-v1 base=FOLDER lora.rank=16 --plan
+
+    base=FOLDER begins with a pretrained model. --plan shows what the run would be and need, and
+    trains nothing; --force trains even if the device's memory is forecast to be too small.
     """
     launch.stage("train", arguments)
 
@@ -157,3 +163,7 @@ def _run(argv: Sequence[str]) -> None:
         raise InputError(f"{error.format_message()} See `tunix-mlflow --help`") from error
     except click.Abort as error:
         raise Interrupted(signal.SIGINT) from error
+
+
+if __name__ == "__main__":
+    main()

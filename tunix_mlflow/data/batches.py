@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tunix_mlflow.config import DataConfig
-from tunix_mlflow.data import chat
 from tunix_mlflow.data.examples import Example
 from tunix_mlflow.data.packing import pack
-from tunix_mlflow.data.tokenizer import ByteTokenizer
+from tunix_mlflow.data.tokenizer import Tokenizer
 from tunix_mlflow.errors import DatasetError
 
 _ROUND_TO = 128
@@ -52,11 +51,25 @@ class TokenRows:
         return self.tokens / (len(self.rows) * self.length)
 
 
-def longest(examples: Sequence[Example], tokenizer: ByteTokenizer, include_steps: bool) -> int:
+def lengths(
+    examples: Sequence[Example], tokenizer: Tokenizer, include_steps: bool
+) -> dict[str, float]:
+    """Tokens of examples under a tokenizer: mean, percentiles, the most; and what is trained on."""
+    both = [tokenizer.example(e, include_steps=include_steps) for e in examples]
+    counts = np.array([len(ids) for ids, _ in both])
+    shares = {f"tokens_p{p}": float(np.percentile(counts, p)) for p in (50, 90, 99)}
+    return {
+        "tokens_mean": round(float(counts.mean()), 1),
+        **shares,
+        "tokens_max": float(counts.max()),
+        "tokens": float(counts.sum()),
+        "trained": float(sum(int(mask.sum()) for _, mask in both)),
+    }
+
+
+def longest(examples: Sequence[Example], tokenizer: Tokenizer, include_steps: bool) -> int:
     """Row tokens that the longest example needs."""
-    return max(
-        len(tokenizer.encode(chat.render(e, include_steps=include_steps))[0]) - 1 for e in examples
-    )
+    return max(len(tokenizer.example(e, include_steps=include_steps)[0]) - 1 for e in examples)
 
 
 def longest_completion(data: TokenRows) -> int:
@@ -71,7 +84,7 @@ def fit_length(needed: int) -> int:
 
 def tokenize(
     examples: Sequence[Example],
-    tokenizer: ByteTokenizer,
+    tokenizer: Tokenizer,
     config: DataConfig,
     length: int,
 ) -> TokenRows:
@@ -85,7 +98,7 @@ def tokenize(
     trained: list[npt.NDArray[np.bool_]] = []
     overlong = 0
     for example in examples:
-        tokens, mask = tokenizer.encode(chat.render(example, include_steps=config.include_steps))
+        tokens, mask = tokenizer.example(example, include_steps=config.include_steps)
         if len(tokens) - 1 > length:
             overlong += 1
             if config.overlong == "drop":

@@ -1,18 +1,73 @@
-"""A byte tokenizer: one id a UTF-8 byte, and one a marker of the conversation."""
+"""From examples to token ids: what a tokenizer can do, and the one of models from scratch.
+
+The byte tokenizer has one id a UTF-8 byte, and one a marker of the conversation.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from tunix_mlflow.data import chat
 from tunix_mlflow.data.chat import ANSWER, BOS, EOS, ROLE_MARKERS, Segment
+from tunix_mlflow.data.examples import Example
+
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
 
 PAD = "<pad>"
 MARKERS = (PAD, BOS, EOS, ANSWER, *ROLE_MARKERS.values())
 _FIRST_BYTE = 16  # ids below are kept for markers
+
+
+class Tokenizer(Protocol):
+    """A tokenizer together with the chat template that it writes examples by."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in records."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this."""
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rows up."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Each ends a completion."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 (64 hex) of everything that decides an encoding, the template aside."""
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """What it was read from, by name; empty where it is built in."""
+
+    def template_digest(self, include_steps: bool) -> str:
+        """sha256 (64 hex) of what decides how an example is written."""
+
+    def example(self, example: Example, *, include_steps: bool) -> tuple[Ids, Mask]:
+        """Ids [n] of a whole example and, for each, whether it is trained on."""
+
+    def prompt(self, example: Example) -> Ids:
+        """Ids of what a model is given: everything before the completion."""
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        """Text of ids."""
+
+    def spell(self, ids: Sequence[int] | Ids) -> str:
+        """Text of ids, special tokens as well."""
+
+    def answer(self, ids: Sequence[int] | Ids) -> str | None:
+        """The answer in a completion; None where it never came to one."""
 
 
 class ByteTokenizer:
@@ -22,6 +77,8 @@ class ByteTokenizer:
     vocab_size = _FIRST_BYTE + 256
     pad_id = 0
     eos_id = MARKERS.index(EOS)
+    eos_ids = (eos_id,)
+    files: Mapping[str, bytes] = {}
 
     def __init__(self) -> None:
         self._ids = {marker: number for number, marker in enumerate(MARKERS)}
@@ -31,9 +88,19 @@ class ByteTokenizer:
         """sha256 (64 hex) of everything that decides an encoding."""
         return hashlib.sha256(f"{self.name}:{_FIRST_BYTE}:{','.join(MARKERS)}".encode()).hexdigest()
 
-    def encode(
-        self, segments: Iterable[Segment]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    def template_digest(self, include_steps: bool) -> str:
+        """sha256 (64 hex) of what decides the rendering."""
+        return chat.template_digest(include_steps)
+
+    def example(self, example: Example, *, include_steps: bool) -> tuple[Ids, Mask]:
+        """Ids [n] of a whole example and, for each, whether it is trained on."""
+        return self.encode(chat.render(example, include_steps=include_steps))
+
+    def prompt(self, example: Example) -> Ids:
+        """Ids of everything before the completion."""
+        return self.encode(chat.render_prompt(example))[0]
+
+    def encode(self, segments: Iterable[Segment]) -> tuple[Ids, Mask]:
         """Ids [n] and, for each, whether it is trained on."""
         ids: list[int] = []
         trained: list[bool] = []
@@ -46,7 +113,7 @@ class ByteTokenizer:
             trained.extend([segment.trained] * len(part))
         return np.array(ids, np.int32), np.array(trained, np.bool_)
 
-    def answer(self, ids: Sequence[int] | npt.NDArray[np.int32]) -> str | None:
+    def answer(self, ids: Sequence[int] | Ids) -> str | None:
         """The answer in a completion: what follows the last answer marker, stripped.
 
         The marker is looked for as an id, so that an answer may spell it as text.
@@ -62,7 +129,11 @@ class ByteTokenizer:
         stop = numbers.index(self.eos_id, start) if self.eos_id in numbers[start:] else None
         return self.decode(numbers[start:stop]).strip()
 
-    def decode(self, ids: Sequence[int] | npt.NDArray[np.int32]) -> str:
+    def spell(self, ids: Sequence[int] | Ids) -> str:
+        """As :meth:`decode`, which leaves no marker out."""
+        return self.decode(ids)
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
         """Text, with markers spelled out and broken UTF-8 replaced by U+FFFD."""
         parts: list[str] = []
         pending = bytearray()

@@ -2,29 +2,42 @@
 
 bundle.json      shape, tokenizer, template, digests
 params/          Orbax
+tokenizer/       of a pretrained model: tokenizer.json, template and settings
+adapter/         Orbax, of a model with adapters, which `params` has merged already
 manifest.json    size and sha256 of every file, written last
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import msgspec
 
-from tunix_mlflow.config import ModelConfig
-from tunix_mlflow.data import canonical, chat
+from tunix_mlflow.config import LoraConfig, ModelConfig
+from tunix_mlflow.data import canonical
 from tunix_mlflow.data.examples import Example, Message
-from tunix_mlflow.data.tokenizer import ByteTokenizer
-from tunix_mlflow.errors import IntegrityError
-from tunix_mlflow.models import arrays, decoder, generation
+from tunix_mlflow.data.tokenizer import ByteTokenizer, Tokenizer
+from tunix_mlflow.errors import DatasetError, IntegrityError
+from tunix_mlflow.models import arrays, decoder, generation, lora
 from tunix_mlflow.models.decoder import Graph, Params
 
 _INFO = "bundle.json"
 _PARAMS = "params"
+_ADAPTER = "adapter"
+_TOKENIZER = "tokenizer"
+
+
+class Adapter(NamedTuple):
+    """What was trained of a model whose other parameters stayed as they were."""
+
+    config: LoraConfig
+    params: Params
+    base: str  # where the model is that it belongs to, as the run was told
+    base_digest: str
 
 
 class Bundle(NamedTuple):
@@ -33,20 +46,36 @@ class Bundle(NamedTuple):
     config: ModelConfig
     graph: Graph
     params: Params
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
     max_new_tokens: int  # the default length of a completion
+    adapter: Adapter | None = None  # merged into `params` already
 
     def complete(
         self, examples: Sequence[Example], max_new_tokens: int | None = None
     ) -> list[tuple[str, str | None]]:
-        """Greedy completions of the prompts of `examples`: text, and the answer in it."""
-        prompts = [self.tokenizer.encode(chat.render_prompt(e))[0] for e in examples]
+        """Greedy completions of the prompts of `examples`: text, and the answer in it.
+
+        None is longer than the positions that the model was made for allow.
+
+        Raises:
+            DatasetError: if a prompt leaves no room for a completion.
+        """
+        prompts = [self.tokenizer.prompt(e) for e in examples]
+        limit = max_new_tokens or self.max_new_tokens
+        if self.config.max_positions is not None:
+            longest = max(len(prompt) for prompt in prompts)
+            limit = min(limit, self.config.max_positions - longest)
+            if limit < 1:
+                raise DatasetError(
+                    f"a prompt has {longest} tokens, and the model was made for"
+                    f" {self.config.max_positions}"
+                )
         made = generation.generate(
             self.graph,
             self.params,
             prompts,
-            max_new_tokens=max_new_tokens or self.max_new_tokens,
-            eos_ids=(self.tokenizer.eos_id,),
+            max_new_tokens=limit,
+            eos_ids=self.tokenizer.eos_ids,
             pad_id=self.tokenizer.pad_id,
         )
         return [(self.tokenizer.decode(ids), self.tokenizer.answer(ids)) for ids in made]
@@ -57,6 +86,21 @@ def prompt(text: str) -> Example:
     return Example(messages=(Message(role="user", content=text),), answer="")
 
 
+def conversation(messages: Sequence[Mapping[str, str]]) -> Example:
+    """Messages, each with role and content, as an example without a known answer.
+
+    Raises:
+        DatasetError: if they are not that, or the last is the assistant's.
+    """
+    try:
+        turns = msgspec.convert([dict(m) for m in messages], tuple[Message, ...])
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
+        raise DatasetError(f"messages must have role and content: {error}") from error
+    if not turns or turns[-1].role == "assistant":
+        raise DatasetError("the last message must be one to answer")
+    return Example(messages=turns, answer="")
+
+
 def weights_digest(params: Params) -> str:
     """sha256 (64 hex) of names, shapes, types and bytes: equal weights, equal digest."""
     return arrays.digest(params)
@@ -64,14 +108,26 @@ def weights_digest(params: Params) -> str:
 
 def describe(bundle: Bundle) -> dict[str, Any]:
     """What bundle.json says; it decides, with the code, every answer of the model."""
-    return {
+    tokenizer = bundle.tokenizer
+    said = {
         "format": 1,
         "model": msgspec.to_builtins(bundle.config),
-        "tokenizer": {"name": bundle.tokenizer.name, "digest": bundle.tokenizer.digest},
+        "tokenizer": {
+            "name": tokenizer.name,
+            "digest": tokenizer.digest,
+            "template_digest": tokenizer.template_digest(True),
+        },
         "max_new_tokens": bundle.max_new_tokens,
         "parameters": decoder.parameter_count(bundle.params),
         "weights_digest": weights_digest(bundle.params),
     }
+    if bundle.adapter is not None:
+        said["adapter"] = {
+            "lora": msgspec.to_builtins(bundle.adapter.config),
+            "base": bundle.adapter.base,
+            "base_digest": bundle.adapter.base_digest,
+        }
+    return said
 
 
 def model_digest(bundle: Bundle) -> str:
@@ -83,6 +139,11 @@ def save(bundle: Bundle, folder: Path) -> None:
     """Write the folder; it must not exist."""
     folder.mkdir(parents=True)
     arrays.write(folder / _PARAMS, bundle.params)
+    if bundle.adapter is not None:
+        arrays.write(folder / _ADAPTER, bundle.adapter.params)
+    for name, content in bundle.tokenizer.files.items():
+        (folder / _TOKENIZER).mkdir(exist_ok=True)
+        (folder / _TOKENIZER / name).write_bytes(content)
     (folder / _INFO).write_text(json.dumps(describe(bundle), indent=1, sort_keys=True))
     arrays.seal(folder, {"format": 1})
 
@@ -95,15 +156,31 @@ def load(folder: Path) -> Bundle:
     """
     arrays.check(folder)
     info: dict[str, Any] = json.loads((folder / _INFO).read_text())
-    tokenizer = ByteTokenizer()
-    if info["tokenizer"] != {"name": tokenizer.name, "digest": tokenizer.digest}:
+    tokenizer = _tokenizer(folder, info)
+    config = msgspec.convert(info["model"], ModelConfig)
+    size = config.vocab_size or tokenizer.vocab_size
+    graph, target = decoder.shape(config, size)
+    params = arrays.read(folder / _PARAMS, target)
+    if weights_digest(params) != info["weights_digest"]:
+        raise IntegrityError(f"the weights in {folder} do not have the digest in {_INFO}")
+    adapter = None
+    if (said := info.get("adapter")) is not None:
+        own = msgspec.convert(said["lora"], LoraConfig)
+        found = arrays.read(folder / _ADAPTER, lora.shape(config, size, own))
+        adapter = Adapter(own, found, said["base"], said["base_digest"])
+    limit = info["max_new_tokens"]
+    return Bundle(config, graph, jax.device_put(params), tokenizer, limit, adapter)
+
+
+def _tokenizer(folder: Path, info: dict[str, Any]) -> Tokenizer:
+    tokenizer: Tokenizer = ByteTokenizer()
+    if info["tokenizer"]["name"] != tokenizer.name:
+        from tunix_mlflow.data.hub_tokenizer import HubTokenizer
+
+        tokenizer = HubTokenizer.read(folder / _TOKENIZER)
+    if info["tokenizer"]["digest"] != tokenizer.digest:
         raise IntegrityError(
             f"{folder} was made with tokenizer {info['tokenizer']['name']},"
             f" and this version has another {tokenizer.name}"
         )
-    config = msgspec.convert(info["model"], ModelConfig)
-    graph, target = decoder.shape(config, tokenizer.vocab_size)
-    params = arrays.read(folder / _PARAMS, target)
-    if weights_digest(params) != info["weights_digest"]:
-        raise IntegrityError(f"the weights in {folder} do not have the digest in {_INFO}")
-    return Bundle(config, graph, jax.device_put(params), tokenizer, info["max_new_tokens"])
+    return tokenizer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import jax
@@ -51,7 +52,8 @@ class Decoder(nnx.Module):
         lora: LoraConfig | None = None,
     ) -> None:
         self.config = config
-        self.embedding = nnx.Embed(vocab_size, config.width, rngs=rngs)
+        zeros = nnx.initializers.zeros_init()
+        self.embedding = nnx.Embed(vocab_size, config.width, embedding_init=zeros, rngs=rngs)
         self.blocks = nnx.List(
             [
                 Block(
@@ -207,6 +209,15 @@ def shape(
     config: ModelConfig, vocab_size: int, *, fused: bool = False, lora: LoraConfig | None = None
 ) -> tuple[Graph, Params]:
     """The static graph, and shapes and types in place of parameters; nothing is computed."""
+    graph, params = _shape(config, vocab_size, fused, lora)
+    own: Params = jax.tree.map(lambda leaf: leaf, params)  # a State can be written to
+    return graph, own
+
+
+@lru_cache(maxsize=16)
+def _shape(
+    config: ModelConfig, vocab_size: int, fused: bool, lora: LoraConfig | None
+) -> tuple[Graph, Params]:
     model = nnx.eval_shape(
         lambda: Decoder(config, vocab_size, rngs=nnx.Rngs(params=0), fused=fused, lora=lora)
     )

@@ -143,7 +143,9 @@ class Product(nnx.Linear):
         bias: bool = False,
         lora: LoraConfig | None = None,
     ) -> None:
-        super().__init__(inputs, outputs, use_bias=bias, rngs=rngs)
+        # Zeros: the numbers come from `decoder.init` or a file, and to trace drawing takes time.
+        zeros = nnx.initializers.zeros_init()
+        super().__init__(inputs, outputs, use_bias=bias, kernel_init=zeros, rngs=rngs)
         self.lora = lora
         if lora is not None:
             self.lora_a = nnx.LoRAParam(jnp.zeros((inputs, lora.rank)))

@@ -43,6 +43,7 @@ _GEMMA_BLOCK = _BLOCK | {
     "mlp_norm/scale": "pre_feedforward_layernorm.weight",
     "mlp_post_norm/scale": "post_feedforward_layernorm.weight",
 }
+_ADAPTER = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 _WHOLE = {
     "embedding/embedding": TABLE,
     "final_norm/scale": "model.norm.weight",
@@ -57,6 +58,10 @@ def name_of(path: Any, config: ModelConfig) -> str:
         return _WHOLE[ours]
     _, layer, part = ours.split("/", 2)
     block = _GEMMA_BLOCK if config.post_norms else _BLOCK
+    product, _, leaf = part.rpartition("/")
+    if leaf in _ADAPTER:  # as PEFT calls them
+        kernel = block[f"{product}/kernel"].removesuffix(".weight")
+        return f"model.layers.{layer}.{kernel}.{_ADAPTER[leaf]}"
     return f"model.layers.{layer}.{block[part]}"
 
 

@@ -21,13 +21,23 @@ from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.models.utils import _save_example
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
-from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import (
+    Array,
+    ColSpec,
+    DataType,
+    Object,
+    ParamSchema,
+    ParamSpec,
+    Property,
+    Schema,
+)
 
 from tunix_mlflow import __version__, state
-from tunix_mlflow.errors import IntegrityError, TrackingError
+from tunix_mlflow.errors import DatasetError, IntegrityError, TrackingError
 from tunix_mlflow.tracking import store
 
 if TYPE_CHECKING:
+    from tunix_mlflow.data.examples import Example
     from tunix_mlflow.models.bundle import Bundle
 
 FLAVOR = "tunix_mlflow"
@@ -36,8 +46,14 @@ _DATA = "bundle"
 _LOADER = "tunix_mlflow.tracking.flavor"
 _ROWS = 64  # prompts generated at a time
 
+_MESSAGE = Object([Property("role", DataType.string), Property("content", DataType.string)])
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.string, "prompt")]),
+    inputs=Schema(
+        [
+            ColSpec(DataType.string, "prompt", required=False),
+            ColSpec(Array(_MESSAGE), "messages", required=False),
+        ]
+    ),
     outputs=Schema(
         [ColSpec(DataType.string, "text"), ColSpec(DataType.string, "answer", required=False)]
     ),
@@ -65,7 +81,8 @@ def save_model(
     """
     folder = Path(path)
     shutil.copytree(bundle, folder / _DATA)
-    requirement = f"tunix-mlflow=={__version__}"
+    extra = "[pretrained]" if (bundle / "tokenizer").is_dir() else ""
+    requirement = f"tunix-mlflow{extra}=={__version__}"
     (folder / "requirements.txt").write_text(f"{requirement}\n")
     version = ".".join(str(part) for part in sys.version_info[:3])
     (folder / "python_env.yaml").write_text(
@@ -165,11 +182,9 @@ class _Pyfunc:
         self._bundle = bundle
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Text and extracted answer for each row of the column `prompt`."""
-        from tunix_mlflow.models import bundle as bundles
-
-        prompts = list(data["prompt"]) if isinstance(data, pd.DataFrame) else list(data)
-        if not prompts:
+        """Text and extracted answer for each row: of its `prompt`, or of its chat `messages`."""
+        examples = _examples(data)
+        if not examples:
             return pd.DataFrame({"text": [], "answer": []})
         limit = int((params or {}).get("max_new_tokens") or 0)
         if not 0 <= limit <= MAX_NEW_TOKENS:
@@ -177,10 +192,34 @@ class _Pyfunc:
                 f"max_new_tokens is {limit}; expected 0 (the model's own) to {MAX_NEW_TOKENS}"
             )
         made: list[tuple[str, str | None]] = []
-        for start in range(0, len(prompts), _ROWS):
-            part = [bundles.prompt(p) for p in prompts[start : start + _ROWS]]
-            made += self._bundle.complete(part, limit or None)
+        for start in range(0, len(examples), _ROWS):
+            part = examples[start : start + _ROWS]
+            try:
+                made += self._bundle.complete(part, limit or None)
+            except DatasetError as error:
+                raise MlflowException.invalid_parameter_value(str(error)) from error
         return pd.DataFrame(made, columns=["text", "answer"])
+
+
+def _examples(data: Any) -> list[Example]:
+    """What is asked, row by row."""
+    from tunix_mlflow.models import bundle as bundles
+
+    if not isinstance(data, pd.DataFrame):
+        return [bundles.prompt(text) for text in data]
+    found = []
+    for row in data.to_dict("records"):
+        messages, prompt = row.get("messages"), row.get("prompt")
+        try:
+            if messages is not None and not isinstance(messages, float):  # NaN: not given
+                found.append(bundles.conversation(list(messages)))
+            elif isinstance(prompt, str):
+                found.append(bundles.prompt(prompt))
+            else:
+                raise DatasetError("a row needs `prompt` or `messages`")
+        except DatasetError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+    return found
 
 
 def _load_pyfunc(path: str) -> _Pyfunc:

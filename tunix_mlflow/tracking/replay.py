@@ -18,7 +18,7 @@ from tunix_mlflow.config import Config
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import CheckpointError, IntegrityError
 from tunix_mlflow.models import arrays
-from tunix_mlflow.tracking import journal, runs
+from tunix_mlflow.tracking import artifacts, journal, runs
 from tunix_mlflow.training import checkpoint, devices, setup, step
 from tunix_mlflow.training.step import TrainState
 
@@ -69,7 +69,8 @@ def verify(
             configuration's.
         IntegrityError: if a checkpoint is damaged.
     """
-    made = setup.assemble(config, manifest, devices.use(config.device))
+    with artifacts.base(config) as base:
+        made = setup.assemble(config, manifest, devices.use(config.device), base)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _checkpoints(client, run_id, Path(scratch))
         sealed = checkpoint.steps(folder)
@@ -117,7 +118,7 @@ def _again(
     at, values = begin, {}
     data = made.train_batches()
     for done in range(first, last):
-        at, metrics = step.train_step(at, data.at(done), plan=made.plan)
+        at, metrics = step.train_step(at, data.at(done), made.frozen, plan=made.plan)
         values["train/loss", done + 1] = float(metrics.loss)
         values["train/grad_norm", done + 1] = float(metrics.grad_norm)
         if done + 1 in evaluated:

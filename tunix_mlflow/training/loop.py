@@ -49,6 +49,7 @@ def fit(
     writers: Sequence[MetricWriter],
     checkpoints: Checkpoints,
     evaluate: Callable[[TrainState], dict[str, float]] | None,
+    frozen: Params | None = None,
 ) -> TrainState:
     """Train from `state.step` to `config.training.steps`.
 
@@ -67,6 +68,7 @@ def fit(
         writers: receive `train/*`, `perf/*` and `eval/*`.
         checkpoints: where to save.
         evaluate: held-out metrics of a state; None: there is nothing held out.
+        frozen: the parameters beside adapters; None: all are trained.
 
     Returns:
         The last state; its checkpoint is sealed.
@@ -131,12 +133,12 @@ def fit(
             waited = time.perf_counter() - asked
             done = step + 1
             if step == first:
-                compile_step(state, batch, plan=plan)
+                compile_step(state, batch, frozen, plan=plan)
                 compiling = time.perf_counter() - clock
                 devices.return_freed_memory()
             if done < training.steps:
                 upcoming = pool.submit(batches.at, done)
-            state, metrics = train_step(state, batch, plan=plan)
+            state, metrics = train_step(state, batch, frozen, plan=plan)
             land()
             flight = _Flight(done, metrics, int(np.count_nonzero(batch.segments)), waited)
             held_out: dict[str, float] = {}
@@ -164,9 +166,11 @@ def fit(
     return state
 
 
-def held_out_loss(plan: Plan, params: Params, batches: Iterator[Batch]) -> dict[str, float]:
+def held_out_loss(
+    plan: Plan, params: Params, batches: Iterator[Batch], frozen: Params | None = None
+) -> dict[str, float]:
     """`eval/loss` in nats per trained token: summed on the device, divided once."""
-    sums = [eval_step(params, batch, plan=plan) for batch in batches]
+    sums = [eval_step(params, batch, frozen, plan=plan) for batch in batches]
     losses, counts = jax.device_get(tuple(zip(*sums, strict=True)))
     return {"eval/loss": float(np.sum(losses, dtype=np.float64) / np.sum(counts))}
 

@@ -25,7 +25,11 @@ PLAIN = Compute()
 
 
 def token_losses(
-    graph: Graph, params: Params, batch: Batch, compute: Compute = PLAIN
+    graph: Graph,
+    params: Params,
+    batch: Batch,
+    compute: Compute = PLAIN,
+    noise: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss and number of trained tokens; divide once, after the last sum.
 
@@ -40,13 +44,16 @@ def token_losses(
         params: its parameters.
         batch: [B, T] arrays; `loss_mask` belongs to the target of its position.
         compute: how; all ways give the same up to rounding.
+        noise: a key, where adapters leave out inputs at random.
 
     Returns:
         Sum of losses in nats, and the count, both float32 scalars.
     """
     model = nnx.merge(graph, params)
     tokens, targets, positions, segments, trained = map(jnp.asarray, batch)
-    features, _ = model.features(tokens, positions, segment_mask(segments), remat=compute.remat)
+    features, _ = model.features(
+        tokens, positions, segment_mask(segments), remat=compute.remat, noise=noise
+    )
     mask = trained.astype(jnp.float32)
     if compute.loss_chunk and compute.loss_chunk < tokens.size:
         return _in_chunks(model, features, targets, mask, compute.loss_chunk), jnp.sum(mask)

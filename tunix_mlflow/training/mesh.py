@@ -43,6 +43,12 @@ def shardings(tree: _T, mesh: Mesh) -> _T:
     return found
 
 
+def number(mesh: Mesh) -> jax.Array:
+    """Inside shard_map: which device this is, from 0."""
+    own: jax.Array = jax.lax.axis_index("data") * mesh.shape["fsdp"] + jax.lax.axis_index("fsdp")
+    return own
+
+
 def gathered(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Inside shard_map: the whole array from this device's part."""
     axis = _axis(spec)

@@ -9,14 +9,16 @@ import jax
 import msgspec
 
 from tunix_mlflow import config as configs
-from tunix_mlflow.config import Config
-from tunix_mlflow.data import batches, chat, snapshot
+from tunix_mlflow.config import Config, ModelConfig
+from tunix_mlflow.data import batches, snapshot
 from tunix_mlflow.data.batches import TokenRows, TrainBatches
 from tunix_mlflow.data.examples import Example
 from tunix_mlflow.data.manifest import Manifest
-from tunix_mlflow.data.tokenizer import ByteTokenizer
-from tunix_mlflow.errors import DatasetError
-from tunix_mlflow.models import decoder
+from tunix_mlflow.data.tokenizer import ByteTokenizer, Tokenizer
+from tunix_mlflow.errors import ConfigError, DatasetError
+from tunix_mlflow.models import base as bases
+from tunix_mlflow.models import decoder, lora, names
+from tunix_mlflow.models.base import Base
 from tunix_mlflow.training import devices, loop, optimizer, step
 from tunix_mlflow.training import mesh as meshes
 from tunix_mlflow.training.losses import Compute
@@ -30,62 +32,111 @@ _LOGITS_BYTES = 256 * 2**20
 """Logits that are held at a time, where nothing is configured."""
 
 
-class Setup(NamedTuple):
-    """What a run trains, on what, and how."""
+class Inputs(NamedTuple):
+    """What a run trains on, and its configuration with all that was left open; no weights yet."""
 
-    config: Config  # with what it left open; see `settle`
+    config: Config
     manifest: Manifest
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
     examples: list[Example]
     held_out: list[Example]
     rows: TokenRows
     held_out_rows: TokenRows | None
     max_new_tokens: int
+    device: jax.Device  # the first, of several
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return self.config.model.vocab_size or self.tokenizer.vocab_size
+
+
+class Setup(NamedTuple):
+    """What a run trains, on what, and how."""
+
+    inputs: Inputs
     plan: Plan
     state: TrainState  # before the first update
-    device: jax.Device  # the first, of several
+    frozen: decoder.Params | None  # the parameters beside adapters
+    base_digest: str | None  # of the weights that it begins with
+
+    @property
+    def config(self) -> Config:
+        """With what it left open; see :func:`settle`."""
+        return self.inputs.config
 
     def train_batches(self) -> TrainBatches:
         """The batches of every step."""
         return TrainBatches(
-            self.rows, batch_size=self.config.training.batch_size, seed=self.config.seed
+            self.inputs.rows, batch_size=self.config.training.batch_size, seed=self.config.seed
         )
 
     def held_out_loss(self, state: TrainState) -> dict[str, float]:
         """`eval/loss` of a state."""
-        assert self.held_out_rows is not None
-        parts = batches.eval_batches(self.held_out_rows, self.config.training.batch_size)
-        return loop.held_out_loss(self.plan, state.params, parts)
+        assert self.inputs.held_out_rows is not None
+        parts = batches.eval_batches(self.inputs.held_out_rows, self.config.training.batch_size)
+        return loop.held_out_loss(self.plan, state.params, parts, self.frozen)
 
     @property
     def graph(self) -> decoder.Graph:
         """The model's plain form, in which it is kept and asked."""
-        return decoder.shape(self.config.model, self.tokenizer.vocab_size)[0]
+        return decoder.shape(self.config.model, self.inputs.vocab_size)[0]
+
+    def whole(self, state: TrainState) -> decoder.Params:
+        """All parameters as a model is logged and asked: plain, on one device, float32."""
+        params = state.params
+        if self.frozen is not None:
+            params = lora.merged(params, self.frozen, self.config.lora)
+        return decoder.as_type(jax.device_put(params, self.inputs.device), "float32")
 
     def identity(self) -> dict[str, str]:
         """Digests of what decides the path of the parameters."""
-        return {
-            "dataset_digest": self.manifest.digest,
-            "tokenizer_digest": self.tokenizer.digest,
-            "template_digest": chat.template_digest(self.config.data.include_steps),
+        tokenizer = self.inputs.tokenizer
+        found = {
+            "dataset_digest": self.inputs.manifest.digest,
+            "tokenizer_digest": tokenizer.digest,
+            "template_digest": tokenizer.template_digest(self.config.data.include_steps),
             "trajectory_digest": configs.path_digest(self.config),
         }
+        return found if self.base_digest is None else found | {"base_digest": self.base_digest}
 
     def fingerprint(self) -> dict[str, str]:
         """What bit-identity depends on besides."""
         rows = {"microbatch_size": str(self.config.training.microbatch_size)}
-        return devices.fingerprint(self.device, self.config.mesh) | rows
+        return devices.fingerprint(self.inputs.device, self.config.mesh) | rows
 
 
-def assemble(config: Config, manifest: Manifest, device: jax.Device) -> Setup:
-    """Read the splits, make rows of tokens, and initialise the parameters.
+def assemble(
+    config: Config, manifest: Manifest, device: jax.Device, base: Base | None = None
+) -> Setup:
+    """All of it; see :func:`read` and :func:`build`."""
+    return build(read(config, manifest, device, base), base)
+
+
+def build(inputs: Inputs, base: Base | None) -> Setup:
+    """Read or initialise the parameters.
+
+    Raises:
+        ConfigError: for adapters without a base.
+        DeviceError: if there are fewer devices than the mesh needs.
+        ModelError: if the base cannot be read.
+    """
+    return Setup(inputs, *start(inputs.config, inputs.vocab_size, inputs.device, base))
+
+
+def read(
+    config: Config, manifest: Manifest, device: jax.Device, base: Base | None = None
+) -> Inputs:
+    """Read the splits, make rows of tokens, and settle the configuration.
 
     Args:
         config: the run's.
         manifest: of a dataset that is verified and has a snapshot.
         device: where arrays go.
+        base: the pretrained model that `config.base` names.
 
     Raises:
+        ConfigError: if the configuration says another shape than the base has.
         DatasetError: for a split that is not there, or examples longer than attention can take.
     """
     train, wanted = config.data.train_split, config.evaluation.split
@@ -98,17 +149,24 @@ def assemble(config: Config, manifest: Manifest, device: jax.Device) -> Setup:
             f"dataset {manifest.key} has no split {wanted!r} to hold out;"
             f" it has {', '.join(manifest.splits)}. Set evaluation.split"
         )
-    tokenizer = ByteTokenizer()
+    tokenizer: Tokenizer = ByteTokenizer()
+    if base is not None:
+        tokenizer, config = base.tokenizer, of_base(config, base)
     examples = snapshot.read(manifest.digest, train)
     held_out = snapshot.read(manifest.digest, wanted)
     include = config.data.include_steps
     config = _with_length(config, batches.longest([*examples, *held_out], tokenizer, include))
     length = config.data.sequence_length or 0
-    config = settle(config, tokenizer.vocab_size, device.platform)
+    longest = config.model.max_positions
+    if longest is not None and length > longest:
+        raise DatasetError(
+            f"data.sequence_length={length} is more than the {longest} tokens that the model was"
+            " made for"
+        )
+    config = settle(config, config.model.vocab_size or tokenizer.vocab_size, device.platform)
     rows = batches.tokenize(examples, tokenizer, config.data, length)
     held_out_rows = batches.tokenize(held_out, tokenizer, config.data, length) if held_out else None
-    plan, state = begin(config, tokenizer.vocab_size, device)
-    return Setup(
+    return Inputs(
         config=config,
         manifest=manifest,
         tokenizer=tokenizer,
@@ -117,10 +175,17 @@ def assemble(config: Config, manifest: Manifest, device: jax.Device) -> Setup:
         rows=rows,
         held_out_rows=held_out_rows,
         max_new_tokens=config.evaluation.max_new_tokens or batches.longest_completion(rows),
-        plan=plan,
-        state=state,
         device=device,
     )
+
+
+def of_base(config: Config, base: Base) -> Config:
+    """The configuration with the shape of its base."""
+    if config.model not in (ModelConfig(), base.config):
+        raise ConfigError(
+            f"model.* says another shape than {config.base} has; leave it out, the base decides it"
+        )
+    return msgspec.structs.replace(config, model=base.config)
 
 
 def settle(config: Config, vocab_size: int, platform: str) -> Config:
@@ -135,6 +200,7 @@ def settle(config: Config, vocab_size: int, platform: str) -> Config:
     fused = training.fused
     if fused is None:
         fused = training.batch_size // config.mesh.size * length >= _FUSED_TOKENS
+    fused = fused and not config.lora.rank  # adapters belong to products that stand alone
     training = msgspec.structs.replace(
         training, microbatch_size=rows, loss_chunk=chunk, fused=fused
     )
@@ -142,24 +208,63 @@ def settle(config: Config, vocab_size: int, platform: str) -> Config:
 
 
 def begin(config: Config, vocab_size: int, device: jax.Device) -> tuple[Plan, TrainState]:
-    """How a settled configuration is trained, and the state before the first update.
+    """How a settled configuration is trained from scratch, and the state before the first update.
 
     Raises:
         DeviceError: if there are fewer devices than the mesh needs.
     """
     plan = _plan(config, vocab_size, device)
     params = decoder.init(config.model, vocab_size, config.seed)
-    params = decoder.as_type(params, config.training.param_dtype)
+    return plan, _state(plan, decoder.as_type(params, config.training.param_dtype))
+
+
+def start(
+    config: Config, vocab_size: int, device: jax.Device, base: Base | None
+) -> tuple[Plan, TrainState, decoder.Params | None, str | None]:
+    """The same from a base or from scratch.
+
+    Returns:
+        Also the parameters that stay as they are beside adapters, and the digest of the base.
+
+    Raises:
+        ConfigError: for adapters without a base.
+        ModelError: if the base cannot be read.
+    """
+    if base is None:
+        if config.lora.rank:
+            raise ConfigError("lora.rank needs a model to adapt: set base, or lora.rank=0")
+        return *begin(config, vocab_size, device), None, None
+    plan = _plan(config, vocab_size, device)
+    dtype = config.training.param_dtype
+    like = decoder.shape(config.model, vocab_size)[1]
+    spread = [] if plan.mesh is None else jax.tree.leaves(meshes.shardings(like, plan.mesh))
+    places = iter(spread)
+
+    def place(array: names.Array, _: object) -> jax.Array:
+        put: jax.Array = jax.device_put(array.astype(dtype, copy=False), next(places, device))
+        return put
+
+    params, digest = bases.load(base, place)
+    if not config.lora.rank:
+        return plan, _state(plan, params), None, digest
+    adapters = lora.init(config.model, vocab_size, config.lora, config.seed)
+    return plan, _state(plan, adapters), params, digest
+
+
+def _state(plan: Plan, params: decoder.Params) -> TrainState:
     if plan.mesh is None:
-        return plan, step.init_state(params, plan.optimizer)
-    return plan, step.init_spread(params, plan.optimizer, plan.mesh)
+        made: TrainState = step.init_state(params, plan.optimizer)
+        return made
+    return step.init_spread(params, plan.optimizer, plan.mesh)
 
 
 def abstract(config: Config, vocab_size: int, device: jax.Device) -> tuple[Plan, TrainState]:
     """The same with shapes, types and places for arrays; nothing is computed."""
     plan = _plan(config, vocab_size, device)
     params = decoder.shape(config.model, vocab_size)[1]
-    dtype = config.training.param_dtype
+    if config.lora.rank:
+        params = lora.shape(config.model, vocab_size, config.lora)
+    dtype = "float32" if config.lora.rank else config.training.param_dtype
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
     state: TrainState = jax.eval_shape(partial(step.init_state, optimizer=plan.optimizer), params)
     if plan.mesh is not None:
@@ -173,19 +278,17 @@ def abstract(config: Config, vocab_size: int, device: jax.Device) -> tuple[Plan,
 
 def _plan(config: Config, vocab_size: int, device: jax.Device) -> Plan:
     training = config.training
+    adapters = config.lora if config.lora.rank else None
+    graph = decoder.shape(config.model, vocab_size, fused=bool(training.fused), lora=adapters)[0]
     return Plan(
-        decoder.shape(config.model, vocab_size, fused=bool(training.fused))[0],
+        graph,
         optimizer.build(config.optimizer, training.steps),
         config.microbatches,
         meshes.build(config.mesh, devices.group(device, config.mesh.size)),
         Compute(training.compute_dtype, training.remat, training.loss_chunk or 0),
         config.model if training.fused else None,
+        config.seed if config.lora.rank and config.lora.dropout else None,
     )
-
-
-def whole(params: decoder.Params, device: jax.Device) -> decoder.Params:
-    """Parameters as a model is logged and asked: on one device, float32."""
-    return decoder.as_type(jax.device_put(params, device), "float32")
 
 
 def microbatch(batch_size: int, length: int, platform: str) -> int:

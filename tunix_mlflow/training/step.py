@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tunix_mlflow.config import ModelConfig
 from tunix_mlflow.data.batches import Batch
-from tunix_mlflow.models import decoder
+from tunix_mlflow.models import decoder, lora
 from tunix_mlflow.models.decoder import Graph, Params, as_type
 from tunix_mlflow.training import mesh as meshes
 from tunix_mlflow.training.losses import PLAIN, Compute, token_losses
@@ -21,12 +21,12 @@ from tunix_mlflow.training.losses import PLAIN, Compute, token_losses
 class TrainState(NamedTuple):
     """What a checkpoint holds.
 
-    Nothing in a step draws random numbers, and the batch of a step is a function of the
-    seed and the step alone, so this is the whole state.
+    The batch of a step, and what an adapter leaves out, are functions of the seed and the step
+    alone, so this is the whole state.
     """
 
     step: jax.Array  # int32 scalar: updates done
-    params: Params
+    params: Params  # those that are trained: all, or adapters
     opt_state: optax.OptState
 
 
@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     mesh: Mesh | None = None  # None: one device
     compute: Compute = PLAIN
     fuse: ModelConfig | None = None  # the model's shape, where `graph` is its fused form
+    noise: int | None = None  # a seed, where adapters leave out inputs at random
 
 
 class StepMetrics(NamedTuple):
@@ -70,7 +71,9 @@ def init_spread(params: Params, optimizer: optax.GradientTransformation, mesh: M
 
 
 @partial(jax.jit, static_argnames="plan", donate_argnames="state")
-def train_step(state: TrainState, batch: Batch, *, plan: Plan) -> tuple[TrainState, StepMetrics]:
+def train_step(
+    state: TrainState, batch: Batch, frozen: Params | None = None, *, plan: Plan
+) -> tuple[TrainState, StepMetrics]:
     """One update on one batch.
 
     Gradients are summed over microbatches, one after the other, and over devices, and divided
@@ -80,13 +83,17 @@ def train_step(state: TrainState, batch: Batch, *, plan: Plan) -> tuple[TrainSta
     Args:
         state: donated.
         batch: [B, T] arrays; B is a multiple of the microbatches of all devices.
+        frozen: the parameters beside adapters; None: all are trained.
         plan: how.
 
     Returns:
         The next state and the loss (nats per trained token), the gradient's global norm
         before clipping, and the number of trained tokens.
     """
-    grads, loss, count = _sums(state.params, batch, plan)
+    noise = None
+    if plan.noise is not None:
+        noise = jax.random.fold_in(jax.random.key(plan.noise), state.step)
+    grads, loss, count = _sums(state.params, frozen, batch, noise, plan)
     grads = jax.tree.map(lambda g: g / count, grads)
     norm = optax.tree.norm(grads)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
@@ -96,9 +103,11 @@ def train_step(state: TrainState, batch: Batch, *, plan: Plan) -> tuple[TrainSta
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def compile_step(state: TrainState, batch: Batch, *, plan: Plan) -> None:
+def compile_step(
+    state: TrainState, batch: Batch, frozen: Params | None = None, *, plan: Plan
+) -> None:
     """Compile :func:`train_step` for such arguments; calls with them use what was made."""
-    train_step.lower(state, batch, plan=plan).compile()
+    train_step.lower(state, batch, frozen, plan=plan).compile()
 
 
 @jax.jit
@@ -108,29 +117,31 @@ def is_finite(params: Params) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="plan")
-def eval_step(params: Params, batch: Batch, *, plan: Plan) -> tuple[jax.Array, jax.Array]:
+def eval_step(
+    params: Params, batch: Batch, frozen: Params | None = None, *, plan: Plan
+) -> tuple[jax.Array, jax.Array]:
     """Summed loss and trained tokens of one held-out batch; the caller divides once."""
     if plan.mesh is not None:
         rows = jax.sharding.NamedSharding(plan.mesh, meshes.ROWS)
         batch = jax.lax.with_sharding_constraint(batch, rows)
-    return token_losses(
-        plan.graph,
-        as_type(_fused(as_type(params, "float32"), plan), plan.compute.dtype),
-        batch,
-        plan.compute,
-    )
+    ready = as_type(_fused(as_type(params, "float32"), plan), plan.compute.dtype)
+    return token_losses(plan.graph, _beside(ready, frozen, plan), batch, plan.compute)
 
 
-def _sums(params: Params, batch: Batch, plan: Plan) -> _Sums:
+def _sums(
+    params: Params, frozen: Params | None, batch: Batch, noise: jax.Array | None, plan: Plan
+) -> _Sums:
     """Sums over a whole batch, float32."""
     mesh = plan.mesh
     if mesh is None:
-        return _scanned(params, batch, plan)
-    specs = meshes.specs(params, mesh)
+        return _scanned(params, frozen, batch, noise, plan)
+    specs, still = meshes.specs(params, mesh), meshes.specs(frozen, mesh)
 
-    def on_one_device(part: Params, rows: Batch) -> _Sums:
+    def on_one_device(part: Params, base: Params | None, rows: Batch) -> _Sums:
         whole = jax.tree.map(meshes.gathered, part, specs)
-        grads, loss, count = _scanned(whole, rows, plan)
+        base = jax.tree.map(meshes.gathered, base, still)
+        own = None if noise is None else jax.random.fold_in(noise, meshes.number(mesh))
+        grads, loss, count = _scanned(whole, base, rows, own, plan)
         return (
             jax.tree.map(meshes.reduced, grads, specs),
             jax.lax.psum(loss, mesh.axis_names),
@@ -141,11 +152,11 @@ def _sums(params: Params, batch: Batch, plan: Plan) -> _Sums:
     spread = jax.shard_map(
         on_one_device,
         mesh=mesh,
-        in_specs=(specs, meshes.ROWS),
+        in_specs=(specs, still, meshes.ROWS),
         out_specs=(specs, everywhere, everywhere),
         check_vma=False,
     )
-    sums: _Sums = spread(params, batch)
+    sums: _Sums = spread(params, frozen, batch)
     return sums
 
 
@@ -154,27 +165,39 @@ def _fused(params: Params, plan: Plan) -> Params:
     return params if plan.fuse is None else decoder.fuse(params, plan.fuse)
 
 
-def _scanned(params: Params, batch: Batch, plan: Plan) -> _Sums:
+def _beside(params: Params, frozen: Params | None, plan: Plan) -> Params:
+    """All parameters that `plan.graph` wants, of those that are trained and those that are not."""
+    if frozen is None:
+        return params
+    return lora.joined(params, as_type(frozen, plan.compute.dtype))
+
+
+def _scanned(
+    params: Params, frozen: Params | None, batch: Batch, noise: jax.Array | None, plan: Plan
+) -> _Sums:
     """Sums over the microbatches of one device, one after the other."""
     # Once an update, not once a microbatch. Gradients go back in float32.
     exact, back = jax.vjp(lambda params: _fused(params, plan), as_type(params, "float32"))
     ready = as_type(exact, plan.compute.dtype)
 
-    def loss_of(params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
-        return token_losses(plan.graph, params, part, plan.compute)
+    def loss_of(params: Params, part: Batch, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own = None if noise is None else jax.random.fold_in(noise, number)
+        return token_losses(plan.graph, _beside(params, frozen, plan), part, plan.compute, own)
 
-    def sums(part: Batch) -> _Sums:
-        (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(ready, part)
+    def sums(part: Batch, number: jax.Array) -> _Sums:
+        (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(ready, part, number)
         return as_type(grads, "float32"), loss, count
 
-    def add(total: _Sums, part: Batch) -> tuple[_Sums, None]:
-        return jax.tree.map(jnp.add, total, sums(part)), None
+    def add(total: _Sums, part: tuple[Batch, jax.Array]) -> tuple[_Sums, None]:
+        return jax.tree.map(jnp.add, total, sums(*part)), None
 
     if plan.microbatches == 1:
-        grads, loss, count = sums(batch)
+        grads, loss, count = sums(batch, jnp.zeros((), jnp.int32))
     else:
         parts = jax.tree.map(lambda x: x.reshape(plan.microbatches, -1, *x.shape[1:]), batch)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), ready)
-        (grads, loss, count), _ = jax.lax.scan(add, (zeros, jnp.zeros(()), jnp.zeros(())), parts)
+        numbered = (parts, jnp.arange(plan.microbatches))
+        start = (zeros, jnp.zeros(()), jnp.zeros(()))
+        (grads, loss, count), _ = jax.lax.scan(add, start, numbered)
     (grads,) = back(grads)
     return grads, loss, count

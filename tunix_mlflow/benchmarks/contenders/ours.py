@@ -52,12 +52,12 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
     rows = workload.rows(task.documents, task.length, packing=packing)
     asked = 0
 
-    def paced(state: Any, batch: Any, **named: Any) -> Any:
+    def paced(state: Any, batch: Any, *more: Any, **named: Any) -> Any:
         nonlocal asked
         pace.done(asked)
         asked += 1
         pace.useful(asked, int(np.count_nonzero(batch.segments)))
-        return step.train_step(state, batch, **named)
+        return step.train_step(state, batch, *more, **named)
 
     vars(loop)["train_step"] = paced  # the loop is the real one; its steps wait their turn
 

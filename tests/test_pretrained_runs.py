@@ -1,0 +1,270 @@
+"""Runs that begin with a pretrained model: whole or by adapters, resumed, handed on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import mlflow
+import msgspec
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from safetensors.numpy import load_file, save_file
+
+from projects import train as training
+from projects.train import Start
+from tests.conftest import ROOT, run_here, tiny, write_traces
+from tests.test_hub_tokenizer import CHATML, files
+from tunix_mlflow import config as configs
+from tunix_mlflow.config import Config, LoraConfig, ModelConfig
+from tunix_mlflow.data import datasets
+from tunix_mlflow.data.batches import Batch
+from tunix_mlflow.errors import Interrupted, ModelError, Refused, TrackingError
+from tunix_mlflow.models import arrays, decoder, names, pretrained
+from tunix_mlflow.models import base as bases
+from tunix_mlflow.tracking import flavor
+from tunix_mlflow.training import devices, forecast, loop, setup, step
+
+SHAPE = ModelConfig(
+    family="qwen3",
+    width=24,
+    heads=4,
+    head_dim=8,
+    mlp_width=40,
+    vocab_size=280,
+    max_positions=256,
+    tie_embeddings=False,
+)
+LORA = {"lora__rank": "4", "optimizer__learning_rate": "0.01"}
+
+
+def written(place: Path, seed: int = 0) -> Path:
+    """A small model with its tokenizer, as others would hand it to us."""
+    params = decoder.init(SHAPE, SHAPE.vocab_size or 0, seed)
+    pretrained.save(place, SHAPE, params, tokens={"eos_token_id": 0})
+    for name, content in files(CHATML).items():
+        (place / name).write_bytes(content)
+    return place
+
+
+@pytest.fixture
+def folder(tmp_path: Path, store: str) -> Path:
+    datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 60), "doubles-v1")
+    return written(tmp_path / "pretrained")
+
+
+def config(folder: Path, **more: str) -> Config:
+    small = {
+        **{"dataset": "doubles-v1", "training__steps": "8", "evaluation__samples": "2"},
+        **{"base": str(folder), "training__save_every_steps": "4"},
+    }
+    words = {k: v for k, v in tiny(**(small | more)).items() if not k.startswith("model.")}
+    return configs.load(None, words, ROOT / "projects" / "configs")
+
+
+def model_of(run_id: str) -> str:
+    (output,) = MlflowClient().get_run(run_id).outputs.model_outputs
+    return str(output.model_id)
+
+
+def losses(run_id: str) -> list[float]:
+    found = MlflowClient().get_metric_history(run_id, "train/loss")
+    return [m.value for m in sorted(found, key=lambda m: m.step)]
+
+
+@pytest.mark.parametrize("way", [{}, LORA, LORA | {"lora__dropout": "0.3"}])
+def test_killed_and_resumed_is_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, str]
+) -> None:
+    """Whole, by adapters, and with dropout: the same bits; what is frozen is in no checkpoint."""
+    whole = training.train(config(folder, **way))
+    values = losses(whole.run_id)
+    assert values[-1] < values[0]
+    real, calls = loop.train_step, 0
+
+    def dying(*words: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*words, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "train_step", dying)
+        with pytest.raises(Interrupted):
+            training.train(config(folder, **way))
+    client = MlflowClient()
+    experiment = client.get_run(whole.run_id).info.experiment_id
+    (killed, *_) = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
+    run_id = killed.info.run_id
+    assert killed.info.status == "KILLED"
+    training.train(config(folder, **way), start=Start(run_id))
+    assert losses(run_id) == values
+    tags = [client.get_run(r).data.tags["tunix.weights_digest"] for r in (run_id, whole.run_id)]
+    assert tags[0] == tags[1]
+    assert run_here("runs", "verify", run_id) == 0
+    if way:
+        made = config(folder, **way)
+        manifest = datasets.ready("doubles-v1", print)
+        built = setup.assemble(made, manifest, devices.use("cpu"), bases.find(folder))
+        held = arrays.flatten(built.state.params)  # what a checkpoint holds
+        assert held
+        assert all("/lora_" in name for name in held)
+
+
+def test_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
+    """By its weights, wherever they lie; the same ones elsewhere are welcome."""
+    run_id = training.train(config(folder, **LORA)).run_id
+    kept = folder.with_name("kept")
+    folder.rename(kept)
+    written(folder, seed=1)
+    with pytest.raises(TrackingError, match="base_digest"):
+        training.train(config(folder, **LORA, training__steps="10"), start=Start(run_id))
+    shutil.rmtree(folder)
+    kept.rename(folder)
+    training.train(config(folder, **LORA, training__steps="10"), start=Start(run_id))
+    assert len(losses(run_id)) == 10
+
+
+def test_what_was_trained_is_handed_on(folder: Path, tmp_path: Path) -> None:
+    """The logged model answers prompts and conversations, and goes out merged or as an adapter."""
+    run_id = training.train(config(folder, **LORA)).run_id
+    bundle = flavor.load_model(f"models:/{model_of(run_id)}")
+    assert bundle.adapter is not None
+    served = mlflow.pyfunc.load_model(f"models:/{model_of(run_id)}")
+    asked = served.predict(pd.DataFrame({"prompt": ["What is 2 doubled?"]}))
+    said = [{"role": "user", "content": "What is 2 doubled?"}]
+    chat = served.predict(pd.DataFrame({"messages": [said]}))
+    assert asked.equals(chat)
+    for wrong in ([{"role": "user"}], [{"role": "assistant", "content": "x"}]):
+        with pytest.raises(MlflowException):
+            served.predict(pd.DataFrame({"messages": [wrong]}))
+    with pytest.raises(MlflowException, match="made for 256"):
+        served.predict(pd.DataFrame({"prompt": ["long " * 200]}))
+
+    assert run_here("models", "export", run_id, str(tmp_path / "out")) == 0
+    assert run_here("models", "export", run_id, str(tmp_path / "out")) == 2
+    found = bases.find(tmp_path / "out")
+    assert found.config == SHAPE
+    params, _ = bases.load(found, lambda array, _: array)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(bundle.params), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+    assert run_here("models", "export", run_id, str(tmp_path / "peft"), "--adapter") == 0
+    adapter = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    said_ = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert len(adapter) == 2 * 7 * SHAPE.layers
+    original, _ = bases.load(bases.find(folder), lambda array, _: array)
+    down = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
+    wide = adapter[down.format("B")] @ adapter[down.format("A")]
+    kernel = _named(original)["model.layers.1.mlp.down_proj.weight"]
+    merged = _named(bundle.params)["model.layers.1.mlp.down_proj.weight"]
+    scale = said_["lora_alpha"] / said_["r"]
+    assert np.allclose(kernel.T + scale * wide, merged.T, atol=1e-6)
+
+
+def _named(params: decoder.Params) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in names.named(params, SHAPE).items()}
+
+
+def test_a_logged_folder_is_a_base_too(folder: Path) -> None:
+    """As an artifact of a run; and a pretrained model is logged as it is, to be evaluated."""
+    with mlflow.start_run() as run:
+        mlflow.log_artifacts(str(folder), "base")
+    uri = f"runs:/{run.info.run_id}/base"
+    there = training.train(config(folder, **(LORA | {"base": uri})))
+    here = training.train(config(folder, **LORA))
+    assert losses(there.run_id) == losses(here.run_id)
+    assert run_here("models", "import", str(folder), "--max-new-tokens", "8") == 0
+    (logged,) = [
+        m
+        for m in MlflowClient().search_logged_models(
+            [e.experiment_id for e in MlflowClient().search_experiments()]
+        )
+        if m.source_run_id not in (there.run_id, here.run_id)
+    ]
+    assert run_here("evaluate", logged.model_id, "dataset=doubles-v1") == 0
+
+
+def test_what_cannot_fit_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is allocated, with what would fit; --force trains all the same."""
+    foreseen = training.foresee(config(folder, data__sequence_length="64"))
+    room = foreseen["bytes"]["total"] - 1  # type: ignore[index]
+    monkeypatch.setattr(forecast, "capacity", lambda device: room)
+    with pytest.raises(Refused, match=r"What would fit: .*lora.rank"):
+        training.train(config(folder, data__sequence_length="64"))
+    assert MlflowClient().search_runs(["0"]) == []
+    training.train(config(folder, data__sequence_length="64", training__steps="2"), force=True)
+    assert "training all the same" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No such folder, adapters of nothing, another shape, a sequence too long, a damaged shard."""
+    words = ("train", "dataset=doubles-v1")
+    for arguments, message in (
+        ((f"base={folder}x",), "there is no"),
+        (("lora.rank=4",), "set base"),
+        ((f"base={folder}", "model.width=64"), "another shape"),
+        ((f"base={folder}", "data.sequence_length=512"), "made for"),
+        ((f"base={folder}", "lora.targets=[q]"), "lora.targets"),
+    ):
+        assert run_here(*words, *arguments) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert message in said[-1]
+        assert not any("Traceback" in line for line in said)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1]
+    save_file(tensors, weights)
+    assert run_here(*words, f"base={folder}") == 2
+    assert "has shape" in capsys.readouterr().err
+    assert MlflowClient().search_runs(["0"]) == []
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_forecast_is_near_what_xla_reserves(remat: str, rank: int) -> None:
+    """Temporaries and state of the compiled step, within a third."""
+    shape = ModelConfig(layers=6, width=128, heads=4, kv_heads=2, mlp_width=344, vocab_size=2048)
+    made = configs.load(
+        None,
+        {
+            **{"data.sequence_length": "128", "training.batch_size": "4", "device": "cpu"},
+            **{"training.microbatch_size": "4", "training.remat": remat},
+            **{"training.fused": "false", "training.loss_chunk": "0"},
+        },
+        ROOT / "projects" / "configs",
+    )
+    made = msgspec.structs.replace(made, model=shape, lora=LoraConfig(rank=rank))
+    made = setup.settle(made, 2048, "cpu")
+    plan, state_ = setup.abstract(made, 2048, devices.use("cpu"))
+    frozen = decoder.shape(shape, 2048)[1] if rank else None
+    rows = [
+        jax.ShapeDtypeStruct((4, 128), t) for t in (np.int32, np.int32, np.int32, np.int32, bool)
+    ]
+    compiled = step.train_step.lower(state_, Batch(*rows), frozen, plan=plan).compile()
+    found = compiled.memory_analysis()
+    real = found.argument_size_in_bytes + found.temp_size_in_bytes
+    assert forecast.of(made, 2048).total == pytest.approx(real, rel=1 / 3)
+
+
+def test_inspect_reads_no_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shape, tokenizer, and what ways of training need; as JSON too."""
+    assert run_here("models", "inspect", str(folder), "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["family"] == "qwen3"
+    assert said["bytes"]["full, float32"]["total"] > said["bytes"]["LoRA 16, bfloat16"]["total"]
+    assert run_here("models", "inspect", str(folder)) == 0
+    assert "141 GB" in capsys.readouterr().out
+    with pytest.raises(ModelError):
+        bases.find(folder / "nowhere")

@@ -1,0 +1,83 @@
+"""A trained model as other tools read it: a folder for transformers, or an adapter for PEFT."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunix_mlflow.errors import ModelError
+from tunix_mlflow.models import names, pretrained
+from tunix_mlflow.models.bundle import Bundle
+
+_PEFT = "base_model.model."
+
+
+def refuse(folder: Path) -> None:
+    """Complain about a folder that exists.
+
+    Raises:
+        ModelError: if it does.
+    """
+    if folder.exists():
+        raise ModelError(f"{folder} exists; give a folder that does not")
+
+
+def whole(bundle: Bundle, folder: Path, dtype: str = "float32") -> None:
+    """Write config.json, weights, tokenizer and template; adapters are merged.
+
+    Raises:
+        ModelError: if the folder exists.
+    """
+    tokenizer = bundle.tokenizer
+    ends: Any = tokenizer.eos_ids[0] if len(tokenizer.eos_ids) == 1 else list(tokenizer.eos_ids)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, content in tokenizer.files.items():
+            (Path(scratch) / name).write_bytes(content)
+        pretrained.save(
+            folder,
+            bundle.config,
+            bundle.params,
+            carried=Path(scratch),
+            tokens={"eos_token_id": ends, "pad_token_id": tokenizer.pad_id},
+            dtype=dtype,
+        )
+
+
+def adapter(bundle: Bundle, folder: Path, dtype: str = "float32") -> None:
+    """Write adapter_config.json and adapter_model.safetensors, as PEFT reads them.
+
+    Raises:
+        ModelError: if the model has no adapter, or the folder exists.
+    """
+    from safetensors.numpy import save_file
+
+    refuse(folder)
+    if bundle.adapter is None:
+        raise ModelError("this model was trained whole: it has no adapter")
+    own = bundle.adapter
+    tensors = {}
+    for name, leaf in names.named(own.params, bundle.config).items():
+        tensors[f"{_PEFT}{name}"] = np.ascontiguousarray(np.asarray(leaf).T, dtype)
+    said = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": own.base,
+        "r": own.config.rank,
+        "lora_alpha": own.config.alpha,
+        "lora_dropout": own.config.dropout,
+        "target_modules": sorted(own.config.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    (scratch / "adapter_config.json").write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
+    save_file(tensors, scratch / "adapter_model.safetensors", {"base_digest": own.base_digest})
+    scratch.rename(folder)

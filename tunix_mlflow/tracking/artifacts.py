@@ -1,0 +1,66 @@
+"""Files that a URI of MLflow's names, as a folder here."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.artifact_utils import _download_artifact_from_uri
+
+from tunix_mlflow import state
+from tunix_mlflow.config import Config
+from tunix_mlflow.errors import TrackingError
+from tunix_mlflow.models import base as bases
+from tunix_mlflow.models.base import Base
+from tunix_mlflow.tracking import store
+
+_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
+
+
+def anchored(config: Config) -> Config:
+    """A configuration whose `base` means the same in every folder."""
+    if config.base is None or config.base.startswith(_SCHEMES):
+        return config
+    return msgspec.structs.replace(config, base=str(Path(config.base).expanduser().absolute()))
+
+
+@contextmanager
+def local(place: str) -> Iterator[Path]:
+    """A path as it is, or a copy of what runs:/, models:/ or mlflow-artifacts:/ names.
+
+    Yields:
+        The path; a copy lies below the state root, for the length of the block.
+
+    Raises:
+        TrackingError: if it cannot be fetched.
+    """
+    if not place.startswith(_SCHEMES):
+        yield Path(place).expanduser()
+        return
+    parent = state.temporary_dir()
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as scratch:
+        try:
+            found = Path(_download_artifact_from_uri(place, output_path=scratch))
+        except (MlflowException, OSError) as error:
+            raise TrackingError(f"cannot fetch {place}: {store.one_line(error)}") from error
+        yield found
+
+
+@contextmanager
+def base(config: Config) -> Iterator[Base | None]:
+    """The pretrained model that a configuration names; None where it names none.
+
+    Raises:
+        ModelError: if it cannot be used.
+        TrackingError: if it cannot be fetched.
+    """
+    if config.base is None:
+        yield None
+        return
+    with local(config.base) as place:
+        yield bases.find(place)

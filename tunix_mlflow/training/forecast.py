@@ -1,0 +1,212 @@
+"""What a run will need of a device's memory, before anything is allocated: arithmetic alone.
+
+Counted are the arrays that live at the step's fullest moment. What a compiler adds or saves is not:
+on a CPU it came out at 0.9 to 1.1 of what XLA reserves (a test holds it to that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import msgspec
+import psutil
+
+from tunix_mlflow.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from tunix_mlflow.errors import Refused
+from tunix_mlflow.models import decoder, lora
+from tunix_mlflow.models.base import Base
+from tunix_mlflow.training.setup import Inputs
+
+CARDS = {"24 GB": 24 * 10**9, "80 GB": 80 * 10**9, "141 GB": 141 * 10**9}
+"""GPUs that people have."""
+_BYTES = {"float32": 4, "bfloat16": 2}
+FREE = 0.92  # of a device's memory; the rest is the runtime's
+_MOMENTS = 2  # of AdamW; Muon has one of most matrices
+
+
+class Forecast(NamedTuple):
+    """Bytes on each device."""
+
+    parameters: int  # and, beside adapters, those that are frozen
+    optimizer: int
+    gradients: int
+    activations: int  # of one microbatch, with its logits
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+    def text(self) -> str:
+        """In gigabytes, on one line."""
+        parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in self._asdict().items())
+        return f"{self.total / 1e9:.2f} GB: {parts}"
+
+
+def of(config: Config, vocab_size: int) -> Forecast:
+    """The forecast of a settled configuration.
+
+    Args:
+        config: with sequence length, microbatch and chunk chosen.
+        vocab_size: rows of the embedding table.
+    """
+    training, mesh = config.training, config.mesh
+    stored, computed = _BYTES[training.param_dtype], _BYTES[training.compute_dtype]
+    whole = decoder.parameter_count(decoder.shape(config.model, vocab_size)[1])
+    trained, item, frozen = whole, stored, 0  # numbers, bytes of each, bytes in all
+    if config.lora.rank:
+        trained = decoder.parameter_count(lora.shape(config.model, vocab_size, config.lora))
+        item, frozen = _BYTES["float32"], whole * stored
+    copies = 0
+    if stored != computed:
+        copies += whole * computed  # as the products want them
+    if mesh.fsdp > 1:
+        copies += trained * item + frozen  # gathered
+    if training.fused:
+        copies += whole * 4
+    kept = (trained * item + frozen) // mesh.fsdp
+    sums = 2 if config.microbatches > 1 else 1  # of all so far, and of one microbatch
+    return Forecast(
+        parameters=kept + copies,
+        optimizer=_MOMENTS * trained * item // mesh.fsdp,
+        gradients=sums * trained * 4,
+        activations=_activations(config, vocab_size, computed),
+    )
+
+
+def _activations(config: Config, vocab_size: int, item: int) -> int:
+    """What the backward pass of one microbatch finds, and its logits."""
+    model, training = config.model, config.training
+    length = config.data.sequence_length or 0
+    rows = training.microbatch_size or training.batch_size // config.mesh.size
+    tokens = rows * length
+    heads, groups = model.heads * model.head_width, model.kv_heads * model.head_width
+    on_cpu = config.device.startswith("cpu")
+    if config.device == "auto":
+        on_cpu = jax.default_backend() == "cpu"
+    # XLA merges on a CPU what was to be computed again with what was computed before.
+    remat = "none" if on_cpu else training.remat
+    # Shares of attention: elsewhere a kernel makes them again.
+    shares = model.heads * length * 4 if on_cpu else 0
+    block = (4 * model.width + 3 * (heads + groups) + 4 * model.mlp_width) * item + shares
+    kept = {
+        "none": block,
+        "dots": (3 * model.width + heads + 2 * groups + 2 * model.mlp_width) * item,
+        "block": model.width * item,
+    }[remat]
+    at_once = 0 if remat == "none" else block
+    chunk = min(tokens, training.loss_chunk or tokens)
+    logits = int(2.5 * chunk * vocab_size * 4)
+    return tokens * (model.layers * kept + at_once) + logits
+
+
+def capacity(device: jax.Device) -> int:
+    """Bytes that a run may take of a device."""
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    return int(FREE * (limit if limit else psutil.virtual_memory().available))
+
+
+def admit(inputs: Inputs, *, force: bool, say: Callable[[str], None]) -> None:
+    """Refuse a run that cannot fit.
+
+    Args:
+        inputs: of the run; nothing is allocated yet.
+        force: say so, and go on.
+        say: receives one line.
+
+    Raises:
+        Refused: if more is needed than the device has, with what to change.
+    """
+    needs, room = of(inputs.config, inputs.vocab_size), capacity(inputs.device)
+    if needs.total <= room:
+        return
+    known = "; ".join(remedies(inputs.config, inputs.vocab_size, room))
+    message = f"this run needs {needs.text()}; {inputs.device} has {room / 1e9:.2f} GB"
+    if not force:
+        remedy = f"What would fit: {known}" if known else "Nothing known makes it fit"
+        raise Refused(f"{message}. {remedy}. --force trains all the same")
+    say(f"{message}; training all the same")
+
+
+def describe(base: Base) -> dict[str, object]:
+    """What a pretrained model is, for people."""
+    model = base.config
+    count = decoder.parameter_count(decoder.shape(model, model.vocab_size or 0)[1])
+    return {
+        "place": str(base.place),
+        "family": model.family,
+        "parameters": count,
+        "layers": model.layers,
+        "width": model.width,
+        "heads": f"{model.heads} of {model.head_width}, {model.kv_heads} key/value",
+        "vocabulary": model.vocab_size,
+        "positions": model.max_positions,
+        "window": model.window,
+        "tokenizer": base.tokenizer.digest[:16],
+        "template": base.tokenizer.template_digest(True)[:16],
+        "ends": list(base.tokenizer.eos_ids),
+    }
+
+
+def table(model: ModelConfig, vocab_size: int, length: int) -> dict[str, Forecast]:
+    """What ways of fine-tuning need on one GPU, one row at a time, blocks computed again."""
+    config = Config(
+        device="gpu",
+        model=model,
+        data=DataConfig(sequence_length=length),
+        training=TrainingConfig(batch_size=1, microbatch_size=1, remat="block", loss_chunk=1024),
+    )
+    narrow = _training(param_dtype="bfloat16", compute_dtype="bfloat16")
+    return {
+        "full, float32": of(config, vocab_size),
+        "full, bfloat16": of(narrow(config), vocab_size),
+        "LoRA 16, float32": of(_adapted(config), vocab_size),
+        "LoRA 16, bfloat16": of(narrow(_adapted(config)), vocab_size),
+    }
+
+
+def remedies(config: Config, vocab_size: int, room: int) -> list[str]:
+    """What would make it fit, the least change first; empty where nothing known does."""
+    found = []
+    for words, change in _CHANGES.items():
+        needs = of(change(config), vocab_size).total
+        if needs <= room:
+            found.append(f"{words} ({needs / 1e9:.1f} GB)")
+    return found
+
+
+def _training(**words: object) -> Callable[[Config], Config]:
+    def change(config: Config) -> Config:
+        training = msgspec.structs.replace(config.training, **words)
+        return msgspec.structs.replace(config, training=training)
+
+    return change
+
+
+def _adapted(config: Config) -> Config:
+    return msgspec.structs.replace(
+        config,
+        lora=LoraConfig(rank=config.lora.rank or 16),
+        training=msgspec.structs.replace(config.training, fused=False),
+    )
+
+
+def _smallest(config: Config) -> Config:
+    small = _training(
+        microbatch_size=1, remat="block", param_dtype="bfloat16", compute_dtype="bfloat16"
+    )
+    return small(_adapted(config))
+
+
+_CHANGES: dict[str, Callable[[Config], Config]] = {
+    "training.microbatch_size=1": _training(microbatch_size=1),
+    "training.remat=block": _training(remat="block"),
+    "training.param_dtype=bfloat16 training.compute_dtype=bfloat16": _training(
+        param_dtype="bfloat16", compute_dtype="bfloat16"
+    ),
+    "lora.rank=16": _adapted,
+    "all of these": _smallest,
+}
