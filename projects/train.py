@@ -80,11 +80,12 @@ def train(config: Config, *, start: Start | None = None, force: bool = False) ->
     from tunix_mlflow.training import devices, forecast, loop
     from tunix_mlflow.training import setup as setups
 
-    if config.dataset is None:
+    key = config.dataset
+    if key is None:
         raise ConfigError("dataset is missing; give dataset=KEY, or seed or ingest one")
     config = artifacts.anchored(config)
     store.reach(config.tracking)  # a store that cannot be used is said before any work
-    manifest = datasets.ready(config.dataset, console.say)
+    manifest = datasets.ready(key, console.say)
     with artifacts.base(config) as base:
         inputs = setups.read(config, manifest, devices.use(config.device), base)
         config = inputs.config

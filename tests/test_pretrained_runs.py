@@ -120,6 +120,26 @@ def test_killed_and_resumed_is_the_same(
         assert all("/lora_" in name for name in held)
 
 
+@pytest.mark.parametrize("way", [{}, LORA])
+def test_a_step_is_compiled_once(folder: Path, way: dict[str, str]) -> None:
+    """The second update finds what was compiled for the first, fresh from a base."""
+    manifest = datasets.ready("doubles-v1", print)
+    made = config(folder, **way)
+    built = setup.assemble(made, manifest, devices.use("cpu"), bases.find(folder))
+    state_, compiled = built.state, []
+
+    def heard(event: str, _: float, **__: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    stream = built.train_batches()
+    step.compile_step(state_, stream.at(0), built.frozen, plan=built.plan)
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    for number in range(3):
+        state_, _ = step.train_step(state_, stream.at(number), built.frozen, plan=built.plan)
+    assert compiled == []
+
+
 def test_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
     """By its weights, wherever they lie; the same ones elsewhere are welcome."""
     run_id = training.train(config(folder, **LORA)).run_id

@@ -216,7 +216,8 @@ class TrainingConfig(_Section, frozen=True):
     """Rows in one update."""
     microbatch_size: Positive | None = None
     """Rows in one forward and backward pass, a divisor of batch_size; null: on a CPU as many as
-    hold at most 512 tokens, elsewhere all of them. What was chosen is in the run's config.json."""
+    hold at most 512 tokens, 256 beside adapters, elsewhere all of them. What was chosen is in the
+    run's config.json."""
     eval_every_steps: NonNegative = 100
     """Held-out loss every so many steps, and after the last; 0: never."""
     save_every_steps: NonNegative = 100

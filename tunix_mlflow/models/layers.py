@@ -98,17 +98,56 @@ def attend(
         [B, T, H, D], without a cap as `jax.nn.dot_product_attention` up to rounding.
     """
     batch, length, heads, width = q.shape
-    seen, groups = k.shape[1:3]
+    groups = k.shape[2]
     each = heads // groups
     scale = width**-0.5 if scale is None else scale
     rows = (q * scale).reshape(batch, length, groups, each, width)
     rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, groups, each * length, width)
-    scores = softcap((rows @ k.transpose(0, 2, 3, 1)).astype(jnp.float32), cap)
-    scores = scores.reshape(batch, groups, each, length, seen)
-    shares = jax.nn.softmax(jnp.where(mask[:, :, None], scores, _NEVER), axis=-1)
-    shares = shares.astype(v.dtype).reshape(batch, groups, each * length, seen)
-    found = (shares @ v.transpose(0, 2, 1, 3)).reshape(batch, groups, each, length, width)
+    keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, D]
+    if cap is None:
+        found = _looked_up(rows, keys, values, mask)
+    else:
+        scores = softcap((rows @ keys.swapaxes(-1, -2)).astype(jnp.float32), cap)
+        found = _shares(scores, mask).astype(v.dtype) @ values
+    found = found.reshape(batch, groups, each, length, width)
     return found.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def _shares(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over what may be seen; scores [B, K, R, S], R rows of T queries each."""
+    length, seen = mask.shape[-2:]
+    each = scores.reshape(*scores.shape[:2], -1, length, seen)
+    shares = jax.nn.softmax(jnp.where(mask[:, :, None], each, _NEVER), axis=-1)
+    return shares.reshape(scores.shape)
+
+
+@jax.custom_vjp
+def _looked_up(rows: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, K, R, D]. For the way back the shares alone are kept; XLA would keep three arrays."""
+    return _looked_up_forward(rows, keys, values, mask)[0]
+
+
+def _looked_up_forward(
+    rows: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    scores = (rows @ keys.swapaxes(-1, -2)).astype(jnp.float32)
+    shares = _shares(scores, mask).astype(values.dtype)
+    return shares @ values, (rows, keys, values, shares)
+
+
+def _looked_up_backward(
+    saved: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    rows, keys, values, shares = saved
+    wide = shares.astype(jnp.float32)
+    of_shares = (gradient @ values.swapaxes(-1, -2)).astype(jnp.float32)
+    of_scores = wide * (of_shares - jnp.sum(of_shares * wide, axis=-1, keepdims=True))
+    of_scores = of_scores.astype(rows.dtype)
+    back = of_scores.swapaxes(-1, -2) @ rows, shares.swapaxes(-1, -2) @ gradient
+    return of_scores @ keys, *back, None
+
+
+_looked_up.defvjp(_looked_up_forward, _looked_up_backward)
 
 
 @jax.custom_vjp

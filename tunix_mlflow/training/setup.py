@@ -24,8 +24,9 @@ from tunix_mlflow.training import mesh as meshes
 from tunix_mlflow.training.losses import Compute
 from tunix_mlflow.training.step import Plan, TrainState
 
-_CPU_TOKENS = 512
-"""Of a microbatch on a CPU: what it works on stays in the cache."""
+_CPU_TOKENS, _CPU_ADAPTED = 512, 256
+"""Of a microbatch on a CPU: what it works on stays in the cache. Beside adapters it is most of what
+memory is needed for, so there are fewer."""
 _FUSED_TOKENS = 2048
 """Of an update on a device, from which on fused products are worth making."""
 _LOGITS_BYTES = 256 * 2**20
@@ -192,7 +193,10 @@ def settle(config: Config, vocab_size: int, platform: str) -> Config:
     """Choose what the configuration leaves open, of a known sequence length."""
     training, length = config.training, config.data.sequence_length or 0
     rows = training.microbatch_size or microbatch(
-        training.batch_size // config.mesh.size, length, platform
+        training.batch_size // config.mesh.size,
+        length,
+        platform,
+        _CPU_ADAPTED if config.lora.rank else _CPU_TOKENS,
     )
     chunk = training.loss_chunk
     if chunk is None:
@@ -248,6 +252,8 @@ def start(
     if not config.lora.rank:
         return plan, _state(plan, params), None, digest
     adapters = lora.init(config.model, vocab_size, config.lora, config.seed)
+    if plan.mesh is None:  # tied to the device as the base is: else the second step compiles again
+        adapters = jax.device_put(adapters, device)
     return plan, _state(plan, adapters), params, digest
 
 
@@ -291,7 +297,7 @@ def _plan(config: Config, vocab_size: int, device: jax.Device) -> Plan:
     )
 
 
-def microbatch(batch_size: int, length: int, platform: str) -> int:
+def microbatch(batch_size: int, length: int, platform: str, tokens: int = _CPU_TOKENS) -> int:
     """Rows of a microbatch where none is configured: a divisor of a device's `batch_size`.
 
     By a rule, not by a measurement: it decides the order of sums, and so the bits of a run.
@@ -299,7 +305,7 @@ def microbatch(batch_size: int, length: int, platform: str) -> int:
     if platform != "cpu":
         return batch_size
     divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
-    return max(n for n in divisors if n * length <= _CPU_TOKENS or n == 1)
+    return max(n for n in divisors if n * length <= tokens or n == 1)
 
 
 def _with_length(config: Config, needed: int) -> Config:
