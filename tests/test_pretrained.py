@@ -10,17 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from tokenizers import pre_tokenizers
 
 from tests.golden.make import GREEDY, VOCABULARY, weights
 from tunix_mlflow.config import LoraConfig, ModelConfig
 from tunix_mlflow.errors import ModelError
-from tunix_mlflow.models import decoder, families, generation, lora, pretrained
+from tunix_mlflow.models import base as bases
+from tunix_mlflow.models import decoder, families, generation, gguf_file, lora, pretrained
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -275,6 +278,83 @@ def test_a_tied_output_must_be_the_table(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ModelError, match="tied"):
         imported(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_types(dtype: str, tmp_path: Path) -> None:
+    """Read as float32, number by number; and written narrow when that is asked for."""
+    folder = folder_of("llama-b", tmp_path / "model")
+    wide = load_file(folder / "model.safetensors")
+    narrow = {name: array.astype(jnp.dtype(dtype)) for name, array in wide.items()}
+    save_file(narrow, folder / "model.safetensors")
+    config, params = imported(folder)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    pretrained.save(tmp_path / "wide", config, params)
+    back = load_file(tmp_path / "wide" / "model.safetensors")
+    assert all(np.array_equal(back[n], narrow[n].astype(np.float32)) for n in narrow)
+    if dtype == "bfloat16":
+        pretrained.save(tmp_path / "narrow", config, params, dtype=dtype)
+        kept = load_file(tmp_path / "narrow" / "model.safetensors")
+        assert all(kept[n].tobytes() == narrow[n].tobytes() for n in narrow)
+
+
+def gguf_of(name: str, path: Path) -> None:
+    """A model of the llama family as llama.cpp keeps it, with a tokenizer of bytes."""
+    said = about(name)["config"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(said["num_hidden_layers"])
+    writer.add_context_length(said["max_position_embeddings"])
+    writer.add_embedding_length(said["hidden_size"])
+    writer.add_feed_forward_length(said["intermediate_size"])
+    writer.add_head_count(said["num_attention_heads"])
+    writer.add_head_count_kv(said["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(said["rms_norm_eps"])
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_rope_dimension_count(said["head_dim"])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - 3]
+    tokens = ["<|im_start|>", "<|im_end|>", *alphabet, "!!"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
+    writer.add_token_merges(["! !"])
+    writer.add_eos_token_id(1)
+    writer.add_chat_template("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    parts = {theirs: ours for ours, theirs in gguf_file._BLOCK.items()}
+    whole = {theirs: ours for ours, theirs in gguf_file._WHOLE.items()}
+    for key, shape in about(name)["tensors"].items():
+        array = weights(key, tuple(shape), False)
+        for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if part in key:  # rotary pairs as neighbours
+                halves = array.reshape(said[heads], 2, -1, array.shape[1])
+                array = halves.swapaxes(1, 2).reshape(array.shape)
+        ours = whole.get(key)
+        if ours is None:
+            _, _, layer, part = key.split(".", 3)
+            ours = f"blk.{layer}.{parts[part]}"
+        writer.add_tensor(ours, np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_is_the_same_model(tmp_path: Path) -> None:
+    """Pairs put back into halves, configuration, tokenizer; cut off, it is named."""
+    path = tmp_path / "model.gguf"
+    gguf_of("llama-a", path)
+    base = bases.find(path)
+    config, params = imported(folder_of("llama-a", tmp_path / "model"))
+    assert base.config == config
+    assert base.tokenizer.eos_ids == (1,)
+    made, _ = bases.load(base, lambda array, _: array)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(made), strict=True):
+        assert np.array_equal(a, b)
+    for length in (path.stat().st_size - 4000, 3000, 20, 0):
+        cut = tmp_path / f"cut{length}.gguf"
+        cut.write_bytes(path.read_bytes()[:length])
+        with pytest.raises(ModelError, match=r"cut\d+\.gguf"):
+            bases.load(bases.find(cut), lambda array, _: array)
 
 
 @pytest.mark.parametrize("name", ["llama-b", "gemma3-b"])

@@ -63,9 +63,11 @@ def opened(path: Path) -> Iterator[Source]:
         tensor = tensors[name]
         try:
             made: Array = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            made = made.reshape(_shape(tensor))
         except NotImplementedError as error:
             raise ModelError(f"{path}: {name} is quantized as {tensor.tensor_type.name}") from error
-        made = made.reshape(_shape(tensor))
+        except (ValueError, IndexError) as error:
+            raise ModelError(f"{path}: {name} is damaged") from error
         part = name.split(".")[-2]
         return _halves(made, heads[part]) if part in heads else made
 
@@ -87,7 +89,10 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     tokens = _value(reader, "tokenizer.ggml.tokens", path)
     kinds = _value(reader, "tokenizer.ggml.token_type", path)
     pairs = [tuple(m.split(" ")) for m in _value(reader, "tokenizer.ggml.merges", path)]
-    made = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(tokens)}, merges=pairs))
+    try:
+        made = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(tokens)}, merges=pairs))
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(f"{path}: the tokenizer is damaged: {error}") from error
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -129,7 +134,7 @@ def _read(path: Path, _: int) -> Any:
 
     try:
         return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError) as error:
+    except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
         raise ModelError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
