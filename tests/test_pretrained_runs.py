@@ -49,9 +49,7 @@ LORA = {"lora__rank": "4", "optimizer__learning_rate": "0.01"}
 def written(place: Path, seed: int = 0) -> Path:
     """A small model with its tokenizer, as others would hand it to us."""
     params = decoder.init(SHAPE, SHAPE.vocab_size or 0, seed)
-    pretrained.save(place, SHAPE, params, tokens={"eos_token_id": 0})
-    for name, content in files(CHATML).items():
-        (place / name).write_bytes(content)
+    pretrained.save(place, SHAPE, params, carried=files(CHATML), tokens={"eos_token_id": 0})
     return place
 
 

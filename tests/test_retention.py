@@ -12,8 +12,8 @@ from mlflow.tracking import MlflowClient
 
 from projects import promote as promoting
 from projects import train as training
-from tests.conftest import write_traces
-from tests.test_resume import command, config, interrupted
+from tests.conftest import run_here, write_traces
+from tests.test_resume import config, interrupted
 from tests.test_stages import log_score
 from tunix_mlflow import state
 from tunix_mlflow.data import datasets
@@ -86,12 +86,12 @@ def test_prune_takes_nothing_that_is_needed(many: dict[str, str], capsys: Any) -
     everything = {name: here(run_id) for name, run_id in many.items()}
     assert set(map(tuple, everything.values())) == {(2, 4, 6, 8), (2, 4, 6, 7)}
     capsys.readouterr()
-    assert command("checkpoints", "prune", "--json") == 0
+    assert run_here("checkpoints", "prune", "--json") == 0
     planned = json.loads(capsys.readouterr().out)
     assert not planned["done"]
     assert planned["freed_bytes"] > 0
     assert {name: here(run_id) for name, run_id in many.items()} == everything
-    assert command("checkpoints", "prune", "--yes") == 0
+    assert run_here("checkpoints", "prune", "--yes") == 0
     assert "deleted" in capsys.readouterr().out
     left = {name: here(run_id) for name, run_id in many.items() if name != "stranger"}
     assert left == {
@@ -109,22 +109,22 @@ def test_prune_takes_nothing_that_is_needed(many: dict[str, str], capsys: Any) -
     assert flavor.load_model("models:/doubles@champion")
     for version in client.search_model_versions("name = 'others'"):
         assert flavor.load_model(f"models:/others/{version.version}")
-    assert command("resume", many["killed"]) == 0
-    assert command("checkpoints", "prune", "--yes", "--run", many["champion"]) == 0
+    assert run_here("resume", many["killed"]) == 0
+    assert run_here("checkpoints", "prune", "--yes", "--run", many["champion"]) == 0
     assert here(many["champion"]) == [8]
-    assert command("checkpoints", "list") == 0
+    assert run_here("checkpoints", "list") == 0
 
 
 def test_verify_names_the_damaged(doubles: str, capsys: Any) -> None:
     """Here and in MLflow, file by file; exit code 3."""
     run_id = training.train(config()).run_id
-    assert command("checkpoints", "verify") == 0
+    assert run_here("checkpoints", "verify") == 0
     place = Path(MlflowClient().get_run(run_id).info.artifact_uri.removeprefix("file://"))
     for root in (state.run_dir(run_id), place):
         victim = next((root / "checkpoints" / "00000008" / "state").rglob("*/d/*"))
         victim.write_bytes(victim.read_bytes()[:-1])
     capsys.readouterr()
-    assert command("checkpoints", "verify", "--json") == 3
+    assert run_here("checkpoints", "verify", "--json") == 3
     found = json.loads(capsys.readouterr().out)
     assert found["checked"] == 6
     assert {(d["step"], d["where"]) for d in found["damaged"]} == {(8, "here"), (8, "uploaded")}

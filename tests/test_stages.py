@@ -98,7 +98,7 @@ def test_the_flavor_holds_no_code(trained: training.Trained, tmp_path: Path) -> 
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
     assert not [p for p in folder.rglob("*") if p.suffix in (".py", ".pkl", ".pickle", ".pyc")]
     info = mlflow.models.get_model_info(uri)
-    assert info.signature.inputs.input_names() == ["prompt"]
+    assert info.signature.inputs.input_names() == ["prompt", "messages"]
     assert info.saved_input_example_info is not None
     assert "tunix-mlflow" in (folder / "requirements.txt").read_text()
     prompts = ["Double 3", "Double 44"]

@@ -93,10 +93,10 @@ def export(model: str, folder: Path, adapter: bool, dtype: str, as_json: bool) -
     MODEL is a run id, a model id or a models:/ URI.
     """
     from tunix_mlflow.config import TrackingConfig
-    from tunix_mlflow.models import exported
+    from tunix_mlflow.models import exported, pretrained
     from tunix_mlflow.tracking import flavor, registry, store
 
-    exported.refuse(folder)
+    pretrained.refuse(folder)  # before a model is fetched
     client = store.connect(TrackingConfig())
     logged = registry.resolve(client, model)
     bundle = flavor.load_model(f"models:/{logged.model_id}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,6 @@ from tunix_mlflow.models.bundle import Bundle
 _PEFT = "base_model.model."
 
 
-def refuse(folder: Path) -> None:
-    """Complain about a folder that exists.
-
-    Raises:
-        ModelError: if it does.
-    """
-    if folder.exists():
-        raise ModelError(f"{folder} exists; give a folder that does not")
-
-
 def whole(bundle: Bundle, folder: Path, dtype: str = "float32") -> None:
     """Write config.json, weights, tokenizer and template; adapters are merged.
 
@@ -35,17 +23,14 @@ def whole(bundle: Bundle, folder: Path, dtype: str = "float32") -> None:
     """
     tokenizer = bundle.tokenizer
     ends: Any = tokenizer.eos_ids[0] if len(tokenizer.eos_ids) == 1 else list(tokenizer.eos_ids)
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, content in tokenizer.files.items():
-            (Path(scratch) / name).write_bytes(content)
-        pretrained.save(
-            folder,
-            bundle.config,
-            bundle.params,
-            carried=Path(scratch),
-            tokens={"eos_token_id": ends, "pad_token_id": tokenizer.pad_id},
-            dtype=dtype,
-        )
+    pretrained.save(
+        folder,
+        bundle.config,
+        bundle.params,
+        carried=tokenizer.files,
+        tokens={"eos_token_id": ends, "pad_token_id": tokenizer.pad_id},
+        dtype=dtype,
+    )
 
 
 def adapter(bundle: Bundle, folder: Path, dtype: str = "float32") -> None:
@@ -56,7 +41,6 @@ def adapter(bundle: Bundle, folder: Path, dtype: str = "float32") -> None:
     """
     from safetensors.numpy import save_file
 
-    refuse(folder)
     if bundle.adapter is None:
         raise ModelError("this model was trained whole: it has no adapter")
     own = bundle.adapter
@@ -75,9 +59,7 @@ def adapter(bundle: Bundle, folder: Path, dtype: str = "float32") -> None:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    scratch = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    (scratch / "adapter_config.json").write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
-    save_file(tensors, scratch / "adapter_model.safetensors", {"base_digest": own.base_digest})
-    scratch.rename(folder)
+    with pretrained.appearing(folder) as scratch:
+        text = json.dumps(said, indent=2, sort_keys=True)
+        (scratch / "adapter_config.json").write_text(f"{text}\n")
+        save_file(tensors, scratch / "adapter_model.safetensors", {"base_digest": own.base_digest})

@@ -25,14 +25,6 @@ from tunix_mlflow.models.names import Array
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-CARRIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""Files that go with a model and that training does not change."""
 _SHARD_BYTES = 2 * 2**30
 _IDLE = ".rotary_emb.inv_freq"  # that old files keep, though it follows from the configuration
 _TYPES = {"F32", "F16", "BF16", "F64"}
@@ -156,7 +148,7 @@ def save(
     config: ModelConfig,
     params: Params,
     *,
-    carried: Path | None = None,
+    carried: Mapping[str, bytes] | None = None,
     tokens: Mapping[str, Any] | None = None,
     dtype: str = "float32",
 ) -> None:
@@ -166,7 +158,7 @@ def save(
         folder: to be made.
         config: the model's shape.
         params: its parameters, of the plain form, without adapters.
-        carried: a folder with tokenizer and template.
+        carried: files that go with it, tokenizer and template, by name.
         tokens: `bos_token_id` and the like, for config.json.
         dtype: of the tensors.
 
@@ -175,35 +167,57 @@ def save(
     """
     from safetensors.numpy import save_file
 
+    with appearing(folder) as scratch:
+        leaves = names.named(params, config)
+        vocab_size = leaves[names.TABLE].shape[0]
+        tree = families.write(config, vocab_size) | {"dtype": dtype} | dict(tokens or {})
+        (scratch / CONFIG).write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n")
+        shards = _divided(leaves, np.dtype(jax.numpy.dtype(dtype)).itemsize)
+        listed: dict[str, str] = {}
+        for number, group in enumerate(shards, start=1):
+            file = WEIGHTS
+            if len(shards) > 1:
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {
+                name: np.ascontiguousarray(names.turned(name, np.asarray(leaves[name])), dtype)
+                for name in group
+            }
+            save_file(tensors, scratch / file, metadata={"format": "pt"})
+            listed |= dict.fromkeys(group, file)
+        if len(shards) > 1:
+            size = sum(leaf.size for leaf in leaves.values()) * np.dtype(dtype).itemsize
+            index = {"metadata": {"total_size": size}, "weight_map": listed}
+            (scratch / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for name, content in (carried or {}).items():
+            (scratch / name).write_bytes(content)
+
+
+def refuse(folder: Path) -> None:
+    """Complain about a folder that exists.
+
+    Raises:
+        ModelError: if it does.
+    """
     if folder.exists():
         raise ModelError(f"{folder} exists; give a folder that does not")
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when all is written.
+
+    Raises:
+        ModelError: if there is one of that name.
+    """
+    refuse(folder)
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    leaves = names.named(params, config)
-    vocab_size = leaves[names.TABLE].shape[0]
-    tree = families.write(config, vocab_size) | {"dtype": dtype} | dict(tokens or {})
-    (scratch / CONFIG).write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n")
-    shards = _divided(leaves, np.dtype(jax.numpy.dtype(dtype)).itemsize)
-    listed: dict[str, str] = {}
-    for number, group in enumerate(shards, start=1):
-        file = WEIGHTS
-        if len(shards) > 1:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {
-            name: np.ascontiguousarray(names.turned(name, np.asarray(leaves[name])), dtype)
-            for name in group
-        }
-        save_file(tensors, scratch / file, metadata={"format": "pt"})
-        listed |= dict.fromkeys(group, file)
-    if len(shards) > 1:
-        size = sum(leaf.size for leaf in leaves.values()) * np.dtype(dtype).itemsize
-        index = {"metadata": {"total_size": size}, "weight_map": listed}
-        (scratch / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for name in CARRIED:
-        if carried is not None and (carried / name).is_file():
-            shutil.copyfile(carried / name, scratch / name)
-    scratch.rename(folder)
+    try:
+        yield scratch
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
