@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 OWN = ("resume", "step", "fork")
 FLAGS = ("plan", "force")
 DEFAULT = "golden-v2"
+PRETRAINED = "pretrained"  # with a base, where no other configuration is named
 AUTO = "auto"
 
 
@@ -306,6 +307,8 @@ def main(argv: Sequence[str]) -> None:
     resume = arguments.stage.get("resume")
     config: Config | None
     start: Start | None = None
+    if "base" in arguments.overrides and arguments.config in (None, DEFAULT):
+        arguments = arguments._replace(config=PRETRAINED)
     if resume is None:
         config = arguments.load(DEFAULT)
         bootstrap.prepare(config)

@@ -21,7 +21,11 @@ def test_presets_are_valid(preset: str) -> None:
     """Every preset loads, by its name."""
     loaded = configs.load(preset, {}, PRESETS)
     assert loaded != configs.Config()
-    assert loaded.dataset or loaded.lora.rank or preset in ("cpu-fast", "shape-s", "shape-m")
+    assert (
+        loaded.dataset
+        or loaded.lora.rank
+        or preset in (*("cpu-fast", "pretrained", "shape-s", "shape-m"),)
+    )
 
 
 def test_overrides_come_last_and_extends_first(tmp_path: Path) -> None:

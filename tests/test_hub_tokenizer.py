@@ -121,11 +121,14 @@ def test_a_prompt_is_the_beginning_of_its_example(template: str) -> None:
     assert trained[len(prompt)]
 
 
-def test_a_template_that_forgets_is_said() -> None:
-    """Earlier turns are written otherwise once more follow: the last alone can be trained on."""
+def test_a_template_that_forgets() -> None:
+    """Earlier turns are written otherwise once more follow: what stands there is trained on."""
     made = tokenizer(FORGETS)
+    wanted = ["hello\n\nyou<|im_end|>", "<think>\n\n</think>\n\nit is<|im_end|>"]
+    assert spelled(made, CHAT) == wanted
+    unsaid = tokenizer(FORGETS.replace("{{ m.content }}", "{% if loop.last %}z{% endif %}"))
     with pytest.raises(ModelError, match="message 2 otherwise once more"):
-        made.example(CHAT, include_steps=True)
+        unsaid.example(CHAT, include_steps=True)
     last = turns(*((m.role, m.content) for m in CHAT.messages), m1=False)
     assert spelled(made, last) == ["<think>\n\n</think>\n\nit is<|im_end|>"]
 
@@ -176,6 +179,8 @@ def test_ends_come_from_generation_config_too() -> None:
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses"),
         ("{% for m in messages %}{{ m.update({'a': 1}) }}{% endfor %}", "refuses"),
         ("{{ undefined_function() }}", "refuses"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "refuses"),
+        ("{{ 1 / 0 }}", "refuses"),
         ("{% include '/etc/passwd' %}", "refuses"),
         (INST.replace("'user'", "'nobody'"), "only user and assistant"),
     ],
@@ -187,6 +192,23 @@ def test_a_template_can_only_write_text(template: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_base_model_ends_where_its_template_does() -> None:
+    """Its own end is another token, which its turns never end with."""
+    made = tokenizer(CHATML, eos_token="<s>")
+    ends = {made._tokenizer.token_to_id(token) for token in ("<s>", "<|im_end|>")}
+    assert set(made.eos_ids) == ends
+    assert spelled(made, CHAT) == ["hello\n\nyou<|im_end|>", "it is<|im_end|>"]
+
+
+def test_a_token_that_the_model_lacks() -> None:
+    """A tokenizer may have more tokens than the model, and no text may use them."""
+    whole = tokenizer(CHATML)
+    made = HubTokenizer(files(CHATML), "the model", whole.vocab_size - 1)  # <start_of_turn>
+    assert np.array_equal(made.prompt(CHAT), whole.prompt(CHAT))
+    with pytest.raises(DatasetError, match="does not know the token '<start_of_turn>'"):
+        made.prompt(turns(("user", "a <start_of_turn>"), ("assistant", "b")))
+
+
 def test_what_is_missing_or_damaged_is_named() -> None:
     """Tokenizer, template, settings."""
     good = files(CHATML)
@@ -195,7 +217,9 @@ def test_what_is_missing_or_damaged_is_named() -> None:
         (good | {"tokenizer.json": b"{}"}, "damaged"),
         (good | {"tokenizer_config.json": b"["}, "tokenizer_config.json is damaged"),
         (files(None), "no chat template"),
-        (files(CHATML, eos_token=None), "what ends"),
+        (files("{{ messages }}", eos_token=None), "what ends"),
+        (good | {"generation_config.json": b'{"eos_token_id": "x"}'}, "eos_token_id"),
+        (good | {"chat_template.jinja": b"\xff"}, "not UTF-8"),
     ):
         with pytest.raises(ModelError, match=message):
             HubTokenizer(broken, "the model")

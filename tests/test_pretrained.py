@@ -213,6 +213,10 @@ def test_damage_is_named(damage: str, tmp_path: Path) -> None:
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": "wide"}, "width"),
         ({"num_key_value_heads": 4}, "do not go together"),
+        ({"model_type": []}, "wrong kind"),
+        ({"rope_parameters": "linear"}, "wrong kind"),
+        ({"num_hidden_layers": "two"}, r"layer_types|wrong kind"),
+        ({"layer_types": 3}, "wrong kind"),
         ({"layer_types": ["chunked_attention"] * 3}, "layer_types"),
     ],
 )

@@ -170,6 +170,8 @@ def test_what_was_trained_is_handed_on(folder: Path, tmp_path: Path) -> None:
 
     assert run_here("models", "export", run_id, str(tmp_path / "out")) == 0
     assert run_here("models", "export", run_id, str(tmp_path / "out")) == 2
+    (tmp_path / "file").write_text("")
+    assert run_here("models", "export", run_id, str(tmp_path / "file" / "out")) == 2
     found = bases.find(tmp_path / "out")
     assert found.config == SHAPE
     params, _ = bases.load(found, lambda array, _: array)
@@ -232,6 +234,7 @@ def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str])
     for arguments, message in (
         ((f"base={folder}x",), "there is no"),
         (("lora.rank=4",), "set base"),
+        ((f"base={folder}", "lora.rank=4", "lora.targets=[]"), "lora.targets is empty"),
         ((f"base={folder}", "model.width=64"), "another shape"),
         ((f"base={folder}", "data.sequence_length=512"), "made for"),
         ((f"base={folder}", "lora.targets=[q]"), "lora.targets"),

@@ -656,6 +656,8 @@ def _check_relations(config: Config) -> None:
             f"model.width={model.width} must be a multiple of model.heads={model.heads},"
             f" or set model.head_dim"
         )
+    if config.lora.rank and not config.lora.targets:
+        raise ConfigError("lora.targets is empty: name a product, or set lora.rank=0")
     if model.head_width % 2:
         raise ConfigError("the width of one head must be even: set model.head_dim")
     if training.batch_size % (config.mesh.size * (training.microbatch_size or 1)):

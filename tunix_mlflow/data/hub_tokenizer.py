@@ -44,6 +44,8 @@ class HubTokenizer:
     Args:
         files: by name, of which `tokenizer.json` is needed.
         where: what errors call their place.
+        table: tokens that the model knows; a tokenizer may have more (Gemma 3's has one for
+            images), which no text may use. None: all.
 
     Raises:
         ModelError: if a file is missing, damaged, or there is no chat template.
@@ -51,7 +53,7 @@ class HubTokenizer:
 
     name = "tokenizer.json"
 
-    def __init__(self, files: Mapping[str, bytes], where: str) -> None:
+    def __init__(self, files: Mapping[str, bytes], where: str, table: int | None = None) -> None:
         from tokenizers import Tokenizer
 
         self.files, self.where = {n: files[n] for n in sorted(files) if n in FILES}, where
@@ -66,15 +68,22 @@ class HubTokenizer:
         settings = self._object(SETTINGS)
         self._special = _special(settings, self._object("special_tokens_map.json"))
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.table = table or self.vocab_size
+        self.template = _template(files, settings, where)
         self.eos_ids = self._ends()
         self.pad_id = self._id(self._special.get("pad_token"), self.eos_ids[0])
-        self.template = _template(files, settings, where)
 
     @classmethod
-    def read(cls, folder: Path) -> HubTokenizer:
+    def read(cls, folder: Path, table: int | None = None) -> HubTokenizer:
         """Of the files in a folder."""
-        found = {n: (folder / n).read_bytes() for n in FILES if (folder / n).is_file()}
-        return cls(found, str(folder))
+        try:
+            found = {n: (folder / n).read_bytes() for n in FILES if (folder / n).is_file()}
+            if GENERATION not in found and (folder / "config.json").is_file():
+                ends = json.loads((folder / "config.json").read_bytes()).get("eos_token_id")
+                found[GENERATION] = json.dumps({"eos_token_id": ends}).encode()
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(f"{folder} cannot be read: {' '.join(str(error).split())}") from error
+        return cls(found, str(folder), table)
 
     @property
     def digest(self) -> str:
@@ -95,7 +104,7 @@ class HubTokenizer:
         """Ids [n] of a whole example and, for each, whether it is trained on.
 
         Raises:
-            DatasetError: if the template refuses the messages.
+            DatasetError: if the template refuses the messages, or the model lacks a token.
             ModelError: if the template does not tell what is trained on, or the tokenizer does
                 not give the text back.
         """
@@ -155,7 +164,7 @@ class HubTokenizer:
             if not wanted:
                 continue
             start = len(self._common(said, number, whole))
-            stop = len(whole) if number == len(said) - 1 else self._end(said, number, whole)
+            stop = len(whole) if number == len(said) - 1 else self._end(said, number, start, whole)
             pieces += [_Piece(whole[done:start], False), _Piece(whole[start:stop], True)]
             done = stop
         return [*pieces, _Piece(whole[done:], False)]
@@ -167,12 +176,19 @@ class HubTokenizer:
             raise self._unclear(number)
         return before
 
-    def _end(self, said: list[dict[str, Any]], number: int, whole: str) -> int:
-        """Where a turn ends in the whole text."""
+    def _end(self, said: list[dict[str, Any]], number: int, start: int, whole: str) -> int:
+        """Where a turn ends in the whole text, which may leave out thoughts of earlier turns."""
         after = self._render(said[: number + 1])
-        if not whole.startswith(after):
+        if whole.startswith(after):
+            return len(after)
+        content = str(said[number]["content"]).strip()
+        at = whole.find(content, start)
+        ends = [str(self._tokenizer.id_to_token(i)) for i in self.eos_ids]
+        stops = [whole.find(end, at + len(content)) + len(end) for end in ends]
+        stops = [stop for stop, end in zip(stops, ends, strict=True) if stop >= len(end)]
+        if at < 0 or not stops:
             raise self._unclear(number)
-        return len(after)
+        return min(stops)
 
     def _unclear(self, number: int) -> ModelError:
         return ModelError(
@@ -204,6 +220,9 @@ class HubTokenizer:
         Special tokens of the template are found in the text, and none is added to it.
         """
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if ids and max(ids) >= self.table:
+            token = self._tokenizer.id_to_token(max(ids))
+            raise DatasetError(f"{self.where}: the model does not know the token {token!r}")
         back = self._tokenizer.decode(ids, skip_special_tokens=False)
         if back != text:
             normalizer = self._tokenizer.normalizer
@@ -237,9 +256,16 @@ class HubTokenizer:
 
         try:
             text = self._compiled.render(
-                messages=said, add_generation_prompt=add_generation_prompt, **self._special
+                messages=said,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (
+            *(jinja2.TemplateError, TypeError, ValueError, AttributeError),
+            *(ArithmeticError, LookupError, RuntimeError),
+        ) as error:
             reason = " ".join(str(error).split())
             raise DatasetError(f"{self.where}: the chat template refuses: {reason}") from error
         return text if keep else text.replace(_OPEN, "").replace(_CLOSE, "")
@@ -257,10 +283,26 @@ class HubTokenizer:
         given = self._object(GENERATION).get("eos_token_id")
         listed = given if isinstance(given, list) else [given] if given is not None else []
         own = self._id(self._special.get("eos_token"), None)
-        ends = sorted({int(i) for i in [*listed, own] if i is not None})
+        if not all(isinstance(i, int) for i in listed):
+            raise ModelError(f"{self.where}: eos_token_id of {GENERATION} is {given!r}")
+        ends = sorted({i for i in [*listed, own, self._closing()] if i is not None})
         if not ends:
             raise ModelError(f"{self.where}: neither {SETTINGS} nor {GENERATION} says what ends")
         return tuple(ends)
+
+    def _closing(self) -> int | None:
+        """The special token that the template ends a turn of the assistant with, if it has one.
+
+        Base models name another one as their end, and would never stop.
+        """
+        said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "@y@"}]
+        try:
+            tail = self._render(said).rpartition("@y@")[2]
+        except DatasetError:
+            return None
+        ids = self._tokenizer.encode(tail, add_special_tokens=False).ids
+        known = self._tokenizer.get_added_tokens_decoder()
+        return int(ids[0]) if ids and ids[0] in known and known[ids[0]].special else None
 
     def _id(self, token: str | None, default: Any) -> Any:
         found = None if token is None else self._tokenizer.token_to_id(token)
@@ -301,7 +343,10 @@ def _special(*places: Mapping[str, Any]) -> dict[str, str]:
 
 def _template(files: Mapping[str, bytes], settings: Mapping[str, Any], where: str) -> str:
     if TEMPLATE in files:
-        return files[TEMPLATE].decode("utf-8")
+        try:
+            return files[TEMPLATE].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{where}: {TEMPLATE} is not UTF-8") from error
     given = settings.get("chat_template")
     if isinstance(given, list):  # several, by name
         named = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}

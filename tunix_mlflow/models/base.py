@@ -34,20 +34,17 @@ def find(place: Path) -> Base:
         ModelError: if it is missing, damaged, or says what is not implemented.
     """
     try:
-        if gguf_file.is_gguf(place):
-            tokenizer = HubTokenizer(gguf_file.tokenizer_files(place), str(place))
-        else:
-            place = pretrained.resolve(place)
-            tokenizer = HubTokenizer.read(place)
+        quantized = gguf_file.is_gguf(place)
+        place = place if quantized else pretrained.resolve(place)
         with opened(place) as source:
             config = source.config
+        if quantized:
+            files = gguf_file.tokenizer_files(place)
+            tokenizer = HubTokenizer(files, str(place), config.vocab_size)
+        else:
+            tokenizer = HubTokenizer.read(place, config.vocab_size)
     except ModuleNotFoundError as error:
         raise ModelError(f"{place} cannot be read: no package {error.name}; {_EXTRA}") from error
-    if tokenizer.vocab_size > (config.vocab_size or 0):
-        raise ModelError(
-            f"{place}: the tokenizer has {tokenizer.vocab_size} tokens and the model"
-            f" {config.vocab_size}"
-        )
     return Base(place, config, tokenizer)
 
 

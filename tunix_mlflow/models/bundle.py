@@ -177,7 +177,7 @@ def _tokenizer(folder: Path, info: dict[str, Any]) -> Tokenizer:
     if info["tokenizer"]["name"] != tokenizer.name:
         from tunix_mlflow.data.hub_tokenizer import HubTokenizer
 
-        tokenizer = HubTokenizer.read(folder / _TOKENIZER)
+        tokenizer = HubTokenizer.read(folder / _TOKENIZER, info["model"]["vocab_size"])
     if info["tokenizer"]["digest"] != tokenizer.digest:
         raise IntegrityError(
             f"{folder} was made with tokenizer {info['tokenizer']['name']},"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tunix_mlflow.data.hub_tokenizer import GENERATION
 from tunix_mlflow.errors import ModelError
 from tunix_mlflow.models import names, pretrained
 from tunix_mlflow.models.bundle import Bundle
@@ -23,11 +24,15 @@ def whole(bundle: Bundle, folder: Path, dtype: str = "float32") -> None:
     """
     tokenizer = bundle.tokenizer
     ends: Any = tokenizer.eos_ids[0] if len(tokenizer.eos_ids) == 1 else list(tokenizer.eos_ids)
+    carried = dict(tokenizer.files)
+    if carried:  # what ends a completion, where transformers looks first
+        generation = json.loads(carried.get(GENERATION, b"{}")) | {"eos_token_id": ends}
+        carried[GENERATION] = json.dumps(generation, indent=2, sort_keys=True).encode()
     pretrained.save(
         folder,
         bundle.config,
         bundle.params,
-        carried=tokenizer.files,
+        carried=carried,
         tokens={"eos_token_id": ends, "pad_token_id": tokenizer.pad_id},
         dtype=dtype,
     )

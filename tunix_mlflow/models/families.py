@@ -30,7 +30,7 @@ _IDLE = frozenset(
         *("id2label", "label2id", "problem_type", "is_encoder_decoder", "return_dict"),
         *("output_attentions", "output_hidden_states", "_attn_implementation_autoset"),
         *("attn_implementation", "is_llama_config", "transformers.js_config"),
-        *("unsloth_fixed", "unsloth_version"),
+        *("unsloth_fixed", "unsloth_version", "sliding_window_size"),
     )
 )
 # What else must hold, because nothing else is implemented. None counts as absent.
@@ -40,6 +40,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "pretraining_tp": (1,),
     "rope_interleaved": (False,),
+    "use_mrope": (False,),
     "use_bidirectional_attention": (False,),
     "partial_rotary_factor": (1, 1.0),
 }
@@ -63,14 +64,23 @@ _SCALING = {
 # What transformers takes where a file leaves a key out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0},
-    "qwen2": {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0},
+    "qwen2": {
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "rope_theta": 10_000.0,
+        "num_key_value_heads": 32,
+        "max_window_layers": 28,
+    },
     "qwen3": {
+        "num_key_value_heads": 32,
+        "max_window_layers": 28,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
         "rope_theta": 10_000.0,
         "head_dim": 128,
     },
     "gemma2": {
+        "num_key_value_heads": 4,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
         "rope_theta": 10_000.0,
@@ -81,6 +91,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
     },
     "gemma3_text": {
+        "num_key_value_heads": 4,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
         "rope_theta": 1_000_000.0,
@@ -116,6 +127,18 @@ class _Keys:
 
 
 def read(tree: Mapping[str, Any], where: str) -> ModelConfig:
+    """As :func:`_read`; a value of the wrong kind is an error that says so.
+
+    Raises:
+        ModelError: naming the key that is missing, unknown, or not implemented.
+    """
+    try:
+        return _read(tree, where)
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ModelError(f"{where}: a value is of the wrong kind: {error}") from error
+
+
+def _read(tree: Mapping[str, Any], where: str) -> ModelConfig:
     """The shape that a config.json describes.
 
     Args:

@@ -212,7 +212,10 @@ def appearing(folder: Path) -> Iterator[Path]:
     refuse(folder)
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise ModelError(f"cannot write {folder}: {error.strerror}") from error
     try:
         yield scratch
         scratch.rename(folder)

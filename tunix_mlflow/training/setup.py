@@ -140,6 +140,8 @@ def read(
         ConfigError: if the configuration says another shape than the base has.
         DatasetError: for a split that is not there, or examples longer than attention can take.
     """
+    if config.lora.rank and base is None:
+        raise ConfigError("lora.rank needs a model to adapt: set base, or lora.rank=0")
     train, wanted = config.data.train_split, config.evaluation.split
     if train not in manifest.splits:
         raise DatasetError(
