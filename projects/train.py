@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,9 +28,10 @@ from tunix_mlflow.errors import CheckpointError, ConfigError, Refused
 from . import console
 
 if TYPE_CHECKING:
+    from tunix_mlflow.models.base import Base
     from tunix_mlflow.tracking.session import RunSession
     from tunix_mlflow.training.checkpoint import Checkpoints
-    from tunix_mlflow.training.setup import Setup
+    from tunix_mlflow.training.setup import Inputs, Setup
     from tunix_mlflow.training.step import TrainState
 
 OWN = ("resume", "step", "fork")
@@ -72,35 +74,28 @@ def train(config: Config, *, start: Start | None = None, force: bool = False) ->
             device's memory is forecast to be too small.
         TrainingStopped: when the loss is not finite.
     """
-    from tunix_mlflow.data import datasets
     from tunix_mlflow.evaluation import scoring
     from tunix_mlflow.models import bundle as bundles
     from tunix_mlflow.models import decoder
     from tunix_mlflow.tracking import artifacts, note, store
     from tunix_mlflow.tracking.session import session
-    from tunix_mlflow.training import devices, forecast, loop
+    from tunix_mlflow.training import forecast, loop
     from tunix_mlflow.training import setup as setups
 
-    key = config.dataset
-    if key is None:
-        raise ConfigError("dataset is missing; give dataset=KEY, or seed or ingest one")
-    config = artifacts.anchored(config)
     store.reach(config.tracking)  # a store that cannot be used is said before any work
-    manifest = datasets.ready(key, console.say)
-    with artifacts.base(config) as base:
-        inputs = setups.read(config, manifest, devices.use(config.device), base)
-        config = inputs.config
+    with _inputs(artifacts.anchored(config)) as (inputs, base):
+        config, manifest = inputs.config, inputs.manifest
         leaks = _leakage(config, manifest)
-        forecast.admit(inputs, force=force, say=console.say)
+        verdict = forecast.judge(inputs)
+        if not verdict.fits and not force:
+            raise Refused(f"this run {verdict.text()}. --force trains all the same")
         setup = setups.build(inputs, base)
+    if not verdict.fits:
+        console.say(f"this run {verdict.text()}: training all the same")
     count = decoder.parameter_count(setup.state.params)
     if inputs.held_out_rows is None:
         console.say(f"no examples in split {config.evaluation.split!r}: nothing is held out")
-    console.say(
-        f"{manifest.key}: {len(inputs.examples)} examples in {len(inputs.rows.rows)} rows of"
-        f" {config.data.sequence_length} tokens ({inputs.rows.fill:.0%} full),"
-        f" {len(inputs.held_out)} held out; {count:,} parameters trained on {inputs.device}"
-    )
+    console.say(f"{_told(inputs)}; {count:,} parameters trained on {inputs.device}")
     identity, fingerprint = setup.identity(), setup.fingerprint()
     tags = {f"tunix.{name}": value for name, value in (identity | fingerprint).items()}
     tags |= {"tunix.dataset": manifest.key}
@@ -188,33 +183,42 @@ def foresee(config: Config) -> dict[str, object]:
     Raises:
         InputError: for a dataset, device or base that cannot be used.
     """
+    from tunix_mlflow.training import forecast
+
+    with _inputs(config) as (inputs, _):
+        verdict = forecast.judge(inputs)
+    console.say(_told(inputs))
+    console.say(f"it {verdict.text()}")
+    return {
+        "dataset": inputs.manifest.key,
+        "rows": len(inputs.rows.rows),
+        "bytes": verdict.needs._asdict() | {"total": verdict.needs.total},
+        "room": verdict.room,
+        "fits": verdict.fits,
+    }
+
+
+@contextmanager
+def _inputs(config: Config) -> Iterator[tuple[Inputs, Base | None]]:
+    """What a run trains on, and the pretrained model that it begins with."""
     from tunix_mlflow.data import datasets
     from tunix_mlflow.tracking import artifacts
-    from tunix_mlflow.training import devices, forecast
+    from tunix_mlflow.training import devices
     from tunix_mlflow.training import setup as setups
 
     if config.dataset is None:
         raise ConfigError("dataset is missing; give dataset=KEY, or seed or ingest one")
     manifest = datasets.ready(config.dataset, console.say)
     with artifacts.base(config) as base:
-        inputs = setups.read(config, manifest, devices.use(config.device), base)
-    needs = forecast.of(inputs.config, inputs.vocab_size)
-    room = forecast.capacity(inputs.device)
-    console.say(
-        f"{manifest.key}: {len(inputs.examples)} examples in {len(inputs.rows.rows)} rows of"
-        f" {inputs.config.data.sequence_length} tokens ({inputs.rows.fill:.0%} full)"
+        yield setups.read(config, manifest, devices.use(config.device), base), base
+
+
+def _told(inputs: Inputs) -> str:
+    return (
+        f"{inputs.manifest.key}: {len(inputs.examples)} examples in {len(inputs.rows.rows)} rows"
+        f" of {inputs.config.data.sequence_length} tokens ({inputs.rows.fill:.0%} full),"
+        f" {len(inputs.held_out)} held out"
     )
-    console.say(f"{needs.text()}; {inputs.device} has {room / 1e9:.1f} GB")
-    if needs.total > room:
-        remedies = forecast.remedies(inputs.config, inputs.vocab_size, room)
-        console.say(f"it does not fit; what would: {'; '.join(remedies) or 'a larger device'}")
-    return {
-        "dataset": manifest.key,
-        "rows": len(inputs.rows.rows),
-        "bytes": needs._asdict() | {"total": needs.total},
-        "room": room,
-        "fits": needs.total <= room,
-    }
 
 
 def _checkpoints(run: RunSession, setup: Setup) -> Checkpoints:

@@ -220,7 +220,7 @@ def test_what_cannot_fit_is_refused(
     """Before anything is allocated, with what would fit; --force trains all the same."""
     foreseen = training.foresee(config(folder, data__sequence_length="64"))
     room = foreseen["bytes"]["total"] - 1  # type: ignore[index]
-    monkeypatch.setattr(forecast, "capacity", lambda device: room)
+    monkeypatch.setattr(forecast, "capacity", lambda device, count: room)
     with pytest.raises(Refused, match=r"What would fit: .*lora.rank"):
         training.train(config(folder, data__sequence_length="64"))
     assert MlflowClient().search_runs(["0"]) == []
@@ -266,7 +266,7 @@ def test_the_forecast_is_near_what_xla_reserves(remat: str, rank: int) -> None:
         },
         ROOT / "projects" / "configs",
     )
-    made = msgspec.structs.replace(made, model=shape, lora=LoraConfig(rank=rank))
+    made = msgspec.structs.replace(made, model=shape, base="there", lora=LoraConfig(rank=rank))
     made = setup.settle(made, 2048, "cpu")
     plan, state_ = setup.abstract(made, 2048, devices.use("cpu"))
     frozen = decoder.shape(shape, 2048)[1] if rank else None

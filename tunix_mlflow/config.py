@@ -148,25 +148,26 @@ class ModelConfig(_Section, frozen=True):
     @property
     def post_norms(self) -> bool:
         """Whether what a part adds to the stream is normalised."""
-        return self.family in _GEMMA
+        return self.family in GEMMA
 
     @property
     def scale_embeddings(self) -> bool:
         """Whether embeddings are multiplied by sqrt(width)."""
-        return self.family in _GEMMA
+        return self.family in GEMMA
 
     @property
     def norm_offset(self) -> float:
         """What norms add to their weight to scale by."""
-        return 1.0 if self.family in _GEMMA else 0.0
+        return 1.0 if self.family in GEMMA else 0.0
 
     @property
     def activation(self) -> Literal["silu", "gelu"]:
         """Of the gate; gelu is the one by tanh."""
-        return "gelu" if self.family in _GEMMA else "silu"
+        return "gelu" if self.family in GEMMA else "silu"
 
 
-_GEMMA = ("gemma2", "gemma3_text")
+GEMMA = ("gemma2", "gemma3_text")
+"""Families of Gemma's kind."""
 
 
 class LoraConfig(_Section, frozen=True):

@@ -33,7 +33,7 @@ def inspect(place: str, length: int, as_json: bool) -> None:
     with artifacts.local(place) as path:
         found = bases.find(path)
     needs = forecast.table(found.config, found.config.vocab_size or 0, length)
-    about = forecast.describe(found)
+    about = bases.describe(found)
     if as_json:
         ways = {way: need._asdict() | {"total": need.total} for way, need in needs.items()}
         click.echo(json.dumps(about | {"length": length, "bytes": ways}))

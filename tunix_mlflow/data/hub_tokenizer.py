@@ -163,18 +163,18 @@ class HubTokenizer:
         for number, wanted in enumerate(trained):
             if not wanted:
                 continue
-            start = len(self._common(said, number, whole))
+            start = self._begin(said, number, whole)
             stop = len(whole) if number == len(said) - 1 else self._end(said, number, start, whole)
             pieces += [_Piece(whole[done:start], False), _Piece(whole[start:stop], True)]
             done = stop
         return [*pieces, _Piece(whole[done:], False)]
 
-    def _common(self, said: list[dict[str, Any]], number: int, whole: str) -> str:
-        """What stands before a turn, as a model is given it."""
+    def _begin(self, said: list[dict[str, Any]], number: int, whole: str) -> int:
+        """Where a turn begins in the whole text: after what a model is given to answer."""
         before = self._render(said[:number], add_generation_prompt=True)
         if not whole.startswith(before):
             raise self._unclear(number)
-        return before
+        return len(before)
 
     def _end(self, said: list[dict[str, Any]], number: int, start: int, whole: str) -> int:
         """Where a turn ends in the whole text, which may leave out thoughts of earlier turns."""
@@ -243,7 +243,11 @@ class HubTokenizer:
 
     @cached_property
     def _marks(self) -> bool:
-        return "generation %}" in self.template or "generation -%}" in self.template
+        """Whether the template says what the assistant generates."""
+        from jinja2 import nodes
+
+        said = _environment().parse(self.template).find_all(nodes.TemplateData)
+        return any(_OPEN in piece.data for piece in said)
 
     def _render(
         self,

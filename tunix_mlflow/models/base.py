@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tunix_mlflow.config import ModelConfig
 from tunix_mlflow.data.hub_tokenizer import HubTokenizer
 from tunix_mlflow.errors import ModelError
-from tunix_mlflow.models import gguf_file, pretrained
+from tunix_mlflow.models import decoder, gguf_file, pretrained
 from tunix_mlflow.models.decoder import Params
 from tunix_mlflow.models.names import Array
 from tunix_mlflow.models.pretrained import Source
@@ -46,6 +46,25 @@ def find(place: Path) -> Base:
     except ModuleNotFoundError as error:
         raise ModelError(f"{place} cannot be read: no package {error.name}; {_EXTRA}") from error
     return Base(place, config, tokenizer)
+
+
+def describe(base: Base) -> dict[str, object]:
+    """What a pretrained model is, for people."""
+    model = base.config
+    return {
+        "place": str(base.place),
+        "family": model.family,
+        "parameters": decoder.parameter_count(decoder.shape(model, model.vocab_size or 0)[1]),
+        "layers": model.layers,
+        "width": model.width,
+        "heads": f"{model.heads} of {model.head_width}, {model.kv_heads} key/value",
+        "vocabulary": model.vocab_size,
+        "positions": model.max_positions,
+        "window": model.window,
+        "tokenizer": base.tokenizer.digest[:16],
+        "template": base.tokenizer.template_digest(True)[:16],
+        "ends": list(base.tokenizer.eos_ids),
+    }
 
 
 def opened(place: Path) -> AbstractContextManager[Source]:

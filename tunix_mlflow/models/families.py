@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from tunix_mlflow.config import ModelConfig, RopeScaling
+from tunix_mlflow.config import GEMMA, ModelConfig, RopeScaling
 from tunix_mlflow.errors import ModelError
 
 ARCHITECTURES = {
@@ -20,7 +20,6 @@ ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-_GEMMA = ("gemma2", "gemma3_text")
 # Keys that change no logit: names, how it was made, what generation does beside it.
 _IDLE = frozenset(
     (
@@ -127,7 +126,11 @@ class _Keys:
 
 
 def read(tree: Mapping[str, Any], where: str) -> ModelConfig:
-    """As :func:`_read`; a value of the wrong kind is an error that says so.
+    """The shape that a config.json describes.
+
+    Args:
+        tree: its content, of transformers 4 or 5.
+        where: what errors call it.
 
     Raises:
         ModelError: naming the key that is missing, unknown, or not implemented.
@@ -139,15 +142,6 @@ def read(tree: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _read(tree: Mapping[str, Any], where: str) -> ModelConfig:
-    """The shape that a config.json describes.
-
-    Args:
-        tree: its content, of transformers 4 or 5.
-        where: what errors call it.
-
-    Raises:
-        ModelError: naming the key that is missing, unknown, or not implemented.
-    """
     family = tree.get("model_type")
     if family not in ARCHITECTURES:
         hint = "; take its text model alone" if "text_config" in tree else ""
@@ -166,7 +160,7 @@ def _read(tree: Mapping[str, Any], where: str) -> ModelConfig:
     words["tie_embeddings"] = keys.need("tie_word_embeddings")
     words |= _rotary(keys, family) | _windows(keys, family, words["layers"])
     _activation(keys, family)
-    if family in _GEMMA:
+    if family in GEMMA:
         words["query_scale"] = keys.need("query_pre_attn_scalar")
         words["attention_softcap"] = keys.get("attn_logit_softcapping")
         words["logit_softcap"] = keys.get("final_logit_softcapping")
@@ -267,7 +261,7 @@ def _windows(keys: _Keys, family: str, layers: int) -> dict[str, Any]:
 def _activation(keys: _Keys, family: str) -> None:
     for key in ("hidden_act", "hidden_activation"):
         value = keys.get(key)
-        wanted = "gelu_pytorch_tanh" if family in _GEMMA else "silu"
+        wanted = "gelu_pytorch_tanh" if family in GEMMA else "silu"
         if value is not None and value != wanted:
             raise keys.refuse(key, value, repr(wanted))
 
@@ -293,7 +287,7 @@ def write(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
             for theirs, ours in _SCALING.items()
             if theirs == "factor" or model.rope_scaling.kind == "llama3"
         }
-    if model.family in _GEMMA:
+    if model.family in GEMMA:
         tree |= {
             "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": model.query_scale or model.head_width,

@@ -56,7 +56,13 @@ def opened(path: Path) -> Iterator[Source]:
 
     reader = _reader(path)
     tensors = {_name(tensor.name, path): tensor for tensor in reader.tensors}
-    config = families.read(_config(reader, path, names.OUTPUT not in tensors), str(path))
+    if names.TABLE not in tensors:
+        raise ModelError(f"{path}: token_embd.weight is missing")
+    tree = _config(reader, path) | {
+        "vocab_size": _shape(tensors[names.TABLE])[0],
+        "tie_word_embeddings": names.OUTPUT not in tensors,
+    }
+    config = families.read(tree, str(path))
     heads = {"q_proj": config.heads, "k_proj": config.kv_heads}
 
     def read(name: str) -> Array:
@@ -88,6 +94,8 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
         raise ModelError(f"{path}: tokenizer {kind!r} cut as {split!r} is not implemented")
     tokens = _value(reader, "tokenizer.ggml.tokens", path)
     kinds = _value(reader, "tokenizer.ggml.token_type", path)
+    if len(kinds) != len(tokens):
+        raise ModelError(f"{path}: {len(tokens)} tokens, and kinds of {len(kinds)}")
     pairs = [tuple(m.split(" ")) for m in _value(reader, "tokenizer.ggml.merges", path)]
     try:
         made = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(tokens)}, merges=pairs))
@@ -108,7 +116,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     settings: dict[str, Any] = {}
     for theirs, ours in named.items():
         number = _value(reader, f"tokenizer.ggml.{ours}_token_id", path, optional=True)
-        if number is not None:
+        if number is not None and int(number) < len(tokens):
             settings[theirs] = tokens[int(number)]
     template = _value(reader, "tokenizer.chat_template", path, optional=True)
     files = {
@@ -147,7 +155,7 @@ def _value(reader: Any, key: str, path: Path, *, optional: bool = False) -> Any:
     return field.contents()
 
 
-def _config(reader: Any, path: Path, tied: bool) -> dict[str, Any]:
+def _config(reader: Any, path: Path) -> dict[str, Any]:
     """What config.json would say."""
     kind = _value(reader, "general.architecture", path)
     if kind != "llama":
@@ -171,13 +179,10 @@ def _config(reader: Any, path: Path, tied: bool) -> dict[str, Any]:
     if unknown:
         raise ModelError(f"{path}: {unknown[0]} is not implemented")
     epsilon = float(np.format_float_positional(np.float32(tree["rms_norm_eps"])))
-    vocabulary = len(_value(reader, "tokenizer.ggml.tokens", path))
     return tree | {
         "model_type": "llama",
         "head_dim": None if head is None else int(head),
-        "vocab_size": vocabulary,
         "rms_norm_eps": epsilon,  # written as float32: 9.999999747378752e-06
-        "tie_word_embeddings": tied,
     }
 
 

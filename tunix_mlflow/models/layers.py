@@ -257,7 +257,7 @@ class Attention(nnx.Module):
     ) -> None:
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_dim = config.head_width
-        self.frequency = tuple(config_frequencies(config, windowed=windowed).tolist())
+        self.frequency = tuple(_frequencies_of(config, windowed=windowed).tolist())
         self.scale = None if config.query_scale is None else config.query_scale**-0.5
         self.cap = config.attention_softcap
         self.fused = fused
@@ -268,14 +268,14 @@ class Attention(nnx.Module):
         else:
 
             def product(target: str, heads: int) -> Product:
-                adapter = adapter_of(target, lora)
+                adapter = _adapter_of(target, lora)
                 return Product(config.width, heads * self.head_dim, rngs, bias=bias, lora=adapter)
 
             self.queries = product("q_proj", self.heads)
             self.keys = product("k_proj", self.kv_heads)
             self.values = product("v_proj", self.kv_heads)
         self.output = Product(
-            self.heads * self.head_dim, config.width, rngs, lora=adapter_of("o_proj", lora)
+            self.heads * self.head_dim, config.width, rngs, lora=_adapter_of("o_proj", lora)
         )
         self.query_norm = Norm(self.head_dim, config) if config.qk_norm else None
         self.key_norm = Norm(self.head_dim, config) if config.qk_norm else None
@@ -340,9 +340,9 @@ class FeedForward(nnx.Module):
         if fused:
             self.inputs = Product(width, 2 * hidden, rngs)
         else:
-            self.gate = Product(width, hidden, rngs, lora=adapter_of("gate_proj", lora))
-            self.up = Product(width, hidden, rngs, lora=adapter_of("up_proj", lora))
-        self.down = Product(hidden, width, rngs, lora=adapter_of("down_proj", lora))
+            self.gate = Product(width, hidden, rngs, lora=_adapter_of("gate_proj", lora))
+            self.up = Product(width, hidden, rngs, lora=_adapter_of("up_proj", lora))
+        self.down = Product(hidden, width, rngs, lora=_adapter_of("down_proj", lora))
 
     def __call__(self, x: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """[B, T, W] -> [B, T, W]."""
@@ -394,14 +394,14 @@ class Block(nnx.Module):
         return x + (added if self.mlp_post_norm is None else self.mlp_post_norm(added)), cache
 
 
-def config_frequencies(config: ModelConfig, *, windowed: bool) -> npt.NDArray[np.float32]:
+def _frequencies_of(config: ModelConfig, *, windowed: bool) -> npt.NDArray[np.float32]:
     """The rotary frequencies of one kind of layer."""
     if windowed and config.window_rope_theta is not None:
         return frequencies(config.head_width, config.window_rope_theta)
     return frequencies(config.head_width, config.rope_theta, config.rope_scaling)
 
 
-def adapter_of(target: str, lora: LoraConfig | None) -> LoraConfig | None:
+def _adapter_of(target: str, lora: LoraConfig | None) -> LoraConfig | None:
     """The adapter of a product, by the name that other libraries give it."""
     return lora if lora is not None and lora.rank and target in lora.targets else None
 

@@ -41,9 +41,13 @@ def shape(config: ModelConfig, vocab_size: int, lora: LoraConfig) -> Params:
     return adapters
 
 
-def joined(adapters: Params, base: Params) -> Params:
-    """The parameters of a decoder with adapters."""
-    both: Params = nnx.merge_state(adapters, base)
+def joined(trained: Params, frozen: Params | None) -> Params:
+    """All parameters of a decoder: adapters and its own; or those alone, where none is frozen."""
+    if frozen is None:
+        return trained
+    # New variables around the same arrays: nnx.remat writes to those of its own trace alone.
+    own = jax.tree.map(lambda leaf: leaf, frozen)
+    both: Params = nnx.merge_state(trained, own)
     return both
 
 

@@ -6,7 +6,7 @@ there, [outputs, inputs].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -51,9 +51,14 @@ _WHOLE = {
 }
 
 
-def name_of(path: Any, config: ModelConfig) -> str:
-    """transformers' name of a parameter, from its path in a tree."""
-    ours = path_of(path)
+def named(params: Params, config: ModelConfig) -> dict[str, Any]:
+    """transformers' name -> leaf, of every parameter, as they lie here and in their order."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {_name(path, config): leaf for path, leaf in leaves}
+
+
+def _name(path: Any, config: ModelConfig) -> str:
+    ours = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
     if ours in _WHOLE:
         return _WHOLE[ours]
     _, layer, part = ours.split("/", 2)
@@ -63,17 +68,6 @@ def name_of(path: Any, config: ModelConfig) -> str:
         kernel = block[f"{product}/kernel"].removesuffix(".weight")
         return f"model.layers.{layer}.{kernel}.{_ADAPTER[leaf]}"
     return f"model.layers.{layer}.{block[part]}"
-
-
-def path_of(path: Any) -> str:
-    """`blocks/0/mlp/up/kernel`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-
-
-def named(params: Params, config: ModelConfig) -> dict[str, Any]:
-    """transformers' name -> leaf, of every parameter, as they lie here."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {name_of(path, config): leaf for path, leaf in leaves}
 
 
 def turned(name: str, array: Array) -> Array:
@@ -86,15 +80,7 @@ def to_names(params: Params, config: ModelConfig) -> dict[str, Array]:
     return {name: turned(name, np.asarray(leaf)) for name, leaf in named(params, config).items()}
 
 
-def shapes(like: Params, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """transformers' name -> shape, as they lie there."""
-    return {
-        name: leaf.shape[::-1] if len(leaf.shape) == 2 and name != TABLE else leaf.shape
-        for name, leaf in named(like, config).items()
-    }
-
-
-def compare(
+def _compare(
     found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
     """Hold the tensors of a file against those of a model.
@@ -114,35 +100,34 @@ def compare(
 
 
 def from_names(
-    names: Iterable[str],
+    found: Mapping[str, tuple[int, ...]],
     read: Callable[[str], Array],
     like: Params,
     config: ModelConfig,
-    where: str = "the weights",
+    where: str,
     place: Callable[[Array, Any], Any] = lambda array, _: array,
 ) -> Params:
     """The parameters that :func:`to_names` named, one after the other.
 
     Args:
-        names: all that there are.
-        read: the array of a name, as it lies there.
+        found: shapes of all that there are, as they lie there.
+        read: the array of a name.
         like: parameters, or shapes and types, of the model that they are for.
         config: its shape.
         where: what errors call the source.
         place: puts an array, given its leaf of `like`, where it shall be.
 
     Raises:
-        ModelError: naming what is missing, unknown or of another shape.
+        ModelError: naming what is missing, unknown or of another shape; nothing was read.
     """
-    wanted = shapes(like, config)
-    present = set(names)
-    compare({n: wanted.get(n, ()) for n in present}, wanted, where)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    made = []
-    for path, leaf in leaves:
-        name = name_of(path, config)
-        array = read(name)
-        compare({name: array.shape}, {name: wanted[name]}, where)
-        made.append(place(np.ascontiguousarray(turned(name, array), leaf.dtype), leaf))
-    params: Params = jax.tree_util.tree_unflatten(structure, made)
+    wanted = named(like, config)
+    shapes = {
+        name: turned(name, np.broadcast_to(0, leaf.shape)).shape for name, leaf in wanted.items()
+    }
+    _compare(found, shapes, where)
+    made = [
+        place(np.ascontiguousarray(turned(name, read(name)), leaf.dtype), leaf)
+        for name, leaf in wanted.items()
+    ]
+    params: Params = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), made)
     return params

@@ -118,7 +118,6 @@ def build(inputs: Inputs, base: Base | None) -> Setup:
     """Read or initialise the parameters.
 
     Raises:
-        ConfigError: for adapters without a base.
         DeviceError: if there are fewer devices than the mesh needs.
         ModelError: if the base cannot be read.
     """
@@ -137,11 +136,10 @@ def read(
         base: the pretrained model that `config.base` names.
 
     Raises:
-        ConfigError: if the configuration says another shape than the base has.
+        ConfigError: if the configuration says another shape than the base has, or adapters
+            without a base.
         DatasetError: for a split that is not there, or examples longer than attention can take.
     """
-    if config.lora.rank and base is None:
-        raise ConfigError("lora.rank needs a model to adapt: set base, or lora.rank=0")
     train, wanted = config.data.train_split, config.evaluation.split
     if train not in manifest.splits:
         raise DatasetError(
@@ -157,8 +155,9 @@ def read(
         tokenizer, config = base.tokenizer, of_base(config, base)
     examples = snapshot.read(manifest.digest, train)
     held_out = snapshot.read(manifest.digest, wanted)
-    include = config.data.include_steps
-    config = _with_length(config, batches.longest([*examples, *held_out], tokenizer, include))
+    if config.data.sequence_length is None:  # all is tokenized for it
+        include = config.data.include_steps
+        config = _with_length(config, batches.longest([*examples, *held_out], tokenizer, include))
     length = config.data.sequence_length or 0
     longest = config.model.max_positions
     if longest is not None and length > longest:
@@ -192,7 +191,13 @@ def of_base(config: Config, base: Base) -> Config:
 
 
 def settle(config: Config, vocab_size: int, platform: str) -> Config:
-    """Choose what the configuration leaves open, of a known sequence length."""
+    """Choose what the configuration leaves open, of a known sequence length.
+
+    Raises:
+        ConfigError: for adapters without a base.
+    """
+    if config.lora.rank and config.base is None:
+        raise ConfigError("lora.rank needs a model to adapt: set base, or lora.rank=0")
     training, length = config.training, config.data.sequence_length or 0
     rows = training.microbatch_size or microbatch(
         training.batch_size // config.mesh.size,
@@ -233,12 +238,10 @@ def start(
         Also the parameters that stay as they are beside adapters, and the digest of the base.
 
     Raises:
-        ConfigError: for adapters without a base.
+        DeviceError: if there are fewer devices than the mesh needs.
         ModelError: if the base cannot be read.
     """
     if base is None:
-        if config.lora.rank:
-            raise ConfigError("lora.rank needs a model to adapt: set base, or lora.rank=0")
         return *begin(config, vocab_size, device), None, None
     plan = _plan(config, vocab_size, device)
     dtype = config.training.param_dtype
@@ -311,8 +314,6 @@ def microbatch(batch_size: int, length: int, platform: str, tokens: int = _CPU_T
 
 
 def _with_length(config: Config, needed: int) -> Config:
-    if config.data.sequence_length is not None:
-        return config
     if needed > batches.LONGEST_FIT:
         raise DatasetError(
             f"the longest example of {config.dataset} needs {needed} tokens; attention takes"

@@ -125,7 +125,8 @@ def eval_step(
         rows = jax.sharding.NamedSharding(plan.mesh, meshes.ROWS)
         batch = jax.lax.with_sharding_constraint(batch, rows)
     ready = as_type(_fused(as_type(params, "float32"), plan), plan.compute.dtype)
-    return token_losses(plan.graph, _beside(ready, frozen, plan), batch, plan.compute)
+    still = _still(frozen, plan)
+    return token_losses(plan.graph, lora.joined(ready, still), batch, plan.compute)
 
 
 def _sums(
@@ -165,11 +166,9 @@ def _fused(params: Params, plan: Plan) -> Params:
     return params if plan.fuse is None else decoder.fuse(params, plan.fuse)
 
 
-def _beside(params: Params, frozen: Params | None, plan: Plan) -> Params:
-    """All parameters that `plan.graph` wants, of those that are trained and those that are not."""
-    if frozen is None:
-        return params
-    return lora.joined(params, as_type(frozen, plan.compute.dtype))
+def _still(frozen: Params | None, plan: Plan) -> Params | None:
+    """The parameters beside adapters, as the products want them."""
+    return None if frozen is None else as_type(frozen, plan.compute.dtype)
 
 
 def _scanned(
@@ -178,11 +177,11 @@ def _scanned(
     """Sums over the microbatches of one device, one after the other."""
     # Once an update, not once a microbatch. Gradients go back in float32.
     exact, back = jax.vjp(lambda params: _fused(params, plan), as_type(params, "float32"))
-    ready = as_type(exact, plan.compute.dtype)
+    ready, still = as_type(exact, plan.compute.dtype), _still(frozen, plan)
 
     def loss_of(params: Params, part: Batch, number: jax.Array) -> tuple[jax.Array, jax.Array]:
         own = None if noise is None else jax.random.fold_in(noise, number)
-        return token_losses(plan.graph, _beside(params, frozen, plan), part, plan.compute, own)
+        return token_losses(plan.graph, lora.joined(params, still), part, plan.compute, own)
 
     def sums(part: Batch, number: jax.Array) -> _Sums:
         (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(ready, part, number)

@@ -43,8 +43,9 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
     plan, state = setup.begin(config, task.vocab_size, device)
     # Not tied to a device by hand, as fresh parameters are not: else the second step is compiled
     # again, for a state that has become so altogether.
+    shapes = {name: array.shape for name, array in task.weights.items()}
     given = jax.device_put(
-        names.from_names(task.weights, task.weights.__getitem__, state.params, config.model)
+        names.from_names(shapes, task.weights.__getitem__, state.params, config.model, "the task")
     )
     state = state._replace(params=given)
     del given
