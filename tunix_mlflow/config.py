@@ -235,7 +235,7 @@ class TrainingConfig(_Section, frozen=True):
     """Of the products. Losses, and sums of gradients, are float32 always."""
     remat: Literal["none", "dots", "block"] = "none"
     """What the backward pass computes again to save memory: nothing, all of a block but its
-    products with parameters, or all of it."""
+    products with parameters, or all of it. XLA undoes it on a CPU."""
     loss_chunk: NonNegative | None = None
     """Tokens whose logits are held at a time, 0: of all; null: so many as take 256 MB. What was
     chosen is in the run's config.json."""
