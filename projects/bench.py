@@ -12,7 +12,6 @@ JSON.
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -285,4 +284,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(bootstrap.execute(main, sys.argv[1:]))
+    bootstrap.run(main)

@@ -8,7 +8,6 @@ About ten seconds for 200 short answers on two cores.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -132,4 +131,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(bootstrap.execute(main, sys.argv[1:]))
+    bootstrap.run(main)

@@ -9,7 +9,6 @@ or better.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,4 +101,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(bootstrap.execute(main, sys.argv[1:]))
+    bootstrap.run(main)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -431,4 +430,4 @@ def _leakage(config: Config, manifest: Manifest) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(bootstrap.execute(main, sys.argv[1:]))
+    bootstrap.run(main)

@@ -123,6 +123,11 @@ def measure(config: Config, folder: Path, python: Path, say: Callable[[str], Non
             racer.stop()
 
 
+def as_they_come() -> dict[str, str]:
+    """The environment for processes that are compared, without what this one gave itself."""
+    return {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+
+
 def table(results: Sequence[Result]) -> str:
     """The results as Markdown; ratios are medians of paired repeats."""
     lines = [
@@ -270,7 +275,7 @@ class Racer:
         quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "USE_TF": "0"}
         compiled = {"JAX_COMPILATION_CACHE_DIR": str(cache or folder / name)} if ours else {}
         ours_alone = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
-        inherited = {k: v for k, v in os.environ.items() if ours or k not in ours_alone}
+        inherited = {k: v for k, v in as_they_come().items() if ours or k not in ours_alone}
         root = {"PYTHONPATH": str(state_root.project_root())}
         self.started = time.perf_counter()
         with self._log.open("wb") as log:

@@ -117,7 +117,7 @@ def _tracked(config: Config, folder: Path) -> float:
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, *words],
-            env={**os.environ, **env},
+            env={**peers.as_they_come(), **env},
             cwd=folder,
             stdout=subprocess.DEVNULL,
             stderr=out,

@@ -22,6 +22,7 @@ from tunix_mlflow.cli.models import models
 from tunix_mlflow.cli.runs import runs
 from tunix_mlflow.errors import InputError, Interrupted
 
+_COMPUTING = ("train", "resume", "evaluate", "demo", "bench")
 _ARGUMENTS = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
 
 
@@ -150,6 +151,8 @@ def demo(arguments: tuple[str, ...]) -> None:
 
 def main() -> None:
     """The console script."""
+    if sys.argv[1:2] and sys.argv[1] in _COMPUTING:
+        bootstrap.restart_with_huge_pages()
     sys.exit(bootstrap.execute(_run, sys.argv[1:]))
 
 

@@ -7,6 +7,7 @@ D head width, W model width.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from flax import nnx
 from tunix_mlflow.config import LoraConfig, ModelConfig, RopeScaling
 
 _NEVER = -1e30  # a score whose share is 0
+_SHORTEST_PIECE = 128  # of a row's queries, in attention
 
 
 class LayerCache(NamedTuple):
@@ -83,6 +85,8 @@ def attend(
     mask: jax.Array,
     scale: float | None = None,
     cap: float | None = None,
+    *,
+    causal: bool = False,
 ) -> jax.Array:
     """Attention of a CPU: the query heads of one key head are the rows of one product.
 
@@ -93,58 +97,105 @@ def attend(
         mask: [B, 1, T, S], true where a query may look.
         scale: of the scores; None: D ** -0.5.
         cap: of the scores; see :func:`softcap`.
+        causal: T is S, and no query may look at a later key: what comes after the last query of
+            a piece is not computed for it.
 
     Returns:
         [B, T, H, D], without a cap as `jax.nn.dot_product_attention` up to rounding.
     """
     batch, length, heads, width = q.shape
     groups = k.shape[2]
-    each = heads // groups
     scale = width**-0.5 if scale is None else scale
-    rows = (q * scale).reshape(batch, length, groups, each, width)
-    rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, groups, each * length, width)
+    rows = (q * scale).reshape(batch, length, groups, -1, width).transpose(0, 2, 3, 1, 4)
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, D]
+    pieces = _pieces(length) if causal else 1
     if cap is None:
-        found = _looked_up(rows, keys, values, mask)
+        found = _looked_up(rows, keys, values, mask, pieces)
     else:
-        scores = softcap((rows @ keys.swapaxes(-1, -2)).astype(jnp.float32), cap)
-        found = _shares(scores, mask).astype(v.dtype) @ values
-    found = found.reshape(batch, groups, each, length, width)
+        scores = softcap(_scores(rows, keys), cap)
+        found = _weighed(_shares(scores, mask), values)
     return found.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
+# Of attention: rows [B, K, H / K, T, D] are queries, keys and values [B, K, S, D], scores and
+# shares [B, K, H / K, T, S]. The rows of one key head are computed as one.
+
+
+def _scores(rows: jax.Array, keys: jax.Array) -> jax.Array:
+    flat = rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
+    return (flat @ keys.swapaxes(-1, -2)).astype(jnp.float32).reshape(*rows.shape[:4], -1)
+
+
 def _shares(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax over what may be seen; scores [B, K, R, S], R rows of T queries each."""
-    length, seen = mask.shape[-2:]
-    each = scores.reshape(*scores.shape[:2], -1, length, seen)
-    shares = jax.nn.softmax(jnp.where(mask[:, :, None], each, _NEVER), axis=-1)
-    return shares.reshape(scores.shape)
+    """Softmax over what may be seen."""
+    return jax.nn.softmax(jnp.where(mask[:, :, None], scores, _NEVER), axis=-1)
 
 
-@jax.custom_vjp
-def _looked_up(rows: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, K, R, D]. For the way back the shares alone are kept; XLA would keep three arrays."""
-    return _looked_up_forward(rows, keys, values, mask)[0]
+def _weighed(shares: jax.Array, values: jax.Array) -> jax.Array:
+    """[B, K, H / K, T, D]."""
+    flat = shares.reshape(*shares.shape[:2], -1, shares.shape[-1]).astype(values.dtype)
+    return (flat @ values).reshape(*shares.shape[:4], -1)
+
+
+def _turned(shares: jax.Array, rows: jax.Array) -> jax.Array:
+    """For each key the sum of rows by their shares of it: [B, K, S, D]."""
+    flat, wide = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (shares, rows))
+    return (wide.swapaxes(-1, -2) @ flat).swapaxes(-1, -2)
+
+
+def _pieces(length: int) -> int:
+    """Into how many pieces queries are cut; each costs a compiler's time."""
+    fitting = (n for n in (4, 2) if length % n == 0 and length // n >= _SHORTEST_PIECE)
+    return next(fitting, 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _looked_up(
+    rows: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, pieces: int
+) -> jax.Array:
+    """[B, K, H / K, T, D]. For the way back the shares alone are kept; XLA would keep three
+    arrays of that size."""
+    return _looked_up_forward(rows, keys, values, mask, pieces)[0]
+
+
+_Kept = tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]
 
 
 def _looked_up_forward(
-    rows: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    scores = (rows @ keys.swapaxes(-1, -2)).astype(jnp.float32)
-    shares = _shares(scores, mask).astype(values.dtype)
-    return shares @ values, (rows, keys, values, shares)
+    rows: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, pieces: int
+) -> tuple[jax.Array, _Kept]:
+    found, kept = [], []
+    for own, seen in _cuts(rows.shape[3], keys.shape[2], pieces):
+        scores = _scores(rows[:, :, :, own], keys[:, :, seen])
+        kept.append(_shares(scores, mask[:, :, own, seen]).astype(values.dtype))
+        found.append(_weighed(kept[-1], values[:, :, seen]))
+    return jnp.concatenate(found, axis=3), (rows, keys, values, kept)
 
 
 def _looked_up_backward(
-    saved: tuple[jax.Array, ...], gradient: jax.Array
+    pieces: int, saved: _Kept, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    rows, keys, values, shares = saved
-    wide = shares.astype(jnp.float32)
-    of_shares = (gradient @ values.swapaxes(-1, -2)).astype(jnp.float32)
-    of_scores = wide * (of_shares - jnp.sum(of_shares * wide, axis=-1, keepdims=True))
-    of_scores = of_scores.astype(rows.dtype)
-    back = of_scores.swapaxes(-1, -2) @ rows, shares.swapaxes(-1, -2) @ gradient
-    return of_scores @ keys, *back, None
+    rows, keys, values, kept = saved
+    of_rows, of_keys, of_values = [], jnp.zeros_like(keys), jnp.zeros_like(values)
+    cuts = _cuts(rows.shape[3], keys.shape[2], pieces)
+    for (own, seen), shares in zip(cuts, kept, strict=True):
+        wide, back = shares.astype(jnp.float32), gradient[:, :, :, own]
+        of_shares = _scores(back, values[:, :, seen])
+        of_scores = wide * (of_shares - jnp.sum(of_shares * wide, axis=-1, keepdims=True))
+        of_scores = of_scores.astype(rows.dtype)
+        of_rows.append(_weighed(of_scores, keys[:, :, seen]))
+        unseen = ((0, 0), (0, 0), (0, keys.shape[2] - shares.shape[-1]), (0, 0))
+        of_keys += jnp.pad(_turned(of_scores, rows[:, :, :, own]), unseen)
+        of_values += jnp.pad(_turned(shares, back), unseen)
+    return jnp.concatenate(of_rows, axis=3), of_keys, of_values, None
+
+
+def _cuts(length: int, keys: int, pieces: int) -> list[tuple[slice, slice]]:
+    """Of each piece: its queries, and the keys that they may see."""
+    if pieces == 1:
+        return [(slice(0, length), slice(0, keys))]
+    size = length // pieces
+    return [(slice(at, at + size), slice(0, at + size)) for at in range(0, length, size)]
 
 
 _looked_up.defvjp(_looked_up_forward, _looked_up_backward)
@@ -311,7 +362,7 @@ class Attention(nnx.Module):
             k, v = cache
 
         def on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-            return attend(q, k, v, mask, self.scale, self.cap)
+            return attend(q, k, v, mask, self.scale, self.cap, causal=cache is None)
 
         def elsewhere(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
             return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.scale)

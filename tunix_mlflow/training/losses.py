@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from tunix_mlflow.data.batches import Batch
@@ -54,15 +53,48 @@ def token_losses(
     features, _ = model.features(
         tokens, positions, segment_mask(segments), remat=compute.remat, noise=noise
     )
-    mask = trained.astype(jnp.float32)
+    # As one long row: XLA's elementwise code on a CPU is slower for three axes.
+    features = features.reshape(-1, features.shape[-1])
+    targets, mask = targets.reshape(-1), trained.reshape(-1).astype(jnp.float32)
     if compute.loss_chunk and compute.loss_chunk < tokens.size:
         return _in_chunks(model, features, targets, mask, compute.loss_chunk), jnp.sum(mask)
-    return _summed(model, features, targets, mask), jnp.sum(mask)
+    return cross_entropy(model.logits(features), targets, mask), jnp.sum(mask)
 
 
-def _summed(model: Decoder, features: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    logits = model.logits(features).astype(jnp.float32)
-    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, targets) * mask)
+@jax.custom_vjp
+def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    """Summed loss in nats, float32; for the way back the logits alone are kept, where JAX keeps
+    their exponentials too.
+
+    Args:
+        logits: [N, vocab].
+        targets: [N], int32.
+        mask: [N], float32: the weight of each.
+    """
+    return _cross_entropy(logits, targets, mask)[0]
+
+
+_Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def _cross_entropy(
+    logits: jax.Array, targets: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, _Kept]:
+    wide = logits.astype(jnp.float32)
+    total = jax.nn.logsumexp(wide, axis=-1)
+    own = jnp.take_along_axis(wide, targets[:, None], axis=-1)[:, 0]
+    return jnp.sum((total - own) * mask), (logits, total, targets, mask)
+
+
+def _cross_entropy_back(kept: _Kept, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    logits, total, targets, mask = kept
+    shares = jnp.exp(logits.astype(jnp.float32) - total[:, None])
+    is_target = jax.lax.broadcasted_iota(jnp.int32, shares.shape, 1) == targets[:, None]
+    back = jnp.where(is_target, shares - 1, shares) * (gradient * mask)[:, None]
+    return back.astype(logits.dtype), None, None
+
+
+cross_entropy.defvjp(_cross_entropy, _cross_entropy_back)
 
 
 def _in_chunks(
@@ -72,14 +104,13 @@ def _in_chunks(
     count = targets.size
     chunks = -(-count // size)
 
-    def cut(x: jax.Array, width: tuple[int, ...]) -> jax.Array:
-        flat = x.reshape(count, *width)
-        flat = jnp.pad(flat, ((0, chunks * size - count), *((0, 0) for _ in width)))
-        return flat.reshape(chunks, size, *width)
+    def cut(x: jax.Array) -> jax.Array:
+        filled = jnp.pad(x, ((0, chunks * size - count), *((0, 0) for _ in x.shape[1:])))
+        return filled.reshape(chunks, size, *x.shape[1:])
 
     @jax.checkpoint
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        return total + _summed(model, *chunk), None
+        own, *rest = chunk
+        return total + cross_entropy(model.logits(own), *rest), None
 
-    parts = (cut(features, (features.shape[-1],)), cut(targets, ()), cut(mask, ()))
-    return jax.lax.scan(add, jnp.zeros(()), parts)[0]
+    return jax.lax.scan(add, jnp.zeros(()), (cut(features), cut(targets), cut(mask)))[0]

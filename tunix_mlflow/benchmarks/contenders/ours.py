@@ -88,4 +88,5 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
 
 
 if __name__ == "__main__":
+    bootstrap.restart_with_huge_pages()
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "packed")
