@@ -88,6 +88,7 @@ def train(config: Config, *, start: Start | None = None, force: bool = False) ->
         verdict = forecast.judge(inputs)
         if not verdict.fits and not force:
             raise Refused(f"this run {verdict.text()}. --force trains all the same")
+        compiled = setups.compile_ahead(inputs.plan, config, inputs.vocab_size, inputs.device)
         setup = setups.build(inputs, base)
     if not verdict.fits:
         console.say(f"this run {verdict.text()}: training all the same")
@@ -137,6 +138,7 @@ def train(config: Config, *, start: Start | None = None, force: bool = False) ->
                 checkpoints=checkpoints,
                 evaluate=setup.held_out_loss if inputs.held_out_rows is not None else None,
                 frozen=setup.frozen,
+                compiled=compiled,
             )
         finally:
             progress.close()

@@ -42,7 +42,9 @@ def configured(data: int, fsdp: int, optimizer: str) -> Config:
 
 
 def begin(config: Config) -> tuple[setup.Plan, TrainState]:
-    return setup.begin(config, ByteTokenizer.vocab_size, devices.use("cpu"))
+    vocabulary, device = ByteTokenizer.vocab_size, devices.use("cpu")
+    plan = setup.planned(config, vocabulary, device)
+    return plan, setup.begin(plan, config, vocabulary, device)
 
 
 def trained(config: Config, state: TrainState | None = None) -> tuple[TrainState, list[float]]:
@@ -87,20 +89,22 @@ def moved(optimizer: str) -> dict[str, float]:
     return {"exact": exact, "same_place": same_place, "distance": distance(end, whole)}
 
 
-def adapted(data: int, fsdp: int) -> TrainState:
+def adapted(data: int, fsdp: int, *, scanned: bool = False) -> TrainState:
     """Adapters trained beside parameters that are spread and stay as they are."""
     config = configured(data, fsdp, "adamw")
     config = msgspec.structs.replace(
         config,
         lora=LoraConfig(rank=2),
-        training=msgspec.structs.replace(config.training, fused=False),
+        training=msgspec.structs.replace(config.training, fused=False, scan_layers=scanned),
     )
-    vocabulary = ByteTokenizer.vocab_size
-    plan = setup._plan(config, vocabulary, devices.use("cpu"))
+    vocabulary, device = ByteTokenizer.vocab_size, devices.use("cpu")
+    plan = setup.planned(config, vocabulary, device)
     frozen = decoder.init(config.model, vocabulary, 0)
+    if scanned:
+        frozen = decoder.stack(frozen)
     if plan.mesh is not None:
         frozen = jax.device_put(frozen, meshes.shardings(frozen, plan.mesh))
-    state = setup._state(plan, lora.init(config.model, vocabulary, config.lora, 0))
+    state = setup._state(plan, lora.init(config.model, vocabulary, config.lora, 0), device)
     rows = batches.tokenize(EXAMPLES, ByteTokenizer(), config.data, 64)
     stream = batches.TrainBatches(rows, batch_size=8, seed=0)
     for step in range(STEPS):
@@ -125,6 +129,7 @@ def main() -> None:
             }
     found["moved"] = moved("adamw")
     found["adapted"] = distance(adapted(1, 1), adapted(2, 2))
+    found["scanned"] = distance(adapted(1, 1), adapted(2, 2, scanned=True))
     print(json.dumps(found))
 
 

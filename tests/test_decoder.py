@@ -19,7 +19,7 @@ from tunix_mlflow.data.tokenizer import ByteTokenizer
 from tunix_mlflow.models import decoder, generation, layers
 from tunix_mlflow.training import optimizer as optimizers
 from tunix_mlflow.training import step
-from tunix_mlflow.training.losses import PLAIN, Compute, token_losses
+from tunix_mlflow.training.losses import PLAIN, Compute, cross_entropy, token_losses
 
 SHAPES = {
     "grouped, tied": ModelConfig(layers=2, width=16, heads=4, kv_heads=2, mlp_width=24),
@@ -95,8 +95,8 @@ def test_rotation_keeps_lengths_and_depends_on_distance() -> None:
     frequency = layers.frequencies(8, 10_000.0)
 
     def score(i: int, j: int) -> float:
-        a = layers.rotate(q, jnp.asarray([[i]]), frequency)
-        b = layers.rotate(k, jnp.asarray([[j]]), frequency)
+        a = layers.rotate(q, *layers.turns(jnp.asarray([[i]]), frequency))
+        b = layers.rotate(k, *layers.turns(jnp.asarray([[j]]), frequency))
         assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(q), rel=1e-6)
         return float(jnp.sum(a * b))
 
@@ -160,9 +160,71 @@ def test_the_fused_form_computes_the_same(name: str) -> None:
         assert np.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("heads", "groups", "length", "seen"), [(4, 2, 8, 8), (6, 1, 1, 12)])
-def test_attention_is_the_librarys(heads: int, groups: int, length: int, seen: int) -> None:
-    """In value and gradient, with a mask, for self-attention and for one token and a cache."""
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("windowed", [(), (0, 2)])
+def test_the_scanned_form_computes_the_same(fused: bool, windowed: tuple[int, ...]) -> None:
+    """Losses, and gradients taken back through `stack`; windows are those of their layers."""
+    config = ModelConfig(
+        layers=3,
+        width=16,
+        kv_heads=2,
+        mlp_width=24,
+        window=3 if windowed else None,
+        windowed_layers=windowed,
+        window_rope_theta=100.0 if windowed else None,
+    )
+    params = decoder.build(config, VOCAB, seed=2)[1]
+    tokens = jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6]], jnp.int32)
+    segments = jnp.asarray([[1, 1, 1, 1, 1, 2, 2, 0]], jnp.int32)
+    batch = batches.Batch(tokens, tokens + 1, jnp.arange(8)[None], segments, segments > 0)
+
+    def of(params: decoder.Params, *, scanned: bool, remat: str = "none") -> jax.Array:
+        graph, target = decoder.shape(config, VOCAB, fused=fused, scanned=scanned)
+        formed = decoder.fuse(params, config) if fused else params
+        formed = decoder.stack(formed) if scanned else formed
+        assert jax.tree.structure(formed) == jax.tree.structure(target)
+        assert jax.tree.map(jnp.shape, formed) == jax.tree.map(jnp.shape, target)
+        return token_losses(graph, formed, batch, Compute(remat=remat))[0]
+
+    value, plain = jax.value_and_grad(partial(of, scanned=False))(params)
+    for remat in ("none", "dots", "block"):
+        same, back = jax.value_and_grad(partial(of, scanned=True, remat=remat))(params)
+        assert float(same) == pytest.approx(float(value), rel=1e-5)
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(back), strict=True):
+            assert np.allclose(a, b, rtol=1e-3, atol=1e-5)
+    again = decoder.unstack(decoder.stack(params))
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_remat_saves_memory_on_a_cpu() -> None:
+    """What is computed again is not kept, in the scanned form."""
+    config = ModelConfig(layers=8, width=64, heads=4, kv_heads=4, mlp_width=256)
+    graph, target = decoder.shape(config, VOCAB, scanned=True)
+    batch = batches.blank(1, 256)
+
+    def temporaries(remat: str) -> int:
+        def of(params: decoder.Params) -> jax.Array:
+            return token_losses(graph, params, batch, Compute(remat=remat))[0]
+
+        compiled = jax.jit(jax.grad(of)).lower(target).compile()
+        return int(compiled.memory_analysis().temp_size_in_bytes)
+
+    kept = {remat: temporaries(remat) for remat in ("none", "dots", "block")}
+    assert kept["block"] < kept["none"] / 2
+    assert kept["block"] < kept["dots"] < kept["none"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "length", "seen", "causal"),
+    [(4, 2, 8, 8, False), (6, 1, 1, 12, False), (4, 2, 256, 256, True), (2, 2, 512, 512, True)],
+)
+def test_attention_is_the_librarys(
+    heads: int, groups: int, length: int, seen: int, causal: bool
+) -> None:
+    """In value and gradient, with a mask, for self-attention, whole and in pieces, and for one
+    token and a cache."""
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (2, length, heads, 16))
     k, v = (jax.random.normal(key, (2, seen, groups, 16)) for key in keys[1:])
@@ -173,7 +235,7 @@ def test_attention_is_the_librarys(heads: int, groups: int, length: int, seen: i
         return jax.nn.dot_product_attention(*arrays, mask=mask)
 
     def ours(*arrays: jax.Array) -> jax.Array:
-        return layers.attend(*arrays, mask)
+        return layers.attend(*arrays, mask, causal=causal)
 
     assert np.allclose(library(q, k, v), ours(q, k, v), atol=1e-6)
     gradients = [
@@ -181,6 +243,27 @@ def test_attention_is_the_librarys(heads: int, groups: int, length: int, seen: i
     ]
     for a, b in zip(*gradients, strict=True):
         assert np.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cross_entropy_is_the_librarys(dtype: str) -> None:
+    """In value and gradient, weighed."""
+    logits = (9 * jax.random.normal(jax.random.key(0), (5, 33))).astype(dtype)
+    targets, mask = jnp.asarray([0, 32, 4, 4, 9]), jnp.asarray([1.0, 1.0, 0.0, 1.0, 0.5])
+
+    def library(logits: jax.Array) -> jax.Array:
+        wide = logits.astype(jnp.float32)
+        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(wide, targets) * mask)
+
+    def ours(logits: jax.Array) -> jax.Array:
+        return cross_entropy(logits, targets, mask)
+
+    (a, up), (b, down) = (
+        jax.value_and_grad(lambda x, f=f: f(x) ** 2)(logits) for f in (library, ours)
+    )
+    assert float(a) == pytest.approx(float(b), rel=1e-5)
+    assert down.dtype == logits.dtype
+    assert np.allclose(up.astype(jnp.float32), down.astype(jnp.float32), rtol=1e-2, atol=1e-4)
 
 
 def test_the_seed_makes_the_parameters() -> None:

@@ -28,6 +28,7 @@ def test_a_mesh_trains_as_one_device() -> None:
     found = last_json(done.stdout)
     moved = found.pop("moved")
     assert found.pop("adapted") < 1e-6
+    assert found.pop("scanned") < 1e-6
     assert set(found) == {"adamw 2x1", "adamw 1x4", "adamw 2x2", "muon 2x2"}
     for name, on_mesh in found.items():
         assert on_mesh["distance"] < 1e-6, name

@@ -21,9 +21,11 @@ from tokenizers import pre_tokenizers
 
 from tests.golden.make import GREEDY, VOCABULARY, weights
 from tunix_mlflow.config import LoraConfig, ModelConfig
+from tunix_mlflow.data.batches import Batch
 from tunix_mlflow.errors import ModelError
 from tunix_mlflow.models import base as bases
 from tunix_mlflow.models import decoder, families, generation, gguf_file, lora, pretrained
+from tunix_mlflow.training.losses import PLAIN, token_losses
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -377,3 +379,29 @@ def test_adapters_begin_at_nothing(name: str, tmp_path: Path) -> None:
     assert not np.allclose(after, before, atol=1e-2)
     merged = lora.merged(moved, params, small)
     assert np.allclose(after, logits(plain(config), merged, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-b", "gemma3-b"])
+def test_adapters_in_the_scanned_form(name: str, tmp_path: Path) -> None:
+    """The same losses and gradients, with inputs left out at random."""
+    config, params = imported(folder_of(name, tmp_path / "model"))
+    small = LoraConfig(rank=3, dropout=0.3)
+    adapters = lora.init(config, VOCABULARY, small, seed=1)
+    adapters = jax.tree.map(lambda leaf: jnp.asarray(leaf) + 0.01, adapters)
+    tokens = jnp.asarray(np.load(GOLDEN / f"{name}.npz")["tokens"])
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    ones = jnp.ones_like(tokens)
+    batch = Batch(tokens, tokens, places, ones, ones > 0)
+
+    def of(adapters: decoder.Params, *, scanned: bool) -> jax.Array:
+        graph = decoder.shape(config, VOCABULARY, scanned=scanned, lora=small)[0]
+        formed = decoder.stack if scanned else lambda same: same
+        both = lora.joined(formed(adapters), formed(params))
+        return token_losses(graph, both, batch, PLAIN, jax.random.key(3))[0]
+
+    (a, plainly), (b, scanned) = (
+        jax.value_and_grad(partial(of, scanned=way))(adapters) for way in (False, True)
+    )
+    assert float(a) == pytest.approx(float(b), rel=1e-5)
+    for one, other in zip(jax.tree.leaves(plainly), jax.tree.leaves(scanned), strict=True):
+        assert np.allclose(one, other, rtol=1e-3, atol=1e-3)

@@ -118,20 +118,26 @@ def test_killed_and_resumed_is_the_same(
         assert all("/lora_" in name for name in held)
 
 
-@pytest.mark.parametrize("way", [{}, LORA])
-def test_a_step_is_compiled_once(folder: Path, way: dict[str, str]) -> None:
-    """The second update finds what was compiled for the first, fresh from a base."""
-    manifest = datasets.ready("doubles-v1", print)
-    made = config(folder, **way)
-    built = setup.assemble(made, manifest, devices.use("cpu"), bases.find(folder))
+@pytest.mark.parametrize("way", [{}, LORA, LORA | {"training__remat": "block"}, None])
+def test_a_step_is_compiled_once(folder: Path, way: dict[str, str] | None) -> None:
+    """All updates find what was compiled ahead, before there were parameters; of a base, and from
+    scratch."""
+    manifest, cpu = datasets.ready("doubles-v1", print), devices.use("cpu")
+    made = config(folder, **(way or {}))
+    if way is None:
+        made = msgspec.structs.replace(made, base=None)
+    base = None if way is None else bases.find(folder)
+    inputs = setup.read(made, manifest, cpu, base)
+    took = setup.compile_ahead(inputs.plan, inputs.config, inputs.vocab_size, cpu)
+    built = setup.build(inputs, base)
     state_, compiled = built.state, []
+    assert took.result() > 0
 
     def heard(event: str, _: float, **__: object) -> None:
         if event.endswith("backend_compile_duration"):
             compiled.append(event)
 
     stream = built.train_batches()
-    step.compile_step(state_, stream.at(0), built.frozen, plan=built.plan)
     jax.monitoring.register_event_duration_secs_listener(heard)
     for number in range(3):
         state_, _ = step.train_step(state_, stream.at(number), built.frozen, plan=built.plan)
@@ -253,8 +259,9 @@ def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "block"])
+@pytest.mark.parametrize("scan", ["true", "false"])
 @pytest.mark.parametrize("rank", [0, 4])
-def test_the_forecast_is_near_what_xla_reserves(remat: str, rank: int) -> None:
+def test_the_forecast_is_near_what_xla_reserves(remat: str, scan: str, rank: int) -> None:
     """Temporaries and state of the compiled step, within a third."""
     shape = ModelConfig(layers=6, width=128, heads=4, kv_heads=2, mlp_width=344, vocab_size=2048)
     made = configs.load(
@@ -262,14 +269,15 @@ def test_the_forecast_is_near_what_xla_reserves(remat: str, rank: int) -> None:
         {
             **{"data.sequence_length": "128", "training.batch_size": "4", "device": "cpu"},
             **{"training.microbatch_size": "4", "training.remat": remat},
+            **{"training.scan_layers": scan},
             **{"training.fused": "false", "training.loss_chunk": "0"},
         },
         ROOT / "projects" / "configs",
     )
     made = msgspec.structs.replace(made, model=shape, base="there", lora=LoraConfig(rank=rank))
     made = setup.settle(made, 2048, "cpu")
-    plan, state_ = setup.abstract(made, 2048, devices.use("cpu"))
-    frozen = decoder.shape(shape, 2048)[1] if rank else None
+    plan = setup.planned(made, 2048, devices.use("cpu"))
+    state_, frozen = setup.abstract(plan, made, 2048, devices.use("cpu"))
     rows = [
         jax.ShapeDtypeStruct((4, 128), t) for t in (np.int32, np.int32, np.int32, np.int32, bool)
     ]

@@ -235,7 +235,11 @@ class TrainingConfig(_Section, frozen=True):
     """Of the products. Losses, and sums of gradients, are float32 always."""
     remat: Literal["none", "dots", "block"] = "none"
     """What the backward pass computes again to save memory: nothing, all of a block but its
-    products with parameters, or all of it. XLA undoes it on a CPU."""
+    products with parameters, or all of it."""
+    scan_layers: bool | None = None
+    """Compute the blocks in a loop, of which one is compiled: on a CPU slower by a tenth, but
+    without it XLA undoes `remat` there. null: with `remat`, and of more than 16 blocks off a CPU.
+    What was chosen is in the run's config.json."""
     loss_chunk: NonNegative | None = None
     """Tokens whose logits are held at a time, 0: of all; null: so many as take 256 MB. What was
     chosen is in the run's config.json."""
@@ -482,8 +486,8 @@ def settled(config: Config, before: Config) -> Config:
         # On another mesh a device has other rows: what fits both.
         parts = config.training.batch_size // config.mesh.size
         rows = math.gcd(before.training.microbatch_size, parts)
-    open_ = [key for key in ("loss_chunk", "fused") if getattr(config.training, key) is None]
-    chosen = {key: getattr(before.training, key) for key in open_}
+    open_ = ("loss_chunk", "fused", "scan_layers")
+    chosen = {k: getattr(before.training, k) for k in open_ if getattr(config.training, k) is None}
     found = msgspec.structs.replace(
         config,
         data=msgspec.structs.replace(config.data, sequence_length=length),

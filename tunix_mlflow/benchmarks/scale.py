@@ -111,7 +111,11 @@ def _compile(config: Config, axis: str, count: int) -> Forecast:
     rows = config.training.batch_size
     # One pass, without a loop: the compiler counts what is in one once.
     training = msgspec.structs.replace(
-        config.training, batch_size=rows * count, microbatch_size=rows, loss_chunk=0
+        config.training,
+        batch_size=rows * count,
+        microbatch_size=rows,
+        loss_chunk=0,
+        scan_layers=False,
     )
     config = msgspec.structs.replace(config, mesh=mesh, training=training, device="cpu")
     words = [sys.executable, "-m", "tunix_mlflow.benchmarks.scale", axis]
@@ -141,7 +145,9 @@ def _main() -> None:
     config = configs.from_json(sys.stdin.buffer.read(), "stdin")
     vocabulary, length = config.benchmark.vocabulary, config.data.sequence_length or 256
     config = setup.settle(config, vocabulary, "cpu")
-    plan, state = setup.abstract(config, vocabulary, devices.use("cpu"))
+    device = devices.use("cpu")
+    plan = setup.planned(config, vocabulary, device)
+    state, _ = setup.abstract(plan, config, vocabulary, device)
     shape = (config.training.batch_size, length)
     kinds = [np.int32] * 4 + [np.bool_]
     rows = None if plan.mesh is None else jax.sharding.NamedSharding(plan.mesh, meshes.ROWS)

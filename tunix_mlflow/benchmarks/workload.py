@@ -88,7 +88,8 @@ def made_up(config: Config, device: jax.Device, base: Base | None = None) -> Wor
     data = msgspec.structs.replace(config.data, sequence_length=length)
     config = msgspec.structs.replace(config, data=data)
     config = setup.settle(config, size, device.platform)
-    plan, state, frozen, _ = setup.start(config, size, device, base)
+    plan = setup.planned(config, size, device)
+    state, frozen, _ = setup.start(plan, config, size, device, base)
     kind = "mix" if config.benchmark.data == "mix" else "full"
     made = documents(kind, 16 * config.training.batch_size, length, config.benchmark.vocabulary)
     stream = TrainBatches(

@@ -135,16 +135,21 @@ def lay_out(ids: Sequence[npt.NDArray[np.int32]], length: int, *, packing: bool)
     return pack(lengths, length) if packing else [[number] for number in range(len(ids))]
 
 
-def assemble(data: TokenRows, rows: Sequence[Sequence[int]]) -> Batch:
-    """Write rows of example numbers out as arrays."""
-    shape = (len(rows), data.length)
-    batch = Batch(
+def blank(rows: int, length: int) -> Batch:
+    """A batch of padding."""
+    shape = (rows, length)
+    return Batch(
         tokens=np.zeros(shape, np.int32),
         targets=np.zeros(shape, np.int32),
         positions=np.zeros(shape, np.int32),
         segments=np.zeros(shape, np.int32),
         loss_mask=np.zeros(shape, np.bool_),
     )
+
+
+def assemble(data: TokenRows, rows: Sequence[Sequence[int]]) -> Batch:
+    """Write rows of example numbers out as arrays."""
+    batch = blank(len(rows), data.length)
     for r, row in enumerate(rows):
         start = 0
         for segment, number in enumerate(row, start=1):

@@ -8,8 +8,7 @@ width, W model width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import jax
@@ -19,7 +18,17 @@ import numpy.typing as npt
 from flax import nnx
 
 from tunix_mlflow.config import LoraConfig, ModelConfig
-from tunix_mlflow.models.layers import Block, LayerCache, Norm, Product, piece, softcap
+from tunix_mlflow.models.layers import (
+    Block,
+    LayerCache,
+    Norm,
+    Product,
+    Sight,
+    frequencies,
+    piece,
+    softcap,
+    turns,
+)
 
 Graph: TypeAlias = "nnx.GraphDef[Decoder]"
 """The static part of a decoder: structure, no arrays."""
@@ -39,7 +48,9 @@ class Decoder(nnx.Module):
         vocab_size: number of tokens.
         rngs: makes the parameters.
         fused: a form that computes the same in fewer and larger products; see :func:`fuse`.
-        lora: adapters of some of the products; the plain form alone has them.
+        scanned: a form that computes the same in a loop over one block; see :func:`stack`. It is
+            for training, and takes no cache.
+        lora: adapters of some of the products; the fused form has none.
     """
 
     def __init__(
@@ -49,23 +60,18 @@ class Decoder(nnx.Module):
         *,
         rngs: nnx.Rngs,
         fused: bool = False,
+        scanned: bool = False,
         lora: LoraConfig | None = None,
     ) -> None:
         self.config = config
         zeros = nnx.initializers.zeros_init()
         self.embedding = nnx.Embed(vocab_size, config.width, embedding_init=zeros, rngs=rngs)
-        self.blocks = nnx.List(
-            [
-                Block(
-                    config,
-                    windowed=number in config.windowed_layers,
-                    rngs=rngs,
-                    fused=fused,
-                    lora=lora,
-                )
-                for number in range(config.layers)
-            ]
-        )
+        self.scanned = scanned
+        blocks = [
+            Block(config, rngs=rngs, fused=fused, lora=lora)
+            for _ in range(1 if scanned else config.layers)
+        ]
+        self.blocks: Any = blocks[0] if scanned else nnx.List(blocks)
         self.final_norm = Norm(config.width, config, scaled=not fused)
         tied = config.tie_embeddings and not fused
         self.unembedding = None if tied else Product(config.width, vocab_size, rngs)
@@ -110,21 +116,50 @@ class Decoder(nnx.Module):
         x = self.embedding(tokens)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
-        near = mask
+        within = mask
         if self.config.window is not None:
             queries = cache_index + jnp.arange(tokens.shape[1])
             back = queries[:, None] - jnp.arange(mask.shape[-1])[None, :]
-            near = mask & (back < self.config.window)
+            within = mask & (back < self.config.window)
+        far = Sight(mask, *turns(positions, _frequencies(self.config)))
+        near = Sight(within, *turns(positions, _frequencies(self.config, windowed=True)))
+        if self.scanned:
+            return self.final_norm(self._scan(x, far, near, remat, noise)), []
         caches: list[LayerCache] = []
         for number, block in enumerate(self.blocks):
-            layer = None if cache is None else cache[number]
-            seen = near if number in self.config.windowed_layers else mask
-            x, layer = _REMAT[remat](
-                block, x, positions, seen, layer, cache_index, piece(noise, number)
+            graph, params = nnx.split(block)
+            x, layer = _run(
+                params,
+                x,
+                near if number in self.config.windowed_layers else far,
+                None if cache is None else cache[number],
+                cache_index,
+                piece(noise, number),
+                graph=graph,
+                remat=remat,
             )
             if layer is not None:
                 caches.append(layer)
         return self.final_norm(x), caches
+
+    def _scan(
+        self, x: jax.Array, far: Sight, near: Sight, remat: str, noise: jax.Array | None
+    ) -> jax.Array:
+        """All blocks, by a loop over their stacked parameters."""
+        windowed, layers = self.config.windowed_layers, self.config.layers
+        graph, params = nnx.split(self.blocks)
+
+        def one(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+            params, number, is_near = layer
+            sight = far
+            if windowed:
+                sight = jax.tree.map(partial(jnp.where, is_near), near, far)
+            own = piece(noise, number)
+            return _run(params, x, sight, None, 0, own, graph=graph, remat=remat)[0], None
+
+        numbers = np.arange(layers)
+        of_layers = (params, jnp.asarray(numbers), jnp.asarray(np.isin(numbers, windowed)))
+        return jax.lax.scan(one, x, of_layers)[0]
 
     def logits(self, features: jax.Array) -> jax.Array:
         """[..., W] -> [..., vocab]."""
@@ -135,13 +170,39 @@ class Decoder(nnx.Module):
         return softcap(made, self.config.logit_softcap)
 
 
-_REMAT: dict[str, Callable[..., tuple[jax.Array, LayerCache | None]]] = {
-    "none": Block.__call__,
-    "block": nnx.remat(Block.__call__),
-    "dots": nnx.remat(
-        Block.__call__, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
+_KEPT = {
+    "block": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+@partial(jax.jit, static_argnames=("graph", "remat"))
+def _run(
+    params: Params,
+    x: jax.Array,
+    sight: Sight,
+    cache: LayerCache | None,
+    cache_index: jax.Array | int,
+    noise: jax.Array | None,
+    *,
+    graph: nnx.GraphDef[Block],
+    remat: str,
+) -> tuple[jax.Array, LayerCache | None]:
+    """One block. A function of its own, so that JAX traces one for all that are alike."""
+
+    def block(params: Params, x: jax.Array) -> tuple[jax.Array, LayerCache | None]:
+        return nnx.merge(graph, params)(x, sight, cache, cache_index, noise)
+
+    if remat != "none":
+        block = jax.checkpoint(block, policy=_KEPT[remat])
+    return block(params, x)
+
+
+def _frequencies(config: ModelConfig, *, windowed: bool = False) -> npt.NDArray[np.float32]:
+    """The rotary frequencies of one kind of layer."""
+    if windowed and config.window_rope_theta is not None:
+        return frequencies(config.head_width, config.window_rope_theta)
+    return frequencies(config.head_width, config.rope_theta, config.rope_scaling)
 
 
 def segment_mask(segments: jax.Array) -> jax.Array:
@@ -198,30 +259,41 @@ def normal(shape: tuple[int, ...], inputs: int, seed: int, number: int) -> npt.N
         number: of the array in the model, so that no two are alike.
     """
     size = math.prod(shape)
-    key = jax.random.key_data(jax.random.key(seed))
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        pieces = [np.asarray(_draw(key, number, piece)) for piece in range(-(-size // _PIECE))]
+        pieces = [
+            np.asarray(_draw(np.uint32(seed), number, piece)) for piece in range(-(-size // _PIECE))
+        ]
     drawn: npt.NDArray[np.float32] = np.concatenate(pieces)[:size] * np.float32(inputs**-0.5)
     return drawn.reshape(shape)
 
 
 def shape(
-    config: ModelConfig, vocab_size: int, *, fused: bool = False, lora: LoraConfig | None = None
+    config: ModelConfig,
+    vocab_size: int,
+    *,
+    fused: bool = False,
+    scanned: bool = False,
+    lora: LoraConfig | None = None,
 ) -> tuple[Graph, Params]:
     """The static graph, and shapes and types in place of parameters; nothing is computed."""
-    graph, params = _shape(config, vocab_size, fused, lora)
+    graph, params = _shape(config, vocab_size, fused, scanned, lora)
     own: Params = jax.tree.map(lambda leaf: leaf, params)  # a State can be written to
     return graph, own
 
 
 @lru_cache(maxsize=16)
 def _shape(
-    config: ModelConfig, vocab_size: int, fused: bool, lora: LoraConfig | None
+    config: ModelConfig, vocab_size: int, fused: bool, scanned: bool, lora: LoraConfig | None
 ) -> tuple[Graph, Params]:
-    model = nnx.eval_shape(
-        lambda: Decoder(config, vocab_size, rngs=nnx.Rngs(params=0), fused=fused, lora=lora)
-    )
+    words: Any = {"fused": fused, "scanned": scanned, "lora": lora}
+    model = nnx.eval_shape(lambda: Decoder(config, vocab_size, rngs=nnx.Rngs(params=0), **words))
     graph, params = nnx.split(model, nnx.Param)
+    if scanned:
+        for path, variable in nnx.to_flat_state(params):
+            if path[0] == "blocks":
+                leaf = variable.get_value()
+                all_of_them = (config.layers, *leaf.shape)
+                variable.set_value(jax.ShapeDtypeStruct(all_of_them, leaf.dtype))
     return graph, params
 
 
@@ -273,11 +345,41 @@ def fuse(params: Params, config: ModelConfig) -> Params:
     return target
 
 
+def stack(params: Params) -> Params:
+    """The parameters of the scanned form, of the plain or the fused one or of adapters alone.
+
+    Each array of a block becomes one of all blocks, with an axis for them in front: one block is
+    compiled for all, and what the backward pass computes again is computed again on a CPU too.
+    """
+    whole: dict[tuple[Any, ...], Any] = {}
+    of_blocks: dict[tuple[Any, ...], dict[Any, Any]] = {}
+    for path, variable in nnx.to_flat_state(params):
+        if path[0] == "blocks":
+            of_blocks.setdefault(("blocks", *path[2:]), {})[path[1]] = variable
+        else:
+            whole[path] = variable
+    for path, parts in of_blocks.items():
+        ordered = [parts[number] for number in sorted(parts)]
+        whole[path] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
+    return nnx.from_flat_state(whole)
+
+
+def unstack(params: Params) -> Params:
+    """What :func:`stack` was given."""
+    whole: dict[tuple[Any, ...], Any] = {}
+    for path, variable in nnx.to_flat_state(params):
+        if path[0] != "blocks":
+            whole[path] = variable
+            continue
+        for number, own in enumerate(variable[...]):
+            whole["blocks", number, *path[1:]] = jax.tree.map(lambda _, own=own: own, variable)
+    return nnx.from_flat_state(whole)
+
+
 @jax.jit
-def _draw(key: jax.Array, leaf: int, piece: int) -> jax.Array:
+def _draw(seed: np.uint32, leaf: int, piece: int) -> jax.Array:
     """One piece of a leaf's numbers, of variance 1."""
-    stream = jax.random.wrap_key_data(key)
-    stream = jax.random.fold_in(jax.random.fold_in(stream, leaf), piece)
+    stream = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), leaf), piece)
     return jax.random.truncated_normal(stream, -2.0, 2.0, (_PIECE,)) / _CUT_DEVIATION
 
 

@@ -53,21 +53,40 @@ def frequencies(
     return (kept * found + (1 - kept) * stretched).astype(np.float32)
 
 
-def rotate(
-    x: jax.Array, positions: jax.Array, frequency: npt.NDArray[np.float32] | jax.Array
-) -> jax.Array:
+class Sight(NamedTuple):
+    """What the layers of one kind see: where they may look, and how positions turn heads."""
+
+    mask: jax.Array  # [B, 1, T, S] bool, true where a query may look
+    sin: jax.Array  # [B, T, 1, D / 2] float32
+    cos: jax.Array  # the same
+
+
+def turns(
+    positions: jax.Array, frequency: npt.NDArray[np.float32] | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sine and cosine of each pair's angle, [B, T, 1, D / 2] each, float32.
+
+    Args:
+        positions: [B, T], int32.
+        frequency: [D / 2], of :func:`frequencies`.
+    """
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    # Kept apart, or XLA computes them again in every layer, forth and back.
+    sin, cos = jax.lax.optimization_barrier((jnp.sin(angle), jnp.cos(angle)))
+    return sin, cos
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     """Rotary embedding, the two halves of a head being the pairs.
 
     Args:
         x: [B, T, heads, D], D even.
-        positions: [B, T], int32.
-        frequency: [D / 2], of :func:`frequencies`.
+        sin: of :func:`turns`.
+        cos: of :func:`turns`.
 
     Returns:
         [B, T, heads, D], in the dtype of `x`.
     """
-    angle = positions[..., None, None].astype(jnp.float32) * frequency  # [B, T, 1, D/2]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
@@ -291,7 +310,6 @@ class Attention(nnx.Module):
 
     Args:
         config: the shape.
-        windowed: whether this layer looks back no further than `config.window`.
         rngs: makes the parameters.
         fused: queries, keys and values are one product.
         lora: adapters of some of the products.
@@ -301,14 +319,12 @@ class Attention(nnx.Module):
         self,
         config: ModelConfig,
         *,
-        windowed: bool,
         rngs: nnx.Rngs,
         fused: bool = False,
         lora: LoraConfig | None = None,
     ) -> None:
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_dim = config.head_width
-        self.frequency = tuple(_frequencies_of(config, windowed=windowed).tolist())
         self.scale = None if config.query_scale is None else config.query_scale**-0.5
         self.cap = config.attention_softcap
         self.fused = fused
@@ -334,8 +350,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,  # [B, T, W]
-        positions: jax.Array,  # [B, T]
-        mask: jax.Array,  # [B, 1, T, S]
+        sight: Sight,
         cache: LayerCache | None,
         cache_index: jax.Array | int,
         noise: jax.Array | None = None,
@@ -351,8 +366,8 @@ class Attention(nnx.Module):
             v = self.values(x, piece(noise, 2)).reshape(batch, length, -1, self.head_dim)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        frequency = np.asarray(self.frequency, np.float32)
-        q, k = rotate(q, positions, frequency), rotate(k, positions, frequency)
+        mask, sin, cos = sight
+        q, k = rotate(q, sin, cos), rotate(k, sin, cos)
         if cache is not None:
             start = (0, cache_index, 0, 0)
             cache = LayerCache(
@@ -415,13 +430,12 @@ class Block(nnx.Module):
         self,
         config: ModelConfig,
         *,
-        windowed: bool,
         rngs: nnx.Rngs,
         fused: bool = False,
         lora: LoraConfig | None = None,
     ) -> None:
         self.attention_norm = Norm(config.width, config, scaled=not fused)
-        self.attention = Attention(config, windowed=windowed, rngs=rngs, fused=fused, lora=lora)
+        self.attention = Attention(config, rngs=rngs, fused=fused, lora=lora)
         self.attention_post_norm = Norm(config.width, config) if config.post_norms else None
         self.mlp_norm = Norm(config.width, config, scaled=not fused)
         self.mlp = FeedForward(config, rngs=rngs, fused=fused, lora=lora)
@@ -430,26 +444,16 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
+        sight: Sight,
         cache: LayerCache | None,
         cache_index: jax.Array | int,
         noise: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """[B, T, W] -> [B, T, W], and the cache."""
-        added, cache = self.attention(
-            self.attention_norm(x), positions, mask, cache, cache_index, noise
-        )
+        added, cache = self.attention(self.attention_norm(x), sight, cache, cache_index, noise)
         x = x + (added if self.attention_post_norm is None else self.attention_post_norm(added))
         added = self.mlp(self.mlp_norm(x), noise)
         return x + (added if self.mlp_post_norm is None else self.mlp_post_norm(added)), cache
-
-
-def _frequencies_of(config: ModelConfig, *, windowed: bool) -> npt.NDArray[np.float32]:
-    """The rotary frequencies of one kind of layer."""
-    if windowed and config.window_rope_theta is not None:
-        return frequencies(config.head_width, config.window_rope_theta)
-    return frequencies(config.head_width, config.rope_theta, config.rope_scaling)
 
 
 def _adapter_of(target: str, lora: LoraConfig | None) -> LoraConfig | None:
@@ -457,6 +461,6 @@ def _adapter_of(target: str, lora: LoraConfig | None) -> LoraConfig | None:
     return lora if lora is not None and lora.rank and target in lora.targets else None
 
 
-def piece(noise: jax.Array | None, number: int) -> jax.Array | None:
+def piece(noise: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
     """One of the keys that a key is cut into."""
     return None if noise is None else jax.random.fold_in(noise, number)

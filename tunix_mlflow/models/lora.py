@@ -45,9 +45,7 @@ def joined(trained: Params, frozen: Params | None) -> Params:
     """All parameters of a decoder: adapters and its own; or those alone, where none is frozen."""
     if frozen is None:
         return trained
-    # New variables around the same arrays: nnx.remat writes to those of its own trace alone.
-    own = jax.tree.map(lambda leaf: leaf, frozen)
-    both: Params = nnx.merge_state(trained, own)
+    both: Params = nnx.merge_state(trained, frozen)
     return both
 
 

@@ -63,8 +63,8 @@ def of(config: Config, vocab_size: int) -> Forecast:
         copies += whole * computed  # as the products want them
     if mesh.fsdp > 1:
         copies += trained * item + frozen  # gathered
-    if training.fused:
-        copies += whole * 4
+    if training.fused or training.scan_layers:
+        copies += trained * 4
     kept = (trained * item + frozen) // mesh.fsdp
     sums = 2 if config.microbatches > 1 else 1  # of all so far, and of one microbatch
     return Forecast(
@@ -85,8 +85,8 @@ def _activations(config: Config, vocab_size: int, item: int) -> int:
     on_cpu = config.device.startswith("cpu")
     if config.device == "auto":
         on_cpu = jax.default_backend() == "cpu"
-    # XLA merges on a CPU what was to be computed again with what was computed before.
-    remat = "none" if on_cpu else training.remat
+    # Outside a loop, XLA merges on a CPU what was to be computed again with what was before.
+    remat = training.remat if training.scan_layers or not on_cpu else "none"
     # Shares of attention: elsewhere a kernel makes them again.
     shares = model.heads * length * 4 if on_cpu else 0
     block = (4 * model.width + 3 * (heads + groups) + 4 * model.mlp_width) * item + shares
@@ -180,7 +180,7 @@ def _adapted(config: Config) -> Config:
 
 _CHANGES: dict[str, Callable[[Config], Config]] = {
     "training.microbatch_size=1": _training(microbatch_size=1),
-    "training.remat=block": _training(remat="block"),
+    "training.remat=block": _training(remat="block", scan_layers=True),
     "training.param_dtype=bfloat16 training.compute_dtype=bfloat16": _training(
         param_dtype="bfloat16", compute_dtype="bfloat16"
     ),

@@ -27,7 +27,7 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
 
 def learning_rates(config: OptimizerConfig, steps: int) -> npt.NDArray[np.float32]:
     """The main learning rate of every update, [steps]."""
-    rates = schedule(config, config.learning_rate, steps)(jax.numpy.arange(steps))
+    rates = jax.jit(schedule(config, config.learning_rate, steps))(np.arange(steps))
     return np.asarray(rates, np.float32)
 
 

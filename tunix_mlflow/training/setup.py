@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import msgspec
+from jax.sharding import SingleDeviceSharding
 
 from tunix_mlflow import config as configs
 from tunix_mlflow.config import Config, ModelConfig
@@ -24,17 +27,21 @@ from tunix_mlflow.training import mesh as meshes
 from tunix_mlflow.training.losses import Compute
 from tunix_mlflow.training.step import Plan, TrainState
 
+_T = TypeVar("_T")
 _CPU_TOKENS, _CPU_ADAPTED = 512, 256
 """Of a microbatch on a CPU: what it works on stays in the cache. Beside adapters it is most of what
 memory is needed for, so there are fewer."""
 _FUSED_TOKENS = 2048
 """Of an update on a device, from which on fused products are worth making."""
+_UNROLLED = 16
+"""Blocks that are compiled one by one, off a CPU."""
 _LOGITS_BYTES = 256 * 2**20
 """Logits that are held at a time, where nothing is configured."""
 
 
 class Inputs(NamedTuple):
-    """What a run trains on, and its configuration with all that was left open; no weights yet."""
+    """What a run trains on, its configuration with all that was left open, and how it computes; no
+    weights yet."""
 
     config: Config
     manifest: Manifest
@@ -45,6 +52,7 @@ class Inputs(NamedTuple):
     held_out_rows: TokenRows | None
     max_new_tokens: int
     device: jax.Device  # the first, of several
+    plan: Plan
 
     @property
     def vocab_size(self) -> int:
@@ -56,15 +64,19 @@ class Setup(NamedTuple):
     """What a run trains, on what, and how."""
 
     inputs: Inputs
-    plan: Plan
     state: TrainState  # before the first update
-    frozen: decoder.Params | None  # the parameters beside adapters
+    frozen: decoder.Params | None  # the parameters beside adapters, as `plan.graph` wants them
     base_digest: str | None  # of the weights that it begins with
 
     @property
     def config(self) -> Config:
         """With what it left open; see :func:`settle`."""
         return self.inputs.config
+
+    @property
+    def plan(self) -> Plan:
+        """How an update is computed."""
+        return self.inputs.plan
 
     def train_batches(self) -> TrainBatches:
         """The batches of every step."""
@@ -87,7 +99,8 @@ class Setup(NamedTuple):
         """All parameters as a model is logged and asked: plain, on one device, float32."""
         params = state.params
         if self.frozen is not None:
-            params = lora.merged(params, self.frozen, self.config.lora)
+            base = decoder.unstack(self.frozen) if self.plan.stack else self.frozen
+            params = lora.merged(params, base, self.config.lora)
         return decoder.as_type(jax.device_put(params, self.inputs.device), "float32")
 
     def identity(self) -> dict[str, str]:
@@ -118,10 +131,10 @@ def build(inputs: Inputs, base: Base | None) -> Setup:
     """Read or initialise the parameters.
 
     Raises:
-        DeviceError: if there are fewer devices than the mesh needs.
         ModelError: if the base cannot be read.
     """
-    return Setup(inputs, *start(inputs.config, inputs.vocab_size, inputs.device, base))
+    made = start(inputs.plan, inputs.config, inputs.vocab_size, inputs.device, base)
+    return Setup(inputs, *made)
 
 
 def read(
@@ -139,6 +152,7 @@ def read(
         ConfigError: if the configuration says another shape than the base has, or adapters
             without a base.
         DatasetError: for a split that is not there, or examples longer than attention can take.
+        DeviceError: if there are fewer devices than the mesh needs.
     """
     train, wanted = config.data.train_split, config.evaluation.split
     if train not in manifest.splits:
@@ -165,7 +179,8 @@ def read(
             f"data.sequence_length={length} is more than the {longest} tokens that the model was"
             " made for"
         )
-    config = settle(config, config.model.vocab_size or tokenizer.vocab_size, device.platform)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    config = settle(config, vocab_size, device.platform)
     rows = batches.tokenize(examples, tokenizer, config.data, length)
     held_out_rows = batches.tokenize(held_out, tokenizer, config.data, length) if held_out else None
     return Inputs(
@@ -178,6 +193,7 @@ def read(
         held_out_rows=held_out_rows,
         max_new_tokens=config.evaluation.max_new_tokens or batches.longest_completion(rows),
         device=device,
+        plan=planned(config, vocab_size, device),
     )
 
 
@@ -212,85 +228,129 @@ def settle(config: Config, vocab_size: int, platform: str) -> Config:
     if fused is None:
         fused = training.batch_size // config.mesh.size * length >= _FUSED_TOKENS
     fused = fused and not config.lora.rank  # adapters belong to products that stand alone
+    scanned = training.scan_layers
+    if scanned is None:
+        deep = platform != "cpu" and config.model.layers > _UNROLLED
+        scanned = deep or training.remat != "none"
     training = msgspec.structs.replace(
-        training, microbatch_size=rows, loss_chunk=chunk, fused=fused
+        training, microbatch_size=rows, loss_chunk=chunk, fused=fused, scan_layers=scanned
     )
     return msgspec.structs.replace(config, training=training)
 
 
-def begin(config: Config, vocab_size: int, device: jax.Device) -> tuple[Plan, TrainState]:
-    """How a settled configuration is trained from scratch, and the state before the first update.
+def compile_ahead(plan: Plan, config: Config, vocab_size: int, device: jax.Device) -> Future[float]:
+    """Compile the update in a thread, while parameters are read and the run is opened.
 
-    Raises:
-        DeviceError: if there are fewer devices than the mesh needs.
+    Returns:
+        The seconds that it took, or what went wrong. The process waits for it at its end.
     """
-    plan = _plan(config, vocab_size, device)
+    state, frozen = abstract(plan, config, vocab_size, device)
+    batch = batches.blank(config.training.batch_size, config.data.sequence_length or 0)
+
+    def compiled() -> float:
+        start = time.perf_counter()
+        step.compile_step(state, batch, frozen, plan=plan)
+        return time.perf_counter() - start
+
+    pool = ThreadPoolExecutor(1, "compile")
+    promised = pool.submit(compiled)
+    pool.shutdown(wait=False)
+    return promised
+
+
+def begin(plan: Plan, config: Config, vocab_size: int, device: jax.Device) -> TrainState:
+    """The state before the first update, from scratch."""
     params = decoder.init(config.model, vocab_size, config.seed)
-    return plan, _state(plan, decoder.as_type(params, config.training.param_dtype))
+    return _state(plan, decoder.as_type(params, config.training.param_dtype), device)
 
 
 def start(
-    config: Config, vocab_size: int, device: jax.Device, base: Base | None
-) -> tuple[Plan, TrainState, decoder.Params | None, str | None]:
+    plan: Plan, config: Config, vocab_size: int, device: jax.Device, base: Base | None
+) -> tuple[TrainState, decoder.Params | None, str | None]:
     """The same from a base or from scratch.
 
     Returns:
         Also the parameters that stay as they are beside adapters, and the digest of the base.
 
     Raises:
-        DeviceError: if there are fewer devices than the mesh needs.
         ModelError: if the base cannot be read.
     """
     if base is None:
-        return *begin(config, vocab_size, device), None, None
-    plan = _plan(config, vocab_size, device)
+        return begin(plan, config, vocab_size, device), None, None
     dtype = config.training.param_dtype
     like = decoder.shape(config.model, vocab_size)[1]
-    spread = [] if plan.mesh is None else jax.tree.leaves(meshes.shardings(like, plan.mesh))
-    places = iter(spread)
+    places = iter(jax.tree.leaves(_places(plan, like, device)))
 
     def place(array: names.Array, _: object) -> jax.Array:
-        put: jax.Array = jax.device_put(array.astype(dtype, copy=False), next(places, device))
+        put: jax.Array = jax.device_put(array.astype(dtype, copy=False), next(places))
         return put
 
     params, digest = bases.load(base, place)
     if not config.lora.rank:
-        return plan, _state(plan, params), None, digest
+        return _state(plan, params, device), None, digest
     adapters = lora.init(config.model, vocab_size, config.lora, config.seed)
-    if plan.mesh is None:  # tied to the device as the base is: else the second step compiles again
-        adapters = jax.device_put(adapters, device)
-    return plan, _state(plan, adapters), params, digest
+    if plan.stack:
+        params = decoder.stack(params)
+        params = jax.device_put(params, _places(plan, params, device))
+    return _state(plan, adapters, device), params, digest
 
 
-def _state(plan: Plan, params: decoder.Params) -> TrainState:
+def abstract(
+    plan: Plan, config: Config, vocab_size: int, device: jax.Device
+) -> tuple[TrainState, decoder.Params | None]:
+    """What :func:`start` makes, with shapes, types and places for arrays; nothing is computed."""
+    dtype = config.training.param_dtype
+    params = _typed(decoder.shape(config.model, vocab_size)[1], dtype)
+    frozen = None
+    if config.lora.rank:
+        frozen = jax.eval_shape(decoder.stack, params) if plan.stack else params
+        params = _typed(lora.shape(config.model, vocab_size, config.lora), "float32")
+    state = jax.eval_shape(partial(step.init_state, optimizer=plan.optimizer), params)
+    both = state, frozen
+    placed: tuple[TrainState, decoder.Params | None] = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        both,
+        _places(plan, both, device),
+    )
+    return placed
+
+
+def _typed(shapes: decoder.Params, dtype: str) -> decoder.Params:
+    typed: decoder.Params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes
+    )
+    return typed
+
+
+def _places(plan: Plan, tree: _T, device: jax.Device) -> _T:
+    """Where each array lies. Said of all, or the second update would be compiled again."""
+    if plan.mesh is not None:
+        return meshes.shardings(tree, plan.mesh)
+    one = SingleDeviceSharding(device)
+    places: _T = jax.tree.map(lambda _: one, tree)
+    return places
+
+
+def _state(plan: Plan, params: decoder.Params, device: jax.Device) -> TrainState:
     if plan.mesh is None:
-        made: TrainState = step.init_state(params, plan.optimizer)
+        placed = jax.device_put(params, device)
+        made: TrainState = step.init_state(placed, plan.optimizer)
         return made
     return step.init_spread(params, plan.optimizer, plan.mesh)
 
 
-def abstract(config: Config, vocab_size: int, device: jax.Device) -> tuple[Plan, TrainState]:
-    """The same with shapes, types and places for arrays; nothing is computed."""
-    plan = _plan(config, vocab_size, device)
-    params = decoder.shape(config.model, vocab_size)[1]
-    if config.lora.rank:
-        params = lora.shape(config.model, vocab_size, config.lora)
-    dtype = "float32" if config.lora.rank else config.training.param_dtype
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
-    state: TrainState = jax.eval_shape(partial(step.init_state, optimizer=plan.optimizer), params)
-    if plan.mesh is not None:
-        state = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            state,
-            meshes.shardings(state, plan.mesh),
-        )
-    return plan, state
+def planned(config: Config, vocab_size: int, device: jax.Device) -> Plan:
+    """How a settled configuration is trained.
 
-
-def _plan(config: Config, vocab_size: int, device: jax.Device) -> Plan:
+    Raises:
+        DeviceError: if there are fewer devices than the mesh needs.
+    """
     training = config.training
     adapters = config.lora if config.lora.rank else None
-    graph = decoder.shape(config.model, vocab_size, fused=bool(training.fused), lora=adapters)[0]
+    scanned = bool(training.scan_layers)
+    graph = decoder.shape(
+        config.model, vocab_size, fused=bool(training.fused), scanned=scanned, lora=adapters
+    )[0]
     return Plan(
         graph,
         optimizer.build(config.optimizer, training.steps),
@@ -298,6 +358,7 @@ def _plan(config: Config, vocab_size: int, device: jax.Device) -> Plan:
         meshes.build(config.mesh, devices.group(device, config.mesh.size)),
         Compute(training.compute_dtype, training.remat, training.loss_chunk or 0),
         config.model if training.fused else None,
+        scanned,
         config.seed if config.lora.rank and config.lora.dropout else None,
     )
 

@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     mesh: Mesh | None = None  # None: one device
     compute: Compute = PLAIN
     fuse: ModelConfig | None = None  # the model's shape, where `graph` is its fused form
+    stack: bool = False  # whether `graph` is the scanned form
     noise: int | None = None  # a seed, where adapters leave out inputs at random
 
 
@@ -83,7 +84,7 @@ def train_step(
     Args:
         state: donated.
         batch: [B, T] arrays; B is a multiple of the microbatches of all devices.
-        frozen: the parameters beside adapters; None: all are trained.
+        frozen: the parameters beside adapters, as `plan.graph` wants them; None: all are trained.
         plan: how.
 
     Returns:
@@ -124,7 +125,7 @@ def eval_step(
     if plan.mesh is not None:
         rows = jax.sharding.NamedSharding(plan.mesh, meshes.ROWS)
         batch = jax.lax.with_sharding_constraint(batch, rows)
-    ready = as_type(_fused(as_type(params, "float32"), plan), plan.compute.dtype)
+    ready = as_type(_formed(as_type(params, "float32"), plan), plan.compute.dtype)
     still = _still(frozen, plan)
     return token_losses(plan.graph, lora.joined(ready, still), batch, plan.compute)
 
@@ -161,9 +162,10 @@ def _sums(
     return sums
 
 
-def _fused(params: Params, plan: Plan) -> Params:
-    """The parameters as `plan.graph` wants them."""
-    return params if plan.fuse is None else decoder.fuse(params, plan.fuse)
+def _formed(params: Params, plan: Plan) -> Params:
+    """What is trained, as `plan.graph` wants it."""
+    formed = params if plan.fuse is None else decoder.fuse(params, plan.fuse)
+    return decoder.stack(formed) if plan.stack else formed
 
 
 def _still(frozen: Params | None, plan: Plan) -> Params | None:
@@ -176,7 +178,7 @@ def _scanned(
 ) -> _Sums:
     """Sums over the microbatches of one device, one after the other."""
     # Once an update, not once a microbatch. Gradients go back in float32.
-    exact, back = jax.vjp(lambda params: _fused(params, plan), as_type(params, "float32"))
+    exact, back = jax.vjp(lambda params: _formed(params, plan), as_type(params, "float32"))
     ready, still = as_type(exact, plan.compute.dtype), _still(frozen, plan)
 
     def loss_of(params: Params, part: Batch, number: jax.Array) -> tuple[jax.Array, jax.Array]:

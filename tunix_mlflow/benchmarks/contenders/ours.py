@@ -40,12 +40,13 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
     jax.monitoring.register_event_duration_secs_listener(heard)
     device = devices.use(config.device)
     config = setup.settle(config, task.vocab_size, device.platform)
-    plan, state = setup.begin(config, task.vocab_size, device)
-    # Not tied to a device by hand, as fresh parameters are not: else the second step is compiled
-    # again, for a state that has become so altogether.
+    plan = setup.planned(config, task.vocab_size, device)
+    compiled = setup.compile_ahead(plan, config, task.vocab_size, device)
+    state = setup.begin(plan, config, task.vocab_size, device)
     shapes = {name: array.shape for name, array in task.weights.items()}
     given = jax.device_put(
-        names.from_names(shapes, task.weights.__getitem__, state.params, config.model, "the task")
+        names.from_names(shapes, task.weights.__getitem__, state.params, config.model, "the task"),
+        device,
     )
     state = state._replace(params=given)
     del given
@@ -82,6 +83,7 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
             writers=[Losses()],
             checkpoints=checkpoints,
             evaluate=None,
+            compiled=compiled,
         )
         checkpoints.close()
     pace.end()

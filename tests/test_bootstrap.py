@@ -1,0 +1,49 @@
+"""How a process begins."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ASKED = "always [madvise] never"
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from tunix_mlflow import bootstrap
+bootstrap.restart_with_huge_pages(Path(sys.argv[1]))
+print(json.dumps([os.getpid(), sys.argv[2:], os.environ.get("GLIBC_TUNABLES")]))
+"""
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="of glibc alone")
+@pytest.mark.parametrize(
+    ("setting", "given", "expected"),
+    [
+        (ASKED, None, "glibc.malloc.hugetlb=1"),
+        (ASKED, "glibc.malloc.arena_max=2", "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"),
+        (ASKED, "glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+        ("[always] madvise never", None, None),
+        (None, None, None),
+    ],
+)
+def test_large_buffers_ask_for_huge_pages(
+    setting: str | None, given: str | None, expected: str | None, tmp_path: Path
+) -> None:
+    """The same process with the same arguments, where Linux wants to be asked and nobody did."""
+    if setting is not None:
+        (tmp_path / "enabled").write_text(setting)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    words = ["two words", "", "--last"]
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py", tmp_path / "enabled", *words],
+        stdout=subprocess.PIPE,
+        env=env if given is None else env | {"GLIBC_TUNABLES": given},
+    )
+    assert json.loads(process.communicate()[0]) == [process.pid, words, expected]
+    assert process.returncode == 0
