@@ -141,6 +141,9 @@ def prepare(config: Config, recorded: Mapping[str, str] | None = None) -> None:
     wanted["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
         state.compilation_cache()
     )
+    # By default what compiles within a second is compiled again each time.
+    least = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+    wanted[least] = os.environ.get(least) or "0.05"
     changed = [name for name, value in wanted.items() if os.environ.get(name, "") != value]
     if "jax" in sys.modules and {"NPROC", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES"} & set(changed):
         raise ConfigError(

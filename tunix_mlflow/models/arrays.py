@@ -11,16 +11,25 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from tunix_mlflow.errors import IntegrityError
 
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
 MANIFEST = "manifest.json"
 _T = TypeVar("_T")
+
+
+def checkpointer() -> ocp.StandardCheckpointer:
+    """Orbax's. It is loaded here, which takes a fifth of a second: a step is compiled meanwhile."""
+    import orbax.checkpoint as ocp
+
+    return ocp.StandardCheckpointer()
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -41,9 +50,9 @@ def digest(tree: Any) -> str:
 
 def write(folder: Path, tree: Any) -> None:
     """Write a pytree with Orbax and wait for it."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), flatten(tree))
-        checkpointer.wait_until_finished()
+    with checkpointer() as orbax:
+        orbax.save(folder.absolute(), flatten(tree))
+        orbax.wait_until_finished()
 
 
 def read(folder: Path, target: _T) -> _T:
@@ -59,10 +68,10 @@ def read(folder: Path, target: _T) -> _T:
     wanted = flatten(target)
     device = jax.numpy.zeros(()).device  # where arrays go by default
     default = jax.sharding.SingleDeviceSharding(device)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with checkpointer() as orbax:
         stored = {
             name: (tuple(leaf.shape), str(leaf.dtype))
-            for name, leaf in checkpointer.metadata(folder.absolute()).item_metadata.items()
+            for name, leaf in orbax.metadata(folder.absolute()).item_metadata.items()
         }
         for name in sorted({*stored, *wanted}):
             have = stored.get(name)
@@ -77,7 +86,7 @@ def read(folder: Path, target: _T) -> _T:
             )
             for name, leaf in wanted.items()
         }
-        restored = checkpointer.restore(folder.absolute(), abstract)
+        restored = orbax.restore(folder.absolute(), abstract)
     structure = jax.tree_util.tree_structure(target)
     made: _T = jax.tree_util.tree_unflatten(structure, [restored[name] for name in wanted])
     return made

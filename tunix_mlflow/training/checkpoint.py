@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from tunix_mlflow.config import CheckpointsConfig
 from tunix_mlflow.errors import CheckpointError, IntegrityError
@@ -96,7 +95,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.identity, self.retention = folder, dict(identity), retention
         self.on_sealed, self.on_removed = on_sealed, on_removed
-        self._orbax = ocp.StandardCheckpointer()
+        self._orbax = arrays.checkpointer()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[Path, Future[None]] | None = None
 
@@ -256,7 +255,7 @@ class Checkpoints:
     def _renew(self) -> None:
         """Begin afresh after a failed save: Orbax would say the rest of it at the next one."""
         self._close_orbax()
-        self._orbax = ocp.StandardCheckpointer()
+        self._orbax = arrays.checkpointer()
 
     def _close_orbax(self) -> None:
         for close in (self._orbax.wait_until_finished, self._orbax.close):
