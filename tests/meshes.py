@@ -104,7 +104,7 @@ def adapted(data: int, fsdp: int, *, scanned: bool = False) -> TrainState:
         frozen = decoder.stack(frozen)
     if plan.mesh is not None:
         frozen = jax.device_put(frozen, meshes.shardings(frozen, plan.mesh))
-    state = setup._state(plan, lora.init(config.model, vocabulary, config.lora, 0), device)
+    state = setup.fresh(plan, lora.init(config.model, vocabulary, config.lora, 0), device)
     rows = batches.tokenize(EXAMPLES, ByteTokenizer(), config.data, 64)
     stream = batches.TrainBatches(rows, batch_size=8, seed=0)
     for step in range(STEPS):

@@ -70,9 +70,16 @@ def turns(
         positions: [B, T], int32.
         frequency: [D / 2], of :func:`frequencies`.
     """
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    # Kept apart, or XLA computes them again in every layer, forth and back.
-    sin, cos = jax.lax.optimization_barrier((jnp.sin(angle), jnp.cos(angle)))
+    angle = positions[..., None].astype(jnp.float32) * frequency  # [B, T, D / 2]
+    both = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+    def kept(both: jax.Array) -> jax.Array:
+        return both @ jnp.eye(both.shape[-1])
+
+    # XLA on a CPU computes sines again in every layer, for every head, forth and back, and no
+    # barrier keeps it from that: but a product it computes once. This one changes no bit.
+    both = jax.lax.platform_dependent(both, cpu=kept, default=lambda same: same)
+    sin, cos = jnp.split(both[:, :, None], 2, axis=-1)
     return sin, cos
 
 

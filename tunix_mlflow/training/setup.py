@@ -261,7 +261,7 @@ def compile_ahead(plan: Plan, config: Config, vocab_size: int, device: jax.Devic
 def begin(plan: Plan, config: Config, vocab_size: int, device: jax.Device) -> TrainState:
     """The state before the first update, from scratch."""
     params = decoder.init(config.model, vocab_size, config.seed)
-    return _state(plan, decoder.as_type(params, config.training.param_dtype), device)
+    return fresh(plan, decoder.as_type(params, config.training.param_dtype), device)
 
 
 def start(
@@ -287,12 +287,12 @@ def start(
 
     params, digest = bases.load(base, place)
     if not config.lora.rank:
-        return _state(plan, params, device), None, digest
+        return fresh(plan, params, device), None, digest
     adapters = lora.init(config.model, vocab_size, config.lora, config.seed)
     if plan.stack:
         params = decoder.stack(params)
         params = jax.device_put(params, _places(plan, params, device))
-    return _state(plan, adapters, device), params, digest
+    return fresh(plan, adapters, device), params, digest
 
 
 def abstract(
@@ -331,7 +331,8 @@ def _places(plan: Plan, tree: _T, device: jax.Device) -> _T:
     return places
 
 
-def _state(plan: Plan, params: decoder.Params, device: jax.Device) -> TrainState:
+def fresh(plan: Plan, params: decoder.Params, device: jax.Device) -> TrainState:
+    """The state before the first update, of parameters that are to be trained."""
     if plan.mesh is None:
         placed = jax.device_put(params, device)
         made: TrainState = step.init_state(placed, plan.optimizer)

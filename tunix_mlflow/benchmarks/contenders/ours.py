@@ -26,7 +26,7 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
 
     from tunix_mlflow.benchmarks import workload
     from tunix_mlflow.data.batches import TrainBatches
-    from tunix_mlflow.models import names
+    from tunix_mlflow.models import decoder, names
     from tunix_mlflow.training import devices, loop, setup, step
     from tunix_mlflow.training.checkpoint import Checkpoints, Retention
 
@@ -42,15 +42,16 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
     config = setup.settle(config, task.vocab_size, device.platform)
     plan = setup.planned(config, task.vocab_size, device)
     compiled = setup.compile_ahead(plan, config, task.vocab_size, device)
-    state = setup.begin(plan, config, task.vocab_size, device)
-    shapes = {name: array.shape for name, array in task.weights.items()}
-    given = jax.device_put(
-        names.from_names(shapes, task.weights.__getitem__, state.params, config.model, "the task"),
-        device,
+    params = names.from_names(
+        {name: array.shape for name, array in task.weights.items()},
+        task.weights.pop,
+        decoder.shape(config.model, task.vocab_size)[1],
+        config.model,
+        "the task",
+        lambda array, _: jax.device_put(array, device),
     )
-    state = state._replace(params=given)
-    del given
-    task.weights.clear()
+    state = setup.fresh(plan, params, device)
+    del params
     rows = workload.rows(task.documents, task.length, packing=packing)
     asked = 0
 
