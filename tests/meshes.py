@@ -94,6 +94,7 @@ def adapted(data: int, fsdp: int, *, scanned: bool = False) -> TrainState:
     config = configured(data, fsdp, "adamw")
     config = msgspec.structs.replace(
         config,
+        model=msgspec.structs.replace(config.model, layers=3),
         lora=LoraConfig(rank=2),
         training=msgspec.structs.replace(config.training, fused=False, scan_layers=scanned),
     )

@@ -47,3 +47,41 @@ def test_large_buffers_ask_for_huge_pages(
     )
     assert json.loads(process.communicate()[0]) == [process.pid, words, expected]
     assert process.returncode == 0
+
+
+ENDS = """
+import time
+from tunix_mlflow import bootstrap
+from tunix_mlflow.config import Config, DataConfig, ModelConfig, TrainingConfig
+from tunix_mlflow.errors import ConfigError
+
+def main(_):
+    from tunix_mlflow.training import devices, setup
+    config = Config(
+        model=ModelConfig(layers=40),
+        data=DataConfig(sequence_length=64),
+        training=TrainingConfig(microbatch_size=4),
+    )
+    cpu = devices.use("cpu")
+    config = setup.settle(config, 300, "cpu")
+    plan = setup.planned(config, 300, cpu)
+    promised = setup.compile_ahead(plan, config, 300, cpu)
+    time.sleep(3)
+    assert not promised.done()
+    raise ConfigError("a mistake")
+
+bootstrap.run(main, computes=False)
+"""
+
+
+def test_a_mistake_does_not_wait_for_the_compiler(tmp_path: Path) -> None:
+    """One line and exit code 2, while XLA is at work in its thread."""
+    (tmp_path / "script.py").write_text(ENDS)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, "tunix-mlflow: error: a mistake\n")

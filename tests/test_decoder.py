@@ -246,6 +246,28 @@ def test_attention_is_the_librarys(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_in_pieces_is_that_of_the_whole(dtype: str) -> None:
+    """Of packed rows with a window, in value and gradient."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, up = (jax.random.normal(key, (2, 512, 4, 16)).astype(dtype) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, 512, 2, 16)).astype(dtype) for key in keys[2:])
+    segments = jnp.repeat(jnp.asarray([[1, 1, 2, 0], [1, 2, 3, 3]]), 128, axis=1)
+    near = jnp.arange(512)[:, None] - jnp.arange(512)[None] < 200
+    mask = decoder.segment_mask(segments) & near
+
+    def of(*, causal: bool) -> list[jax.Array]:
+        found, back = jax.vjp(lambda *x: layers.attend(*x, mask, causal=causal), q, k, v)
+        return [found, *back(up)]
+
+    assert layers._pieces(512) > 1
+    for whole, pieces in zip(of(causal=False), of(causal=True), strict=True):
+        assert pieces.dtype == whole.dtype
+        near_enough = 1e-5 if dtype == "float32" else 0.1
+        wide, other = whole.astype(jnp.float32), pieces.astype(jnp.float32)
+        assert np.allclose(wide, other, atol=near_enough)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cross_entropy_is_the_librarys(dtype: str) -> None:
     """In value and gradient, weighed."""
     logits = (9 * jax.random.normal(jax.random.key(0), (5, 33))).astype(dtype)

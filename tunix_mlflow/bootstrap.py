@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from tunix_mlflow import config as configs
 from tunix_mlflow import state
@@ -27,6 +27,8 @@ from tunix_mlflow.errors import ConfigError, Interrupted, TunixError
 DETERMINISTIC_GPU = "--xla_gpu_deterministic_ops=true"
 FAST_CPU = "--xla_cpu_enable_fast_math=true"
 HUGE_PAGES = "glibc.malloc.hugetlb"
+COMPILING = "compile"  # name of the thread that compiles ahead
+_RESTARTED = "_TUNIX_MLFLOW_RESTARTED"  # by whom
 _LINUX_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LOOK_SECONDS = 0.5
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
@@ -168,10 +170,25 @@ def _calm() -> None:
         os.environ.setdefault(name, value)
 
 
-def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Be the process of a stage that computes; see :func:`execute`."""
-    restart_with_huge_pages()
-    sys.exit(execute(main, sys.argv[1:]))
+def run(main: Callable[[Sequence[str]], None], *, computes: bool = True) -> NoReturn:
+    """Be a process: :func:`execute`, and end.
+
+    Args:
+        main: of the process.
+        computes: whether it is worth :func:`restart_with_huge_pages`.
+    """
+    if computes:
+        restart_with_huge_pages()
+    try:
+        code: Any = execute(main, sys.argv[1:])
+    except SystemExit as stop:
+        code = stop.code
+    if isinstance(code, int) and any(t.name == COMPILING for t in threading.enumerate()):
+        # What nobody waits for any more would take its time, and a signal meanwhile abort us.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def restart_with_huge_pages(setting: Path = _LINUX_HUGE_PAGES) -> None:
@@ -190,8 +207,10 @@ def restart_with_huge_pages(setting: Path = _LINUX_HUGE_PAGES) -> None:
         asks = "[madvise]" in setting.read_text() and os.confstr("CS_GNU_LIBC_VERSION") is not None
     except (OSError, ValueError):  # another system, or another C library
         return
-    if asks and HUGE_PAGES not in tunables:
+    again = os.environ.get(_RESTARTED) == str(os.getpid())  # exec keeps the number
+    if asks and HUGE_PAGES not in tunables and sys.executable and not again:
         os.environ["GLIBC_TUNABLES"] = f"{tunables}:{HUGE_PAGES}=1".lstrip(":")
+        os.environ[_RESTARTED] = str(os.getpid())
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

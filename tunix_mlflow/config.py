@@ -244,8 +244,9 @@ class TrainingConfig(_Section, frozen=True):
     """Tokens whose logits are held at a time, 0: of all; null: so many as take 256 MB. What was
     chosen is in the run's config.json."""
     fused: bool | None = None
-    """Compute with products that stand side by side, made anew for each update; null: where an
-    update has at least 2048 tokens on a device. What was chosen is in the run's config.json."""
+    """Compute with products that stand side by side, made anew for each update; null: on a CPU,
+    where an update has at least 2048 tokens on a device. What was chosen is in the run's
+    config.json."""
     fast_math: bool = False
     """On a CPU: let XLA change the order of sums and leave out NaN and signed zeros. Other bits."""
 
@@ -486,7 +487,9 @@ def settled(config: Config, before: Config) -> Config:
         # On another mesh a device has other rows: what fits both.
         parts = config.training.batch_size // config.mesh.size
         rows = math.gcd(before.training.microbatch_size, parts)
-    open_ = ("loss_chunk", "fused", "scan_layers")
+    open_ = ["loss_chunk", "fused"]
+    if config.training.remat == before.training.remat:  # which decides it
+        open_.append("scan_layers")
     chosen = {k: getattr(before.training, k) for k in open_ if getattr(config.training, k) is None}
     found = msgspec.structs.replace(
         config,

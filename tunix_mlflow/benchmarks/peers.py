@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from tunix_mlflow import bootstrap
 from tunix_mlflow import config as configs
 from tunix_mlflow import state as state_root
 from tunix_mlflow.benchmarks import workload
@@ -125,7 +126,10 @@ def measure(config: Config, folder: Path, python: Path, say: Callable[[str], Non
 
 def as_they_come() -> dict[str, str]:
     """The environment for processes that are compared, without what this one gave itself."""
-    return {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    tunables = os.environ.get("GLIBC_TUNABLES", "").split(":")
+    kept = ":".join(each for each in tunables if each != f"{bootstrap.HUGE_PAGES}=1")
+    others = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    return others | {"GLIBC_TUNABLES": kept} if kept else others
 
 
 def table(results: Sequence[Result]) -> str:

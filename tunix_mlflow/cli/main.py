@@ -151,9 +151,7 @@ def demo(arguments: tuple[str, ...]) -> None:
 
 def main() -> None:
     """The console script."""
-    if sys.argv[1:2] and sys.argv[1] in _COMPUTING:
-        bootstrap.restart_with_huge_pages()
-    sys.exit(bootstrap.execute(_run, sys.argv[1:]))
+    bootstrap.run(_run, computes=sys.argv[1:2] != [] and sys.argv[1] in _COMPUTING)
 
 
 def _run(argv: Sequence[str]) -> None:

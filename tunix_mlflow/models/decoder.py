@@ -103,7 +103,8 @@ class Decoder(nnx.Module):
         Args:
             tokens: [B, T] int32.
             positions: [B, T] int32, from 0 within each example.
-            mask: [B, 1, T, S] bool, true where a query may look.
+            mask: [B, 1, T, S] bool, true where a query may look; without a cache never at a key
+                behind itself.
             cache: one LayerCache a layer, written at `cache_index`; None without a cache.
             cache_index: scalar int32: the slot of the first of `tokens`.
             remat: what of a block the backward pass computes again: `none`, `block` (all of
@@ -345,11 +346,15 @@ def fuse(params: Params, config: ModelConfig) -> Params:
     return target
 
 
-def stack(params: Params) -> Params:
+def stack(params: Params, *, consume: bool = False) -> Params:
     """The parameters of the scanned form, of the plain or the fused one or of adapters alone.
 
     Each array of a block becomes one of all blocks, with an axis for them in front: one block is
     compiled for all, and what the backward pass computes again is computed again on a CPU too.
+
+    Args:
+        params: as said.
+        consume: delete each array that is stacked, so that memory holds them once.
     """
     whole: dict[tuple[Any, ...], Any] = {}
     of_blocks: dict[tuple[Any, ...], dict[Any, Any]] = {}
@@ -361,19 +366,32 @@ def stack(params: Params) -> Params:
     for path, parts in of_blocks.items():
         ordered = [parts[number] for number in sorted(parts)]
         whole[path] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
+        if consume:
+            _delete(ordered, whole[path])
     return nnx.from_flat_state(whole)
 
 
-def unstack(params: Params) -> Params:
-    """What :func:`stack` was given."""
+def unstack(params: Params, *, consume: bool = False) -> Params:
+    """What :func:`stack` was given; `consume` as there."""
     whole: dict[tuple[Any, ...], Any] = {}
     for path, variable in nnx.to_flat_state(params):
         if path[0] != "blocks":
             whole[path] = variable
             continue
+        made = []
         for number, own in enumerate(variable[...]):
-            whole["blocks", number, *path[1:]] = jax.tree.map(lambda _, own=own: own, variable)
+            made.append(jax.tree.map(lambda _, own=own: own, variable))
+            whole["blocks", number, *path[1:]] = made[-1]
+        if consume:
+            _delete(variable, made)
     return nnx.from_flat_state(whole)
+
+
+def _delete(used: Any, made: Any) -> None:
+    """Free arrays that others were made of."""
+    jax.block_until_ready(made)
+    for leaf in jax.tree.leaves(used):
+        leaf.delete()
 
 
 @jax.jit

@@ -124,7 +124,7 @@ def attend(
         scale: of the scores; None: D ** -0.5.
         cap: of the scores; see :func:`softcap`.
         causal: T is S, and no query may look at a later key: what comes after the last query of
-            a piece is not computed for it.
+            a piece is not computed for it. With a cap all is.
 
     Returns:
         [B, T, H, D], without a cap as `jax.nn.dot_product_attention` up to rounding.
@@ -202,7 +202,8 @@ def _looked_up_backward(
     pieces: int, saved: _Kept, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     rows, keys, values, kept = saved
-    of_rows, of_keys, of_values = [], jnp.zeros_like(keys), jnp.zeros_like(values)
+    of_rows = []
+    of_keys, of_values = (jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
     cuts = _cuts(rows.shape[3], keys.shape[2], pieces)
     for (own, seen), shares in zip(cuts, kept, strict=True):
         wide, back = shares.astype(jnp.float32), gradient[:, :, :, own]
@@ -213,7 +214,8 @@ def _looked_up_backward(
         unseen = ((0, 0), (0, 0), (0, keys.shape[2] - shares.shape[-1]), (0, 0))
         of_keys += jnp.pad(_turned(of_scores, rows[:, :, :, own]), unseen)
         of_values += jnp.pad(_turned(shares, back), unseen)
-    return jnp.concatenate(of_rows, axis=3), of_keys, of_values, None
+    back = jnp.concatenate(of_rows, axis=3)
+    return back, of_keys.astype(keys.dtype), of_values.astype(values.dtype), None
 
 
 def _cuts(length: int, keys: int, pieces: int) -> list[tuple[slice, slice]]:

@@ -16,7 +16,7 @@ import psutil
 
 from tunix_mlflow.config import Config, DataConfig, ModelConfig, TrainingConfig
 from tunix_mlflow.models import decoder, lora
-from tunix_mlflow.training.setup import Inputs
+from tunix_mlflow.training.setup import Inputs, settle
 
 CARDS = {"24 GB": 24 * 10**9, "80 GB": 80 * 10**9, "141 GB": 141 * 10**9}
 """GPUs that people have."""
@@ -58,13 +58,11 @@ def of(config: Config, vocab_size: int) -> Forecast:
     if config.lora.rank:
         trained = decoder.parameter_count(lora.shape(config.model, vocab_size, config.lora))
         item, frozen = _BYTES["float32"], whole * stored
-    copies = 0
-    if stored != computed:
-        copies += whole * computed  # as the products want them
+    formed = bool(training.fused) + bool(training.scan_layers and not config.lora.rank)
+    # As the products want them: fused, then stacked, or in another type, in one go with the last.
+    copies = whole * computed * max(formed, stored != computed)
     if mesh.fsdp > 1:
         copies += trained * item + frozen  # gathered
-    if training.fused or training.scan_layers:
-        copies += trained * 4
     kept = (trained * item + frozen) // mesh.fsdp
     sums = 2 if config.microbatches > 1 else 1  # of all so far, and of one microbatch
     return Forecast(
@@ -145,12 +143,13 @@ def table(model: ModelConfig, vocab_size: int, length: int) -> dict[str, Forecas
         training=TrainingConfig(batch_size=1, microbatch_size=1, remat="block", loss_chunk=1024),
     )
     narrow = _training(param_dtype="bfloat16", compute_dtype="bfloat16")
-    return {
-        "full, float32": of(config, vocab_size),
-        "full, bfloat16": of(narrow(config), vocab_size),
-        "LoRA 16, float32": of(_adapted(config), vocab_size),
-        "LoRA 16, bfloat16": of(narrow(_adapted(config)), vocab_size),
+    ways = {
+        "full, float32": config,
+        "full, bfloat16": narrow(config),
+        "LoRA 16, float32": _adapted(config),
+        "LoRA 16, bfloat16": narrow(_adapted(config)),
     }
+    return {name: of(settle(way, vocab_size, "gpu"), vocab_size) for name, way in ways.items()}
 
 
 def _remedies(config: Config, vocab_size: int, room: int) -> list[str]:
@@ -173,6 +172,7 @@ def _training(**words: object) -> Callable[[Config], Config]:
 def _adapted(config: Config) -> Config:
     return msgspec.structs.replace(
         config,
+        base=config.base or "a model",
         lora=msgspec.structs.replace(config.lora, rank=config.lora.rank or 16),
         training=msgspec.structs.replace(config.training, fused=False),
     )
@@ -180,7 +180,7 @@ def _adapted(config: Config) -> Config:
 
 _CHANGES: dict[str, Callable[[Config], Config]] = {
     "training.microbatch_size=1": _training(microbatch_size=1),
-    "training.remat=block": _training(remat="block", scan_layers=True),
+    "training.remat=block training.scan_layers=true": _training(remat="block", scan_layers=True),
     "training.param_dtype=bfloat16 training.compute_dtype=bfloat16": _training(
         param_dtype="bfloat16", compute_dtype="bfloat16"
     ),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -12,6 +13,7 @@ import msgspec
 from jax.sharding import SingleDeviceSharding
 
 from tunix_mlflow import config as configs
+from tunix_mlflow.bootstrap import COMPILING
 from tunix_mlflow.config import Config, ModelConfig
 from tunix_mlflow.data import batches, snapshot
 from tunix_mlflow.data.batches import TokenRows, TrainBatches
@@ -32,7 +34,7 @@ _CPU_TOKENS, _CPU_ADAPTED = 512, 256
 """Of a microbatch on a CPU: what it works on stays in the cache. Beside adapters it is most of what
 memory is needed for, so there are fewer."""
 _FUSED_TOKENS = 2048
-"""Of an update on a device, from which on fused products are worth making."""
+"""Of an update on a CPU, from which on fused products are worth making."""
 _UNROLLED = 16
 """Blocks that are compiled one by one, off a CPU."""
 _LOGITS_BYTES = 256 * 2**20
@@ -96,10 +98,15 @@ class Setup(NamedTuple):
         return decoder.shape(self.config.model, self.inputs.vocab_size)[0]
 
     def whole(self, state: TrainState) -> decoder.Params:
-        """All parameters as a model is logged and asked: plain, on one device, float32."""
+        """All parameters as a model is logged and asked: plain, on one device, float32.
+
+        Frozen ones in the scanned form are used up: memory may hold them once only.
+        """
         params = state.params
         if self.frozen is not None:
-            base = decoder.unstack(self.frozen) if self.plan.stack else self.frozen
+            base = self.frozen
+            if self.plan.stack:
+                base = decoder.unstack(base, consume=True)
             params = lora.merged(params, base, self.config.lora)
         return decoder.as_type(jax.device_put(params, self.inputs.device), "float32")
 
@@ -226,7 +233,8 @@ def settle(config: Config, vocab_size: int, platform: str) -> Config:
         chunk = max(1, _LOGITS_BYTES // (4 * vocab_size))
     fused = training.fused
     if fused is None:
-        fused = training.batch_size // config.mesh.size * length >= _FUSED_TOKENS
+        tokens = training.batch_size // config.mesh.size * length
+        fused = platform == "cpu" and tokens >= _FUSED_TOKENS
     fused = fused and not config.lora.rank  # adapters belong to products that stand alone
     scanned = training.scan_layers
     if scanned is None:
@@ -242,19 +250,24 @@ def compile_ahead(plan: Plan, config: Config, vocab_size: int, device: jax.Devic
     """Compile the update in a thread, while parameters are read and the run is opened.
 
     Returns:
-        The seconds that it took, or what went wrong. The process waits for it at its end.
+        The seconds that it took, or what went wrong.
     """
     state, frozen = abstract(plan, config, vocab_size, device)
     batch = batches.blank(config.training.batch_size, config.data.sequence_length or 0)
 
-    def compiled() -> float:
-        start = time.perf_counter()
-        step.compile_step(state, batch, frozen, plan=plan)
-        return time.perf_counter() - start
+    promised: Future[float] = Future()
 
-    pool = ThreadPoolExecutor(1, "compile")
-    promised = pool.submit(compiled)
-    pool.shutdown(wait=False)
+    def compiled() -> None:
+        start = time.perf_counter()
+        try:
+            step.compile_step(state, batch, frozen, plan=plan)
+        except BaseException as error:
+            promised.set_exception(error)
+        else:
+            promised.set_result(time.perf_counter() - start)
+
+    # A process that ends does not wait for it; see `bootstrap.run`.
+    threading.Thread(target=compiled, name=COMPILING, daemon=True).start()
     return promised
 
 
@@ -290,7 +303,7 @@ def start(
         return fresh(plan, params, device), None, digest
     adapters = lora.init(config.model, vocab_size, config.lora, config.seed)
     if plan.stack:
-        params = decoder.stack(params)
+        params = decoder.stack(params, consume=True)
         params = jax.device_put(params, _places(plan, params, device))
     return fresh(plan, adapters, device), params, digest
 
