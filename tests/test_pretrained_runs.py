@@ -84,7 +84,7 @@ def losses(run_id: str) -> list[float]:
 def test_killed_and_resumed_is_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, str]
 ) -> None:
-    """Whole, by adapters, in a loop with dropout: the same bits; what is frozen is in no checkpoint."""
+    """Whole, by adapters, in a loop with dropout: the same bits. What is frozen is not saved."""
     whole = training.train(config(folder, **way))
     values = losses(whole.run_id)
     assert values[-1] < values[0]
