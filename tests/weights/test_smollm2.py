@@ -148,13 +148,13 @@ def anonymous():
     return int(found[1]) * 1024
 base = bases.find(Path(sys.argv[1]))
 device = devices.use("cpu")
-begin = setup._state
-def imported(plan, params):  # all is read, nothing else is there yet
+begin = setup.fresh
+def imported(plan, params, device):  # all is read, nothing else is there yet
     global baseline
     devices.return_freed_memory()
     baseline = anonymous()
-    return begin(plan, params)
-setup._state = imported
+    return begin(plan, params, device)
+setup.fresh = imported
 work = workload.made_up(made, device, base)
 peak, over = 0, False
 def watch():

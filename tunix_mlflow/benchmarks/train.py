@@ -67,8 +67,9 @@ def measure(
         plan: how an update is computed.
         frozen: the parameters beside adapters.
     """
-    parameters = decoder.parameter_count(state.params if frozen is None else frozen)
-    flops = flops_per_token(parameters, model, batches.data.length)
+    flops = flops_per_token(decoder.parameter_count(state.params), model, batches.data.length)
+    if frozen is not None:  # which have no gradients
+        flops += 4.0 * decoder.parameter_count(frozen)
 
     def run(first: int, count: int) -> tuple[float, int, int]:
         nonlocal state
