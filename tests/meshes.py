@@ -44,7 +44,7 @@ def configured(data: int, fsdp: int, optimizer: str) -> Config:
 def begin(config: Config) -> tuple[setup.Plan, TrainState]:
     vocabulary, device = ByteTokenizer.vocab_size, devices.use("cpu")
     plan = setup.planned(config, vocabulary, device)
-    return plan, setup.begin(plan, config, vocabulary, device)
+    return plan, setup.start(plan, config, vocabulary, device, None)[0]
 
 
 def trained(config: Config, state: TrainState | None = None) -> tuple[TrainState, list[float]]:

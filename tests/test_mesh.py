@@ -15,7 +15,8 @@ from tests.conftest import ROOT, as_arguments, environment, last_json, tiny
 
 def test_a_mesh_trains_as_one_device() -> None:
     """Parameters and losses within 1e-6, twice the same bits, a share of the parameters each; a
-    checkpoint moves to another mesh bit for bit, and is trained on there. Adapters too."""
+    checkpoint moves to another mesh bit for bit, and is trained on there. Adapters
+    too, and in a loop over the blocks."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.meshes"],
         cwd=ROOT,

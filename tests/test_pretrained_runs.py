@@ -25,8 +25,7 @@ from tests.conftest import ROOT, run_here, tiny, write_traces
 from tests.test_hub_tokenizer import CHATML, files
 from tunix_mlflow import config as configs
 from tunix_mlflow.config import Config, LoraConfig, ModelConfig
-from tunix_mlflow.data import datasets
-from tunix_mlflow.data.batches import Batch
+from tunix_mlflow.data import batches, datasets
 from tunix_mlflow.errors import Interrupted, ModelError, Refused, TrackingError
 from tunix_mlflow.models import arrays, decoder, names, pretrained
 from tunix_mlflow.models import base as bases
@@ -287,10 +286,7 @@ def test_the_forecast_is_near_what_xla_reserves(
     made = setup.settle(made, 2048, "cpu")
     plan = setup.planned(made, 2048, devices.use("cpu"))
     state_, frozen = setup.abstract(plan, made, 2048, devices.use("cpu"))
-    rows = [
-        jax.ShapeDtypeStruct((4, 128), t) for t in (np.int32, np.int32, np.int32, np.int32, bool)
-    ]
-    compiled = step.train_step.lower(state_, Batch(*rows), frozen, plan=plan).compile()
+    compiled = step.train_step.lower(state_, batches.blank(4, 128), frozen, plan=plan).compile()
     found = compiled.memory_analysis()
     real = found.argument_size_in_bytes + found.temp_size_in_bytes
     assert forecast.of(made, 2048).total == pytest.approx(real, rel=1 / 3)

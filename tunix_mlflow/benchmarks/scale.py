@@ -135,9 +135,8 @@ def _compile(config: Config, axis: str, count: int) -> Forecast:
 
 def _main() -> None:
     import jax
-    import numpy as np
 
-    from tunix_mlflow.data.batches import Batch
+    from tunix_mlflow.data import batches
     from tunix_mlflow.training import devices, setup
     from tunix_mlflow.training import mesh as meshes
     from tunix_mlflow.training.step import train_step
@@ -148,11 +147,11 @@ def _main() -> None:
     device = devices.use("cpu")
     plan = setup.planned(config, vocabulary, device)
     state, _ = setup.abstract(plan, config, vocabulary, device)
-    shape = (config.training.batch_size, length)
-    kinds = [np.int32] * 4 + [np.bool_]
     rows = None if plan.mesh is None else jax.sharding.NamedSharding(plan.mesh, meshes.ROWS)
-    arrays: Any = (jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in kinds)
-    batch = Batch(*arrays)
+    batch = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows),
+        batches.blank(config.training.batch_size, length),
+    )
     compiled = train_step.lower(state, batch, plan=plan).compile()
     memory: Any = compiled.memory_analysis()
     operations: Any = compiled.cost_analysis()

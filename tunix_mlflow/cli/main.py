@@ -151,7 +151,7 @@ def demo(arguments: tuple[str, ...]) -> None:
 
 def main() -> None:
     """The console script."""
-    bootstrap.run(_run, computes=sys.argv[1:2] != [] and sys.argv[1] in _COMPUTING)
+    bootstrap.run(_run, computes=any(verb in _COMPUTING for verb in sys.argv[1:2]))
 
 
 def _run(argv: Sequence[str]) -> None:

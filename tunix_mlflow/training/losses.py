@@ -100,7 +100,7 @@ cross_entropy.defvjp(_cross_entropy, _cross_entropy_back)
 def _in_chunks(
     model: Decoder, features: jax.Array, targets: jax.Array, mask: jax.Array, size: int
 ) -> jax.Array:
-    """The same; the logits of a chunk are made, used, and made again in the backward pass."""
+    """Of features; the logits of a chunk are made, used, and made again in the backward pass."""
     count = targets.size
     chunks = -(-count // size)
 

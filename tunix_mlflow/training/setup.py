@@ -252,14 +252,13 @@ def compile_ahead(plan: Plan, config: Config, vocab_size: int, device: jax.Devic
     Returns:
         The seconds that it took, or what went wrong.
     """
-    state, frozen = abstract(plan, config, vocab_size, device)
-    batch = batches.blank(config.training.batch_size, config.data.sequence_length or 0)
-
     promised: Future[float] = Future()
 
     def compiled() -> None:
         start = time.perf_counter()
         try:
+            state, frozen = abstract(plan, config, vocab_size, device)
+            batch = batches.blank(config.training.batch_size, config.data.sequence_length or 0)
             step.compile_step(state, batch, frozen, plan=plan)
         except BaseException as error:
             promised.set_exception(error)
@@ -271,16 +270,10 @@ def compile_ahead(plan: Plan, config: Config, vocab_size: int, device: jax.Devic
     return promised
 
 
-def begin(plan: Plan, config: Config, vocab_size: int, device: jax.Device) -> TrainState:
-    """The state before the first update, from scratch."""
-    params = decoder.init(config.model, vocab_size, config.seed)
-    return fresh(plan, decoder.as_type(params, config.training.param_dtype), device)
-
-
 def start(
     plan: Plan, config: Config, vocab_size: int, device: jax.Device, base: Base | None
 ) -> tuple[TrainState, decoder.Params | None, str | None]:
-    """The same from a base or from scratch.
+    """The state before the first update, from a base or from scratch.
 
     Returns:
         Also the parameters that stay as they are beside adapters, and the digest of the base.
@@ -288,9 +281,10 @@ def start(
     Raises:
         ModelError: if the base cannot be read.
     """
-    if base is None:
-        return begin(plan, config, vocab_size, device), None, None
     dtype = config.training.param_dtype
+    if base is None:
+        params = decoder.as_type(decoder.init(config.model, vocab_size, config.seed), dtype)
+        return fresh(plan, params, device), None, None
     like = decoder.shape(config.model, vocab_size)[1]
     places = iter(jax.tree.leaves(_places(plan, like, device)))
 
