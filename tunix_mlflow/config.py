@@ -349,7 +349,7 @@ class BenchmarkConfig(_Section, frozen=True):
     profile: bool = False
     """train: keep a trace of jax.profiler among the run's artifacts."""
     warmup_steps: Positive = 3
-    """Steps that are not counted."""
+    """Steps that are not counted, at the beginning; peers: of every turn."""
     steps: Positive = 20
     """Steps in one repeat."""
     repeats: Positive = 3

@@ -8,6 +8,7 @@ the trainer does not pack. What counts is useful tokens: those that are not padd
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -112,8 +113,6 @@ def measure(config: Config, folder: Path, python: Path, say: Callable[[str], Non
         for contender in wanted:
             racers.append(Racer(contender, folder, python))
             say(f"{contender.data}, {contender.name}: first step after {racers[-1].first:.1f} s")
-        for racer in racers:
-            racer.turn()  # warm up
         for repeat in range(config.benchmark.repeats):
             for racer in racers if repeat % 2 == 0 else reversed(racers):
                 racer.timed()
@@ -200,8 +199,7 @@ def task(config: Config, data: str) -> tasks.Task:
     """The work, on `full` rows or a `mix`, for as many updates as `benchmark` says."""
     bench, training, rule = config.benchmark, config.training, config.optimizer
     length = config.data.sequence_length or 0
-    stops = [1, 1 + bench.warmup_steps]
-    stops += [stops[-1] + bench.steps * (n + 1) for n in range(bench.repeats)]
+    stops = _stops(config)
     count = (stops[-1] + 1) * training.batch_size
     made = workload.documents(data, count, length, bench.vocabulary)
     rows = workload.rows(made, length, packing=False)
@@ -226,6 +224,13 @@ def task(config: Config, data: str) -> tasks.Task:
     )
 
 
+def _stops(config: Config) -> list[int]:
+    """Updates after which contenders pause: the first, then twice a turn."""
+    bench = config.benchmark
+    turns = [bench.warmup_steps, bench.steps] * bench.repeats
+    return list(itertools.accumulate(turns, initial=1))
+
+
 def write_configs(config: Config, folder: Path) -> None:
     """Our own configuration for the task, plain and fast."""
     (folder / "plain.json").write_bytes(configs.to_json(_ours(config, fast=False)))
@@ -233,10 +238,9 @@ def write_configs(config: Config, folder: Path) -> None:
 
 
 def _ours(config: Config, *, fast: bool) -> Config:
-    bench = config.benchmark
     training = msgspec.structs.replace(
         config.training,
-        steps=2 + bench.warmup_steps + bench.steps * bench.repeats,
+        steps=_stops(config)[-1] + 1,
         eval_every_steps=0,
         save_every_steps=0,
     )
@@ -312,7 +316,12 @@ class Racer:
         return heard["seconds"], heard["useful"], int(updates)
 
     def timed(self) -> None:
-        """A turn that counts."""
+        """A turn that counts, but for its first steps.
+
+        A trainer does not pause, so what a pause costs is not its: Linux gives memory that a
+        step has freed to others meanwhile, or back to a virtual machine's host.
+        """
+        self.turn()
         seconds, useful, updates = self.turn()
         self._rates.append(useful / seconds)
         self._steps.append(seconds / updates)
