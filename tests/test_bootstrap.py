@@ -14,8 +14,8 @@ ASKED = "always [madvise] never"
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
-from tunix_mlflow import bootstrap
-bootstrap.restart_with_huge_pages(Path(sys.argv[1]))
+from tunix_mlflow import huge_pages
+huge_pages.restart(Path(sys.argv[1]))
 print(json.dumps([os.getpid(), sys.argv[2:], os.environ.get("GLIBC_TUNABLES")]))
 """
 

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from tunix_mlflow import bootstrap
 from tunix_mlflow import config as configs
+from tunix_mlflow import huge_pages
 from tunix_mlflow import state as state_root
 from tunix_mlflow.benchmarks import workload
 from tunix_mlflow.benchmarks.contenders import task as tasks
@@ -126,7 +126,7 @@ def measure(config: Config, folder: Path, python: Path, say: Callable[[str], Non
 def as_they_come() -> dict[str, str]:
     """The environment for processes that are compared, without what this one gave itself."""
     tunables = os.environ.get("GLIBC_TUNABLES", "").split(":")
-    kept = ":".join(each for each in tunables if each != f"{bootstrap.HUGE_PAGES}=1")
+    kept = ":".join(each for each in tunables if each != f"{huge_pages.TUNABLE}=1")
     others = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     return others | {"GLIBC_TUNABLES": kept} if kept else others
 

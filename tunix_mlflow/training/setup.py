@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from tunix_mlflow import config as configs
 from tunix_mlflow.bootstrap import COMPILING
 from tunix_mlflow.config import Config, ModelConfig
-from tunix_mlflow.data import batches, snapshot
+from tunix_mlflow.data import batches
 from tunix_mlflow.data.batches import TokenRows, TrainBatches
 from tunix_mlflow.data.examples import Example
 from tunix_mlflow.data.manifest import Manifest
@@ -161,6 +161,8 @@ def read(
         DatasetError: for a split that is not there, or examples longer than attention can take.
         DeviceError: if there are fewer devices than the mesh needs.
     """
+    from tunix_mlflow.data import snapshot  # late: Arrow, which rows in memory do not need
+
     train, wanted = config.data.train_split, config.evaluation.split
     if train not in manifest.splits:
         raise DatasetError(
@@ -249,21 +251,25 @@ def settle(config: Config, vocab_size: int, platform: str) -> Config:
 def compile_ahead(plan: Plan, config: Config, vocab_size: int, device: jax.Device) -> Future[float]:
     """Compile the update in a thread, while parameters are read and the run is opened.
 
+    What is Python's of it is done at once: two threads of Python are no quicker than one, and the
+    compiler would wait for it.
+
     Returns:
         The seconds that it took, or what went wrong.
     """
+    begun = time.perf_counter()
+    state, frozen = abstract(plan, config, vocab_size, device)
+    batch = batches.blank(config.training.batch_size, config.data.sequence_length or 0)
+    lowered = step.train_step.lower(state, batch, frozen, plan=plan)
     promised: Future[float] = Future()
 
     def compiled() -> None:
-        start = time.perf_counter()
         try:
-            state, frozen = abstract(plan, config, vocab_size, device)
-            batch = batches.blank(config.training.batch_size, config.data.sequence_length or 0)
-            step.compile_step(state, batch, frozen, plan=plan)
+            lowered.compile()
         except BaseException as error:
             promised.set_exception(error)
         else:
-            promised.set_result(time.perf_counter() - start)
+            promised.set_result(time.perf_counter() - begun)
 
     # A process that ends does not wait for it; see `bootstrap.run`.
     threading.Thread(target=compiled, name=COMPILING, daemon=True).start()

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunix_mlflow import bootstrap
-from tunix_mlflow import config as configs
-from tunix_mlflow.benchmarks.contenders import task as tasks
-from tunix_mlflow.benchmarks.contenders.pace import Pace
+from tunix_mlflow import huge_pages
 
 _COMPILING = "backend_compile"  # an event of jax.monitoring, from the cache too
 
 
 def main(folder: Path, config_file: Path, packing: bool) -> None:
     """Train the task."""
+    from tunix_mlflow import bootstrap
+    from tunix_mlflow import config as configs
+
     config = configs.from_json(config_file.read_bytes(), str(config_file))
     bootstrap.prepare(config)
 
@@ -25,6 +25,8 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
     import numpy as np
 
     from tunix_mlflow.benchmarks import workload
+    from tunix_mlflow.benchmarks.contenders import task as tasks
+    from tunix_mlflow.benchmarks.contenders.pace import Pace
     from tunix_mlflow.data.batches import TrainBatches
     from tunix_mlflow.models import decoder, names
     from tunix_mlflow.training import devices, loop, setup, step
@@ -91,5 +93,5 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
 
 
 if __name__ == "__main__":
-    bootstrap.restart_with_huge_pages()
+    huge_pages.restart()
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "packed")
