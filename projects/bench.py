@@ -113,8 +113,9 @@ def _train(config: Config) -> dict[str, Any]:
     console.say(
         f"{measured.tokens_per_sec:,.0f} tokens/s ({low:,.0f} to {high:,.0f}),"
         f" {measured.step_time_ms:.1f} ms a step (95 % below {measured.step_p95_ms:.1f}), the first"
-        f" {measured.compile_seconds:.1f} s; {measured.mfu:.0%} of {measured.gemm_peak_gflops:,.0f}"
-        f" GFLOP/s, which a large product reaches; {measured.peak_host_mb:,.0f} MB"
+        f" {measured.compile_seconds:.1f} s; {measured.mfu:.0%} ({min(measured.mfus):.0%} to"
+        f" {max(measured.mfus):.0%}) of {measured.gemm_peak_gflops:,.0f} GFLOP/s, which a large"
+        f" product reaches; {measured.peak_host_mb:,.0f} MB"
     )
     return {
         "dataset": config.dataset,

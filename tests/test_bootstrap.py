@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tunix_mlflow import bootstrap
+
 ASKED = "always [madvise] never"
 SCRIPT = """
 import json, os, sys
@@ -47,6 +49,41 @@ def test_large_buffers_ask_for_huge_pages(
     )
     assert json.loads(process.communicate()[0]) == [process.pid, words, expected]
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "plugin", "expected"),
+    [
+        ("auto", "", False, bootstrap.QUICK_CPU),
+        ("auto", "--a=1", False, f"--a=1 {bootstrap.QUICK_CPU}"),
+        ("auto", "", True, ""),  # jax may find another device
+        ("cpu", "", True, bootstrap.QUICK_CPU),
+        ("cpu", "--xla_backend_optimization_level=2", False, "--xla_backend_optimization_level=2"),
+        ("gpu", "", False, ""),
+    ],
+)
+def test_a_cpu_compiles_sooner(
+    device: str, given: str, plugin: bool, expected: str, tmp_path: Path
+) -> None:
+    """Where jax will find a CPU alone, and the user said nothing else."""
+    if plugin:
+        (tmp_path / "jax_plugins").mkdir()
+    words = f"""
+import os
+from tunix_mlflow import bootstrap
+from tunix_mlflow.config import Config
+bootstrap.prepare(Config(device={device!r}))
+print(os.environ["XLA_FLAGS"])
+"""
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", words],
+        capture_output=True,
+        text=True,
+        env={**env, "XLA_FLAGS": given, "PYTHONPATH": str(tmp_path)},
+        check=True,
+    )
+    assert done.stdout == f"{expected}\n"
 
 
 ENDS = """

@@ -51,7 +51,7 @@ def test_contenders_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         small(data__sequence_length="256"), tmp_path, Path(sys.executable), heard.append
     )
     assert len(plain.useful_per_sec) == 2
-    assert len(plain.losses) == 1 + 1 + 2 * 2 + 1
+    assert len(plain.losses) == 1 + 2 * (1 + 2) + 1
     assert np.allclose(plain.losses, fast.losses, atol=1e-4)
     assert packed.useful_per_sec[0] * packed.step_seconds[0] > (
         1.2 * single.useful_per_sec[0] * single.step_seconds[0]

@@ -3,11 +3,13 @@
 What a user waits for is useful tokens per second: those that are not padding. The device is
 waited for once, at the end of each repeat; for the percentiles, after each step of one more. The
 share of the machine (MFU) is of what a large matrix product reaches here, in the same run: every
-device has that figure, and no table of devices has every one.
+device has that figure, and no table of devices has every one. It is asked for before and after
+each repeat, because a machine's mood changes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import statistics
@@ -26,7 +28,8 @@ from tunix_mlflow.config import BenchmarkConfig, ModelConfig
 from tunix_mlflow.data.batches import TrainBatches
 from tunix_mlflow.models import decoder
 from tunix_mlflow.models.decoder import Params
-from tunix_mlflow.training.step import Plan, TrainState, train_step
+from tunix_mlflow.training import devices
+from tunix_mlflow.training.step import Plan, TrainState, compile_step, train_step
 
 
 class Measured(NamedTuple):
@@ -44,6 +47,7 @@ class Measured(NamedTuple):
     flops_per_token: float  # of forward and backward pass, by formula
     gemm_peak_gflops: float  # per second
     mfu: float  # 0..1
+    mfus: list[float]
     peak_host_mb: float  # of this process so far
     peak_device_mb: float  # 0 where the device does not tell
 
@@ -83,36 +87,43 @@ def measure(
         jax.block_until_ready(state)
         return time.perf_counter() - start, useful, padded
 
-    compile_seconds, _, _ = run(0, 1)
+    start = time.perf_counter()
+    compile_step(state, batches.at(0), frozen, plan=plan)
+    devices.return_freed_memory()  # as the loop does
+    run(0, 1)
+    compile_seconds = time.perf_counter() - start
     run(1, config.warmup_steps)
-    before = gemm_peak()
+    count = 1  # devices that do not share cores
+    if plan.mesh is not None and plan.mesh.devices.flat[0].platform != "cpu":
+        count = plan.mesh.size
     first = 1 + config.warmup_steps
     times, useful_rates, padded_rates = [], [], []
+    peaks = [count * gemm_peak()]
     for repeat in range(config.repeats):
         seconds, useful, padded = run(first + repeat * config.steps, config.steps)
         times.append(1000 * seconds / config.steps)
         useful_rates.append(useful / seconds)
         padded_rates.append(padded / seconds)
+        peaks.append(count * gemm_peak())
     singles = [
         1000 * run(first + config.repeats * config.steps + n, 1)[0] for n in range(config.steps)
     ]
-    peak = max(before, gemm_peak())
-    if plan.mesh is not None and plan.mesh.devices.flat[0].platform != "cpu":
-        peak *= plan.mesh.size  # virtual devices share the cores
-    padded_rate = statistics.median(padded_rates)
+    reached = [max(pair) for pair in itertools.pairwise(peaks)]
+    shares = [rate * flops / peak for rate, peak in zip(padded_rates, reached, strict=True)]
     return Measured(
         compile_seconds,
         statistics.median(times),
         times,
         statistics.median(useful_rates),
         useful_rates,
-        padded_rate,
+        statistics.median(padded_rates),
         singles,
         float(np.percentile(singles, 50)),
         float(np.percentile(singles, 95)),
         flops,
-        peak / 1e9,
-        padded_rate * flops / peak,
+        statistics.median(reached) / 1e9,
+        statistics.median(shares),
+        shares,
         _peak_host_mb(),
         _peak_device_mb(state),
     )
