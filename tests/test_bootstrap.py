@@ -51,28 +51,39 @@ def test_large_buffers_ask_for_huge_pages(
     assert process.returncode == 0
 
 
+LEVEL_2 = "--xla_backend_optimization_level=2"
+
+
 @pytest.mark.parametrize(
-    ("device", "given", "plugin", "expected"),
+    ("device", "given", "recorded", "expected"),
     [
-        ("auto", "", False, bootstrap.QUICK_CPU),
-        ("auto", "--a=1", False, f"--a=1 {bootstrap.QUICK_CPU}"),
-        ("auto", "", True, ""),  # jax may find another device
-        ("cpu", "", True, bootstrap.QUICK_CPU),
-        ("cpu", "--xla_backend_optimization_level=2", False, "--xla_backend_optimization_level=2"),
-        ("gpu", "", False, ""),
+        ("auto", "", None, bootstrap.QUICK_CPU),
+        ("auto", "--a=1", None, f"--a=1 {bootstrap.QUICK_CPU}"),
+        ("auto with a plugin", "", None, ""),  # jax may find another device
+        ("cpu with a plugin", "", None, bootstrap.QUICK_CPU),
+        ("cpu", LEVEL_2, None, LEVEL_2),
+        ("cpu", "flags.txt", None, "flags.txt"),  # XLA reads a file then
+        ("cpu", "", "--a=1", "--a=1"),  # resumed as it began
+        ("gpu", "", None, ""),
+        ("gpu", "", f"--a=1 {bootstrap.QUICK_CPU}", "--a=1"),  # which began on a CPU
+        ("gpu", bootstrap.QUICK_CPU, None, bootstrap.QUICK_CPU),
     ],
 )
 def test_a_cpu_compiles_sooner(
-    device: str, given: str, plugin: bool, expected: str, tmp_path: Path
+    device: str, given: str, recorded: str | None, expected: str, tmp_path: Path
 ) -> None:
-    """Where jax will find a CPU alone, and the user said nothing else."""
+    """Where jax will find a CPU alone, and neither the user nor a recorded run says otherwise."""
+    device, _, plugin = device.partition(" ")
     if plugin:
         (tmp_path / "jax_plugins").mkdir()
     words = f"""
-import os
+import os, sys
+if not {plugin!r}:
+    sys.modules["jax_plugins"] = sys.modules["libtpu"] = None
 from tunix_mlflow import bootstrap
 from tunix_mlflow.config import Config
-bootstrap.prepare(Config(device={device!r}))
+recorded = {recorded!r}
+bootstrap.prepare(Config(device={device!r}), None if recorded is None else dict(XLA_FLAGS=recorded))
 print(os.environ["XLA_FLAGS"])
 """
     env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
@@ -103,7 +114,7 @@ def main(_):
     config = setup.settle(config, 300, "cpu")
     plan = setup.planned(config, 300, cpu)
     promised = setup.compile_ahead(plan, config, 300, cpu)
-    time.sleep(3)
+    time.sleep(0.5)
     assert not promised.done()
     raise ConfigError("a mistake")
 

@@ -1,4 +1,4 @@
-"""Huge pages for the large buffers of a process that trains; loads nothing, for it begins twice."""
+"""Huge pages for the large buffers of a process that trains. It begins twice: no package here."""
 
 from __future__ import annotations
 

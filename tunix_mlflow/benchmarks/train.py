@@ -99,15 +99,15 @@ def measure(
     first = 1 + config.warmup_steps
     times, useful_rates, padded_rates = [], [], []
     peaks = [count * gemm_peak()]
-    for repeat in range(config.repeats):
-        seconds, useful, padded = run(first + repeat * config.steps, config.steps)
+    for _ in range(config.repeats):
+        run(first, 1)  # after a pause a step takes longer
+        seconds, useful, padded = run(first + 1, config.steps)
+        first += 1 + config.steps
         times.append(1000 * seconds / config.steps)
         useful_rates.append(useful / seconds)
         padded_rates.append(padded / seconds)
         peaks.append(count * gemm_peak())
-    singles = [
-        1000 * run(first + config.repeats * config.steps + n, 1)[0] for n in range(config.steps)
-    ]
+    singles = [1000 * run(first + n, 1)[0] for n in range(config.steps)]
     reached = [max(pair) for pair in itertools.pairwise(peaks)]
     shares = [rate * flops / peak for rate, peak in zip(padded_rates, reached, strict=True)]
     return Measured(

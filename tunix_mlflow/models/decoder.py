@@ -118,10 +118,12 @@ class Decoder(nnx.Module):
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
         near = far = Sight(mask, *turns(positions, _frequencies(self.config)))
-        if self.config.window is not None:
-            queries = cache_index + jnp.arange(tokens.shape[1])
-            back = queries[:, None] - jnp.arange(mask.shape[-1])[None, :]
-            within = mask & (back < self.config.window)
+        if self.config.windowed_layers:
+            within = mask
+            if self.config.window is not None:
+                queries = cache_index + jnp.arange(tokens.shape[1])
+                back = queries[:, None] - jnp.arange(mask.shape[-1])[None, :]
+                within = mask & (back < self.config.window)
             near = Sight(within, *turns(positions, _frequencies(self.config, windowed=True)))
         if self.scanned:
             return self.final_norm(self._scan(x, far, near, remat, noise)), []
