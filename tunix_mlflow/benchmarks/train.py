@@ -61,7 +61,8 @@ def measure(
     plan: Plan,
     frozen: Params | None = None,
 ) -> Measured:
-    """Time `repeats` runs of `steps` updates, after `warmup_steps` that do not count.
+    """Time `repeats` runs of `steps` updates, after `warmup_steps` that do not count, and one more
+    before each.
 
     Args:
         config: how often.
