@@ -59,7 +59,7 @@ peers: venv $(PEERS)/.installed  ## the environment of other trainers, for `benc
 $(PEERS)/.installed: $(CONTENDERS)/peers.lock
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $< || \
-		(echo "peers.lock wants PyTorch's CPU build: say where pip finds it, for example by" \
+		(rm -r $(PEERS); echo "peers.lock wants PyTorch's CPU build: say where pip finds it, for example by" \
 		"PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS; Linux on x86-64, Python 3.11" >&2; exit 1)
 	touch $@
 
