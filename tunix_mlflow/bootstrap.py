@@ -130,7 +130,7 @@ def prepare(config: Config, recorded: Mapping[str, str] | None = None) -> None:
         DETERMINISTIC_GPU: config.training.deterministic,
         FAST_CPU: config.training.fast_math,
         # Nobody asked for it: a level that the user names stays, and a jax that is loaded already.
-        QUICK_CPU: QUICK_CPU[:-2] not in flags
+        QUICK_CPU: QUICK_CPU.partition("=")[0] not in flags
         and flags.strip()[:2] in ("", "--")  # else XLA takes it all for the name of a file
         and "jax" not in sys.modules
         and _cpu_alone(config.device),

@@ -45,7 +45,8 @@ class Measured(NamedTuple):
     step_p50_ms: float
     step_p95_ms: float
     flops_per_token: float  # of forward and backward pass, by formula
-    gemm_peak_gflops: float  # per second
+    gemm_peak_gflops: float  # per second, beside a repeat
+    gemm_peaks_gflops: list[float]
     mfu: float  # 0..1
     mfus: list[float]
     peak_host_mb: float  # of this process so far
@@ -61,8 +62,8 @@ def measure(
     plan: Plan,
     frozen: Params | None = None,
 ) -> Measured:
-    """Time `repeats` runs of `steps` updates, after `warmup_steps` that do not count, and one more
-    before each.
+    """Time `repeats` runs of `steps` updates, after `warmup_steps` that do not count and one more
+    before each run.
 
     Args:
         config: how often.
@@ -76,41 +77,46 @@ def measure(
     if frozen is not None:  # which have no gradients
         flops += 4.0 * decoder.parameter_count(frozen)
 
-    def run(first: int, count: int) -> tuple[float, int, int]:
-        nonlocal state
+    apart = 1  # devices that do not share cores
+    if plan.mesh is not None and plan.mesh.devices.flat[0].platform != "cpu":
+        apart = plan.mesh.size
+    done = 0
+
+    def run(updates: int) -> tuple[float, int, int]:
+        nonlocal state, done
         useful = padded = 0
         start = time.perf_counter()
-        for step in range(first, first + count):
-            batch = batches.at(step)
+        for _ in range(updates):
+            batch = batches.at(done)
+            done += 1
             useful += int(np.count_nonzero(batch.segments))
             padded += batch.segments.size
             state, _ = train_step(state, batch, frozen, plan=plan)
         jax.block_until_ready(state)
         return time.perf_counter() - start, useful, padded
 
+    def peak() -> float:
+        reached = gemm_peak()
+        run(1)  # after a pause a step takes longer
+        return reached * apart
+
     start = time.perf_counter()
     compile_step(state, batches.at(0), frozen, plan=plan)
     devices.return_freed_memory()  # as the loop does
-    run(0, 1)
+    run(1)
     compile_seconds = time.perf_counter() - start
-    run(1, config.warmup_steps)
-    count = 1  # devices that do not share cores
-    if plan.mesh is not None and plan.mesh.devices.flat[0].platform != "cpu":
-        count = plan.mesh.size
-    first = 1 + config.warmup_steps
+    run(config.warmup_steps)
     times, useful_rates, padded_rates = [], [], []
-    peaks = [count * gemm_peak()]
+    peaks = [peak()]
     for _ in range(config.repeats):
-        run(first, 1)  # after a pause a step takes longer
-        seconds, useful, padded = run(first + 1, config.steps)
-        first += 1 + config.steps
+        seconds, useful, padded = run(config.steps)
         times.append(1000 * seconds / config.steps)
         useful_rates.append(useful / seconds)
         padded_rates.append(padded / seconds)
-        peaks.append(count * gemm_peak())
-    singles = [1000 * run(first + n, 1)[0] for n in range(config.steps)]
+        peaks.append(peak())
+    singles = [1000 * run(1)[0] for _ in range(config.steps)]
     reached = [max(pair) for pair in itertools.pairwise(peaks)]
-    shares = [rate * flops / peak for rate, peak in zip(padded_rates, reached, strict=True)]
+    shares = [rate * flops / most for rate, most in zip(padded_rates, reached, strict=True)]
     return Measured(
         compile_seconds,
         statistics.median(times),
@@ -123,6 +129,7 @@ def measure(
         float(np.percentile(singles, 95)),
         flops,
         statistics.median(reached) / 1e9,
+        [most / 1e9 for most in reached],
         statistics.median(shares),
         shares,
         _peak_host_mb(),
