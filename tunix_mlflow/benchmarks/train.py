@@ -115,8 +115,12 @@ def measure(
         padded_rates.append(padded / seconds)
         peaks.append(peak())
     singles = [1000 * run(1)[0] for _ in range(config.steps)]
-    reached = [max(pair) for pair in itertools.pairwise(peaks)]
-    shares = [rate * flops / most for rate, most in zip(padded_rates, reached, strict=True)]
+    # Scaled before the median: the median of two is their mean, and a mean of scaled numbers is
+    # not bit for bit the scaled mean.
+    gemm_peaks = [max(pair) / 1e9 for pair in itertools.pairwise(peaks)]
+    shares = [
+        rate * flops / (1e9 * most) for rate, most in zip(padded_rates, gemm_peaks, strict=True)
+    ]
     return Measured(
         compile_seconds,
         statistics.median(times),
@@ -128,8 +132,8 @@ def measure(
         float(np.percentile(singles, 50)),
         float(np.percentile(singles, 95)),
         flops,
-        statistics.median(reached) / 1e9,
-        [most / 1e9 for most in reached],
+        statistics.median(gemm_peaks),
+        gemm_peaks,
         statistics.median(shares),
         shares,
         _peak_host_mb(),
