@@ -18,15 +18,17 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunix_mlflow import bootstrap
-from tunix_mlflow.config import Config
+from tunix_mlflow.cli.arguments import parse
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import ConfigError
+from tunix_mlflow.runtime import process
+from tunix_mlflow.runtime.environment import prepare
 
 from . import console
 
 if TYPE_CHECKING:
     from tunix_mlflow.benchmarks.workload import Work
-    from tunix_mlflow.tracking.session import RunSession
+    from tunix_mlflow.tracking.run import RunSession
 
 OWN = ("suite",)
 TRAIN, OTHERS = "column-addition", "shape-s"  # presets of the suite train, and of the others
@@ -95,7 +97,7 @@ def _train(config: Config) -> dict[str, Any]:
                 work.state,
                 work.batches,
                 model=config.model,
-                plan=work.plan,
+                spec=work.spec,
                 frozen=work.frozen,
             )
         if profile is not None:
@@ -143,7 +145,7 @@ def _tracking(config: Config) -> dict[str, Any]:
             with _recorded(work.config, work.tags()) as (run, _):
                 cost = suite.measure(
                     config.benchmark,
-                    work.plan,
+                    work.spec,
                     work.state,
                     work.batches,
                     run,
@@ -169,7 +171,7 @@ def _checkpoint(config: Config) -> dict[str, Any]:
     work = _workload(config)
     with _recorded(work.config, work.tags()) as (run, folder):
         cost = suite.measure(
-            config.benchmark, work.plan, work.state, work.batches, folder / "c", work.frozen
+            config.benchmark, work.spec, work.state, work.batches, folder / "c", work.frozen
         )
         figures = _log_cost(run, "checkpoint", cost._asdict(), {"step_ms": cost.step_ms})
     low, high = min(cost.extra_ms), max(cost.extra_ms)
@@ -225,15 +227,15 @@ def _recorded(
     config: Config, tags: Mapping[str, str] | None = None
 ) -> Iterator[tuple[RunSession, Path]]:
     """A run for a suite, and an empty folder for its work."""
-    from tunix_mlflow import state
+    from tunix_mlflow import paths
     from tunix_mlflow.tracking import store
-    from tunix_mlflow.tracking.session import session
+    from tunix_mlflow.tracking.run import session
 
     store.connect(config.tracking)
-    state.temporary_dir().mkdir(parents=True, exist_ok=True)
+    paths.temporary_dir().mkdir(parents=True, exist_ok=True)
     with (
         session(config, stage="bench", tags=tags or {}) as run,
-        tempfile.TemporaryDirectory(dir=state.temporary_dir()) as folder,
+        tempfile.TemporaryDirectory(dir=paths.temporary_dir()) as folder,
     ):
         yield run, Path(folder)
 
@@ -242,8 +244,8 @@ def _workload(config: Config) -> Work:
     """What is trained: of a dataset, or of made-up documents."""
     from tunix_mlflow.benchmarks import workload
     from tunix_mlflow.data import datasets
+    from tunix_mlflow.runtime import devices
     from tunix_mlflow.tracking import artifacts
-    from tunix_mlflow.training import devices
 
     device = devices.use(config.device)
     with artifacts.base(config) as base:
@@ -275,14 +277,14 @@ def _log_cost(
 
 def main(argv: Sequence[str]) -> None:
     """Parse, measure, print."""
-    arguments = bootstrap.parse(argv, OWN)
+    arguments = parse(argv, OWN)
     if "suite" in arguments.stage:
         arguments.overrides.setdefault("benchmark.suite", arguments.stage["suite"])
     suite = arguments.overrides.get("benchmark.suite", "train")
     config = arguments.load(TRAIN if suite == "train" else OTHERS)
-    bootstrap.prepare(config)
+    prepare(config)
     console.result(**bench(config))
 
 
 if __name__ == "__main__":
-    bootstrap.run(main)
+    process.run(main)

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from tunix_mlflow import bootstrap
-from tunix_mlflow.config import Config
+from tunix_mlflow.cli.arguments import parse
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import ConfigError, DatasetError
+from tunix_mlflow.runtime import process
+from tunix_mlflow.runtime.environment import prepare
 
 from . import console
 
@@ -49,9 +51,10 @@ def evaluate(config: Config, model: str) -> Evaluated:
     """
     from tunix_mlflow.data import datasets, snapshot
     from tunix_mlflow.evaluation import scoring
-    from tunix_mlflow.tracking import flavor, registry, store
-    from tunix_mlflow.tracking.session import session
-    from tunix_mlflow.training import devices
+    from tunix_mlflow.runtime import devices
+    from tunix_mlflow.tracking import store
+    from tunix_mlflow.tracking.models import flavor, registry
+    from tunix_mlflow.tracking.run import session
 
     if config.dataset is None:
         raise ConfigError("dataset is missing; give dataset=KEY")
@@ -67,7 +70,7 @@ def evaluate(config: Config, model: str) -> Evaluated:
     devices.use(config.device)
     logged = registry.resolve(client, model)
     bundle = flavor.load_model(f"models:/{logged.model_id}")
-    tags = {"tunix.dataset": manifest.key, "tunix.dataset_digest": manifest.digest}
+    tags = {"tunix_mlflow.dataset": manifest.key, "tunix_mlflow.dataset_digest": manifest.digest}
     with session(config, stage="evaluate", tags=tags) as run:
         dataset = run.log_dataset(manifest, split, usage="evaluation")
         run.log_model_input(logged.model_id)
@@ -123,12 +126,12 @@ def _trained_on(client: MlflowClient, run_id: str | None, dataset: tuple[str, st
 
 def main(argv: Sequence[str]) -> None:
     """Parse, evaluate, print."""
-    arguments = bootstrap.parse(argv, OWN, positional="model")
+    arguments = parse(argv, OWN, positional="model")
     model = arguments.require("model", "a run id or a models:/ URI")
     config = arguments.load()
-    bootstrap.prepare(config)
+    prepare(config)
     console.result(**evaluate(config, model)._asdict())
 
 
 if __name__ == "__main__":
-    bootstrap.run(main)
+    process.run(main)

@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tunix_mlflow import bootstrap
-from tunix_mlflow.config import Config
+from tunix_mlflow.cli.arguments import parse
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import TrackingError
+from tunix_mlflow.runtime import process
+from tunix_mlflow.runtime.environment import prepare
 
 from . import console
 from .evaluate import evaluate
@@ -36,7 +38,7 @@ def run_all(config: Config) -> dict[str, Any]:
     """
     from tunix_mlflow.data import seeds
     from tunix_mlflow.tracking import store
-    from tunix_mlflow.tracking.session import session
+    from tunix_mlflow.tracking.run import session
 
     with session(config, stage="main") as run:
         if config.dataset is not None and seeds.find(config.dataset) is not None:
@@ -78,9 +80,9 @@ def run_all(config: Config) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     """Parse, run, print."""
-    arguments = bootstrap.parse(argv)
+    arguments = parse(argv)
     config = arguments.load(DEFAULT)
-    bootstrap.prepare(config)
+    prepare(config)
     figures = run_all(config)
     console.say("")
     console.say(f"dataset             {figures['dataset']}, {figures['examples']:,} examples")
@@ -101,4 +103,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    bootstrap.run(main)
+    process.run(main)

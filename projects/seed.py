@@ -13,10 +13,12 @@ import re
 import sys
 from collections.abc import Sequence
 
-from tunix_mlflow import bootstrap
-from tunix_mlflow.config import Config
+from tunix_mlflow.cli.arguments import parse
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data.datasets import Built
 from tunix_mlflow.errors import ConfigError
+from tunix_mlflow.runtime import process
+from tunix_mlflow.runtime.environment import prepare
 
 from . import console
 
@@ -37,7 +39,7 @@ def seed(
     """
     from tunix_mlflow.data import datasets
     from tunix_mlflow.tracking import store
-    from tunix_mlflow.tracking.session import session
+    from tunix_mlflow.tracking.run import session
 
     if config.dataset is None:
         raise ConfigError("dataset is missing; give dataset=KEY, for example golden-v2")
@@ -49,7 +51,9 @@ def seed(
         f" {manifest.stats['distinct_prompts']} distinct prompts,"
         f" {'stored' if built.created else 'identical to what is there'}"
     )
-    with session(config, stage="seed", tags={"tunix.dataset_digest": manifest.digest}) as run:
+    with session(
+        config, stage="seed", tags={"tunix_mlflow.dataset_digest": manifest.digest}
+    ) as run:
         for split in manifest.splits:
             run.log_dataset(manifest, split, usage="seed")
         run.log_figures({f"dataset/{k}": float(v) for k, v in manifest.stats.items()})
@@ -58,9 +62,9 @@ def seed(
 
 def main(argv: Sequence[str]) -> None:
     """Parse, seed, print."""
-    arguments = bootstrap.parse(argv, OWN, positional="dataset")
+    arguments = parse(argv, OWN, positional="dataset")
     config = arguments.load()
-    bootstrap.prepare(config)
+    prepare(config)
     numbers = {name: _whole(arguments.stage, name) for name in ("num_traces", "number")}
     built = seed(config, key=arguments.stage.get("key"), **numbers)
     console.result(
@@ -81,4 +85,4 @@ def _whole(arguments: dict[str, str], name: str) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(bootstrap.execute(main, sys.argv[1:]))
+    sys.exit(process.execute(main, sys.argv[1:]))

@@ -17,18 +17,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tunix_mlflow import bootstrap
-from tunix_mlflow import config as configs
-from tunix_mlflow import state as state_root
-from tunix_mlflow.config import Config
+from tunix_mlflow import paths
+from tunix_mlflow.cli.arguments import Arguments, parse
+from tunix_mlflow.config.load import apply_overrides, inherit_auto
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import CheckpointError, ConfigError, Refused
+from tunix_mlflow.runtime import process
+from tunix_mlflow.runtime.environment import prepare
 
 from . import console
 
 if TYPE_CHECKING:
-    from tunix_mlflow.models.base import Base
-    from tunix_mlflow.tracking.session import RunSession
+    from tunix_mlflow.models.hub.base import Base
+    from tunix_mlflow.tracking.run import RunSession
     from tunix_mlflow.training.checkpoint import Checkpoints
     from tunix_mlflow.training.setup import Inputs, Setup
     from tunix_mlflow.training.step import TrainState
@@ -77,18 +79,18 @@ def train(config: Config, *, start: Start | None = None, force: bool = False) ->
     from tunix_mlflow.models import bundle as bundles
     from tunix_mlflow.models import decoder
     from tunix_mlflow.tracking import artifacts, note, store
-    from tunix_mlflow.tracking.session import session
-    from tunix_mlflow.training import forecast, loop
+    from tunix_mlflow.tracking.run import session
+    from tunix_mlflow.training import loop, memory
     from tunix_mlflow.training import setup as setups
 
     store.reach(config.tracking)  # a store that cannot be used is said before any work
     with _inputs(artifacts.anchored(config)) as (inputs, base):
         config, manifest = inputs.config, inputs.manifest
         leaks = _leakage(config, manifest)
-        verdict = forecast.judge(inputs)
+        verdict = memory.check_memory(inputs)
         if not verdict.fits and not force:
             raise Refused(f"this run {verdict.text()}. --force trains all the same")
-        compiled = setups.compile_ahead(inputs.plan, config, inputs.vocab_size, inputs.device)
+        compiled = setups.compile_ahead(inputs.spec, config, inputs.vocab_size, inputs.device)
         setup = setups.build(inputs, base)
     if not verdict.fits:
         console.say(f"this run {verdict.text()}: training all the same")
@@ -97,8 +99,8 @@ def train(config: Config, *, start: Start | None = None, force: bool = False) ->
         console.say(f"no examples in split {config.evaluation.split!r}: nothing is held out")
     console.say(f"{_told(inputs)}; {count:,} parameters trained on {inputs.device}")
     identity, fingerprint = setup.identity(), setup.fingerprint()
-    tags = {f"tunix.{name}": value for name, value in (identity | fingerprint).items()}
-    tags |= {"tunix.dataset": manifest.key}
+    tags = {f"tunix_mlflow.{name}": value for name, value in (identity | fingerprint).items()}
+    tags |= {"tunix_mlflow.dataset": manifest.key}
     resumed = start.run_id if start and not start.fork else None
     forked = _forked(setup, start) if start and start.fork else None
 
@@ -121,7 +123,7 @@ def train(config: Config, *, start: Start | None = None, force: bool = False) ->
         checkpoints = _checkpoints(run, setup)
         if forked is not None:
             at, state = forked
-            run.set_tags({"tunix.forked_from": f"{start.run_id if start else ''}@{at}"})
+            run.set_tags({"tunix_mlflow.forked_from": f"{start.run_id if start else ''}@{at}"})
             checkpoints.save(at, state)  # else a kill would lose where it began
             checkpoints.wait()
         else:
@@ -133,7 +135,7 @@ def train(config: Config, *, start: Start | None = None, force: bool = False) ->
                 config,
                 state,
                 setup.train_batches(),
-                plan=setup.plan,
+                spec=setup.spec,
                 writers=[run, progress],
                 checkpoints=checkpoints,
                 evaluate=setup.held_out_loss if inputs.held_out_rows is not None else None,
@@ -161,8 +163,8 @@ def train(config: Config, *, start: Start | None = None, force: bool = False) ->
             run.write_scalars(last, figures)
             run.log_table(scoring.table(judged), f"generations/step-{last:08d}.json")
         figures |= run.log_summary(last)
-        weights = {"tunix.weights_digest": bundles.weights_digest(params)}
-        place = run.folder / "models" / f"{last:08d}-{weights['tunix.weights_digest'][:12]}"
+        weights = {"tunix_mlflow.weights_digest": bundles.weights_digest(params)}
+        place = run.folder / "models" / f"{last:08d}-{weights['tunix_mlflow.weights_digest'][:12]}"
         if not (place / "manifest.json").is_file():
             shutil.rmtree(place, ignore_errors=True)  # what a kill left
             bundles.save(bundle, place)
@@ -170,7 +172,10 @@ def train(config: Config, *, start: Start | None = None, force: bool = False) ->
             place,
             step=last,
             prompts=[example.prompt for example in (inputs.held_out or inputs.examples)[:3]],
-            tags=weights | {name: tags[name] for name in ("tunix.dataset", "tunix.dataset_digest")},
+            tags=weights
+            | {
+                name: tags[name] for name in ("tunix_mlflow.dataset", "tunix_mlflow.dataset_digest")
+            },
         )
         run.set_tags(weights)
         run.sync()
@@ -184,17 +189,17 @@ def foresee(config: Config) -> dict[str, object]:
     Raises:
         InputError: for a dataset, device or base that cannot be used.
     """
-    from tunix_mlflow.training import forecast
+    from tunix_mlflow.training import memory
 
     with _inputs(config) as (inputs, _):
-        verdict = forecast.judge(inputs)
+        verdict = memory.check_memory(inputs)
     console.say(_told(inputs))
     console.say(f"it {verdict.text()}")
     return {
         "dataset": inputs.manifest.key,
         "rows": len(inputs.rows.rows),
         "bytes": verdict.needs._asdict() | {"total": verdict.needs.total},
-        "room": verdict.room,
+        "room": verdict.available_bytes,
         "fits": verdict.fits,
     }
 
@@ -203,8 +208,8 @@ def foresee(config: Config) -> dict[str, object]:
 def _inputs(config: Config) -> Iterator[tuple[Inputs, Base | None]]:
     """What a run trains on, and the pretrained model that it begins with."""
     from tunix_mlflow.data import datasets
+    from tunix_mlflow.runtime import devices
     from tunix_mlflow.tracking import artifacts
-    from tunix_mlflow.training import devices
     from tunix_mlflow.training import setup as setups
 
     if config.dataset is None:
@@ -255,10 +260,10 @@ def _restored(
         checkpoints.rewind(start.step)
     restored = checkpoints.restore_latest(setup.state, run.report)
     if restored is None:
-        from tunix_mlflow.tracking import runs
+        from tunix_mlflow.tracking.runs import lookup
 
         reachable = run.client if run.shipper.lease is not None else None
-        if runs.forked(run.folder, reachable, run.run_id):
+        if lookup.forked(run.folder, reachable, run.run_id):
             raise CheckpointError(
                 f"run {run.run_id} died before it had a checkpoint of its own; fork again"
             )
@@ -279,7 +284,7 @@ def _forked(setup: Setup, start: Start) -> tuple[int, TrainState]:
     from tunix_mlflow.training import checkpoint
 
     retention = checkpoint.Retention.of(setup.config.checkpoints)
-    source = state_root.run_dir(start.run_id) / "checkpoints"
+    source = paths.run_dir(start.run_id) / "checkpoints"
     others = checkpoint.Checkpoints(source, {}, retention=retention)
     try:
         if start.step is not None:
@@ -302,12 +307,14 @@ def _compare_environment(run: RunSession, folder: Path, now: dict[str, str]) -> 
     other = [f"{k} {before[k]}, now {v}" for k, v in now.items() if before.get(k, v) != v]
     if other:
         console.say(f"another environment ({'; '.join(other)}): the bits may differ from here on")
-        run.set_tags({"tunix.environment_changed": f"after step {manifest['step']}: {other}"})
+        run.set_tags(
+            {"tunix_mlflow.environment_changed": f"after step {manifest['step']}: {other}"}
+        )
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, train, print."""
-    arguments = bootstrap.parse(argv, OWN, flags=FLAGS)
+    arguments = parse(argv, OWN, flags=FLAGS)
     plan, force = (arguments.stage.get(flag) == "true" for flag in FLAGS)
     resume = arguments.stage.get("resume")
     config: Config | None
@@ -316,7 +323,7 @@ def main(argv: Sequence[str]) -> None:
         arguments = arguments._replace(config=PRETRAINED)
     if resume is None:
         config = arguments.load(DEFAULT)
-        bootstrap.prepare(config)
+        prepare(config)
     elif resume == AUTO:
         config, start = _automatic(arguments)
     else:
@@ -338,9 +345,9 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def _named(arguments: bootstrap.Arguments, run_id: str) -> tuple[Config, Start]:
+def _named(arguments: Arguments, run_id: str) -> tuple[Config, Start]:
     """Go on with the run that the user names."""
-    from tunix_mlflow.tracking import runs
+    from tunix_mlflow.tracking.runs import lookup
 
     if arguments.config not in (None, DEFAULT):  # which is what MLproject hands on
         raise ConfigError("a resumed run keeps its configuration; give only key=value to change")
@@ -348,39 +355,39 @@ def _named(arguments: bootstrap.Arguments, run_id: str) -> tuple[Config, Start]:
     text = arguments.stage.get("step")
     if text is not None and not text.isdigit():
         raise ConfigError(f"step: expected a number of updates, got {text!r}")
-    found = runs.to_resume(
-        run_id, lambda before: configs.changed(before, arguments.overrides), fork=fork
+    found = lookup.to_resume(
+        run_id, lambda before: apply_overrides(before, arguments.overrides), fork=fork
     )
     step = int(text) if text else None
-    bootstrap.prepare(found.config, found.environment)
+    prepare(found.config, found.environment)
     if fork or step is not None:
-        runs.need_checkpoint(found, step, console.say)
+        lookup.need_checkpoint(found, step, console.say)
     return found.config, Start(found.run_id, step, fork)
 
 
-def _automatic(arguments: bootstrap.Arguments) -> tuple[Config | None, Start | None]:
+def _automatic(arguments: Arguments) -> tuple[Config | None, Start | None]:
     """Go on with the run of this key, if there is one that has not finished; else begin it."""
-    from tunix_mlflow.tracking import runs
+    from tunix_mlflow.tracking.runs import lookup
 
     config = arguments.load(DEFAULT)
     if not config.tracking.key:
         raise ConfigError("resume=auto needs tracking.key=NAME, by which the run is found again")
-    found = runs.of_key(config)
+    found = lookup.of_key(config)
     if found is None:
-        bootstrap.prepare(config)
+        prepare(config)
         return config, None
     if found.finished:
         console.say(f"run {found.run_id} with key {config.tracking.key} has finished already")
-        runs.tag_launcher(found.run_id)
+        lookup.tag_launcher(found.run_id)
         console.result(run_id=found.run_id, finished=True)
         return None, None
 
     try:
-        resumable = runs.to_resume(found.run_id, lambda before: configs.settled(config, before))
-    except runs.NotDescribed:  # killed in its first moments
-        bootstrap.prepare(config)
+        resumable = lookup.to_resume(found.run_id, lambda before: inherit_auto(config, before))
+    except lookup.NotDescribed:  # killed in its first moments
+        prepare(config)
         return config, Start(found.run_id)
-    bootstrap.prepare(resumable.config, resumable.environment)
+    prepare(resumable.config, resumable.environment)
     return resumable.config, Start(resumable.run_id)
 
 
@@ -432,4 +439,4 @@ def _leakage(config: Config, manifest: Manifest) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    bootstrap.run(main)
+    process.run(main)

@@ -122,11 +122,11 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 def run_here(*arguments: str) -> int:
     """The exit code of our command line, in this process."""
-    from tunix_mlflow import bootstrap
     from tunix_mlflow.cli import main as command_line
+    from tunix_mlflow.runtime import process
 
     try:
-        return bootstrap.execute(command_line._run, arguments)
+        return process.execute(command_line._run, arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
 

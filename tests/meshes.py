@@ -13,14 +13,15 @@ import jax
 import msgspec
 import numpy as np
 
-from tunix_mlflow import config as configs
-from tunix_mlflow.config import Config, LoraConfig
-from tunix_mlflow.data import batches
+from tunix_mlflow.config.load import resolve
+from tunix_mlflow.config.schema import Config, LoraConfig
 from tunix_mlflow.data.examples import reasoning_trace
-from tunix_mlflow.data.tokenizer import ByteTokenizer
+from tunix_mlflow.input import batches
 from tunix_mlflow.models import arrays, decoder, lora
-from tunix_mlflow.training import devices, setup
+from tunix_mlflow.runtime import devices
+from tunix_mlflow.text.tokenizer import ByteTokenizer
 from tunix_mlflow.training import mesh as meshes
+from tunix_mlflow.training import setup
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention
 from tunix_mlflow.training.step import TrainState, train_step
 
@@ -38,23 +39,23 @@ def configured(data: int, fsdp: int, optimizer: str) -> Config:
         "mesh": {"data": data, "fsdp": fsdp},
     }
     vocabulary = ByteTokenizer.vocab_size
-    return setup.settle(configs.resolve(tree, "the test"), vocabulary, "cpu")
+    return setup.resolve_auto(resolve(tree, "the test"), vocabulary, "cpu")
 
 
-def begin(config: Config) -> tuple[setup.Plan, TrainState]:
+def begin(config: Config) -> tuple[setup.StepSpec, TrainState]:
     vocabulary, device = ByteTokenizer.vocab_size, devices.use("cpu")
-    plan = setup.planned(config, vocabulary, device)
-    return plan, setup.start(plan, config, vocabulary, device, None)[0]
+    spec = setup.step_spec(config, vocabulary, device)
+    return spec, setup.start(spec, config, vocabulary, device, None)[0]
 
 
 def trained(config: Config, state: TrainState | None = None) -> tuple[TrainState, list[float]]:
-    plan, fresh = begin(config)
+    spec, fresh = begin(config)
     at = state or fresh
     rows = batches.tokenize(EXAMPLES, ByteTokenizer(), config.data, 64)
     stream = batches.TrainBatches(rows, batch_size=8, seed=0)
     losses = []
     for step in range(int(at.step), STEPS):
-        at, metrics = train_step(at, stream.at(step), plan=plan)
+        at, metrics = train_step(at, stream.at(step), spec=spec)
         losses.append(float(metrics.loss))
     return at, losses
 
@@ -67,11 +68,11 @@ def distance(a: TrainState, b: TrainState) -> float:
 def moved(optimizer: str) -> dict[str, float]:
     """Trained on a mesh, saved, restored on another, trained on there."""
     here, there = configured(2, 2, optimizer), configured(1, 4, optimizer)
-    plan, state = begin(here)
+    spec, state = begin(here)
     rows = batches.tokenize(EXAMPLES, ByteTokenizer(), here.data, 64)
     stream = batches.TrainBatches(rows, batch_size=8, seed=0)
     for step in range(STEPS // 2):
-        state, _ = train_step(state, stream.at(step), plan=plan)
+        state, _ = train_step(state, stream.at(step), spec=spec)
     with tempfile.TemporaryDirectory() as folder:
         kept = Checkpoints(Path(folder), {}, retention=Retention(1))
         kept.save(STEPS // 2, state, {})
@@ -99,17 +100,17 @@ def adapted(data: int, fsdp: int, *, scanned: bool = False) -> TrainState:
         training=msgspec.structs.replace(config.training, fused=False, scan_layers=scanned),
     )
     vocabulary, device = ByteTokenizer.vocab_size, devices.use("cpu")
-    plan = setup.planned(config, vocabulary, device)
+    spec = setup.step_spec(config, vocabulary, device)
     frozen = decoder.init(config.model, vocabulary, 0)
     if scanned:
         frozen = decoder.stack(frozen)
-    if plan.mesh is not None:
-        frozen = jax.device_put(frozen, meshes.shardings(frozen, plan.mesh))
-    state = setup.fresh(plan, lora.init(config.model, vocabulary, config.lora, 0), device)
+    if spec.mesh is not None:
+        frozen = jax.device_put(frozen, meshes.shardings(frozen, spec.mesh))
+    state = setup.fresh(spec, lora.init(config.model, vocabulary, config.lora, 0), device)
     rows = batches.tokenize(EXAMPLES, ByteTokenizer(), config.data, 64)
     stream = batches.TrainBatches(rows, batch_size=8, seed=0)
     for step in range(STEPS):
-        state, _ = train_step(state, stream.at(step), frozen, plan=plan)
+        state, _ = train_step(state, stream.at(step), frozen, spec=spec)
     return state
 
 

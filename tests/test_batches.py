@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunix_mlflow.config import DataConfig
-from tunix_mlflow.data import batches, chat
+from tunix_mlflow.config.schema import DataConfig
 from tunix_mlflow.data.examples import Example, Message, reasoning_trace
-from tunix_mlflow.data.packing import pack
-from tunix_mlflow.data.tokenizer import MARKERS, ByteTokenizer
 from tunix_mlflow.errors import DatasetError
-from tunix_mlflow.evaluation import answers
+from tunix_mlflow.evaluation import scorers
+from tunix_mlflow.input import batches
+from tunix_mlflow.input.packing import pack
+from tunix_mlflow.text import byte_template
+from tunix_mlflow.text.tokenizer import MARKERS, ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 
@@ -57,7 +58,7 @@ def test_packing_refuses_what_does_not_fit() -> None:
 def test_text_round_trips_and_cannot_imitate_a_marker(text: str) -> None:
     """Bytes in, bytes out; a marker's spelling in a text stays text."""
     for spelled in (text, f"{text}<eos><answer>"):
-        ids, _ = TOKENIZER.encode([chat.Segment(spelled, False, True)])
+        ids, _ = TOKENIZER.encode([byte_template.Segment(spelled, False, True)])
         assert all(int(i) >= 16 for i in ids)
         assert TOKENIZER.decode(ids) == spelled
 
@@ -65,12 +66,12 @@ def test_text_round_trips_and_cannot_imitate_a_marker(text: str) -> None:
 def test_rendered_example() -> None:
     """The template, spelled out; what is trained on begins after <assistant>."""
     example = reasoning_trace("2+2?", [("a", "s1"), ("b", "s2")], "4").example()
-    ids, trained = TOKENIZER.encode(chat.render(example, include_steps=True))
+    ids, trained = TOKENIZER.encode(byte_template.render(example, include_steps=True))
     assert TOKENIZER.decode(ids) == "<bos><user>2+2?<assistant>s1\ns2<answer>4<eos>"
     assert TOKENIZER.decode(ids[trained]) == "s1\ns2<answer>4<eos>"
-    ids, trained = TOKENIZER.encode(chat.render(example, include_steps=False))
+    ids, trained = TOKENIZER.encode(byte_template.render(example, include_steps=False))
     assert TOKENIZER.decode(ids[trained]) == "<answer>4<eos>"
-    prompt, mask = TOKENIZER.encode(chat.render_prompt(example))
+    prompt, mask = TOKENIZER.encode(byte_template.render_prompt(example))
     assert TOKENIZER.decode(prompt) == "<bos><user>2+2?<assistant>"
     assert not mask.any()
 
@@ -86,7 +87,7 @@ def test_conversation_marks() -> None:
             Message(role="assistant", content="A2"),
         )
     )
-    ids, trained = TOKENIZER.encode(chat.render(example, include_steps=True))
+    ids, trained = TOKENIZER.encode(byte_template.render(example, include_steps=True))
     expected = "<bos><system>S<user>U1<assistant>A1<eos><user>U2<assistant>A2<eos>"
     assert TOKENIZER.decode(ids) == expected
     assert TOKENIZER.decode(ids[trained]) == "A2<eos>"
@@ -189,7 +190,7 @@ def test_nothing_to_train_on_is_an_error() -> None:
 
 def ids_of(*pieces: str) -> list[int]:
     """Pieces that are a marker's spelling become that marker; the others are text."""
-    found, _ = TOKENIZER.encode([chat.Segment(p, p in MARKERS, True) for p in pieces])
+    found, _ = TOKENIZER.encode([byte_template.Segment(p, p in MARKERS, True) for p in pieces])
     return [int(i) for i in found]
 
 
@@ -228,4 +229,4 @@ def test_answers_are_what_follows_the_last_marker(pieces: list[str], answer: str
 )
 def test_exact_match(predicted: str | None, expected: str, match: bool) -> None:
     """Case and white space do not count; everything else does."""
-    assert answers.exact_match(predicted, expected) is match
+    assert scorers.exact_match(predicted, expected) is match

@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from tests.conftest import as_arguments, last_json, tiny
 from tunix_mlflow.benchmarks import compare, train
-from tunix_mlflow.config import ModelConfig
+from tunix_mlflow.config.schema import ModelConfig
 from tunix_mlflow.models import decoder
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tunix_mlflow import state
+from tunix_mlflow import paths
 from tunix_mlflow.benchmarks import data
 
 
@@ -16,7 +16,7 @@ def test_every_stage_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Figures are positive, ratios are of their parts, and the table names every stage."""
     shared, scratch = tmp_path / "shared", tmp_path / "scratch"
     shared.mkdir(), scratch.mkdir()
-    monkeypatch.setenv(state.SNAPSHOTS_VARIABLE, str(shared))
+    monkeypatch.setenv(paths.SNAPSHOTS_VARIABLE, str(shared))
     said: list[str] = []
     figures = data.measure(scratch, traces=2_000, peer_traces=500, say=said.append)
     assert all(value > 0 for value in figures.values())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tunix_mlflow import bootstrap
+from tunix_mlflow.runtime.environment import QUICK_CPU
 
 ASKED = "always [madvise] never"
 SCRIPT = """
@@ -57,16 +57,16 @@ LEVEL_2 = "--xla_backend_optimization_level=2"
 @pytest.mark.parametrize(
     ("device", "given", "recorded", "expected"),
     [
-        ("auto", "", None, bootstrap.QUICK_CPU),
-        ("auto", "--a=1", None, f"--a=1 {bootstrap.QUICK_CPU}"),
+        ("auto", "", None, QUICK_CPU),
+        ("auto", "--a=1", None, f"--a=1 {QUICK_CPU}"),
         ("auto with a plugin", "", None, ""),  # jax may find another device
-        ("cpu with a plugin", "", None, bootstrap.QUICK_CPU),
+        ("cpu with a plugin", "", None, QUICK_CPU),
         ("cpu", LEVEL_2, None, LEVEL_2),
         ("cpu", "flags.txt", None, "flags.txt"),  # XLA reads a file then
         ("cpu", "", "--a=1", "--a=1"),  # resumed as it began
         ("gpu", "", None, ""),
-        ("gpu", "", f"--a=1 {bootstrap.QUICK_CPU}", "--a=1"),  # which began on a CPU
-        ("gpu", bootstrap.QUICK_CPU, None, bootstrap.QUICK_CPU),
+        ("gpu", "", f"--a=1 {QUICK_CPU}", "--a=1"),  # which began on a CPU
+        ("gpu", QUICK_CPU, None, QUICK_CPU),
     ],
 )
 def test_a_cpu_compiles_sooner(

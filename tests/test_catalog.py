@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import write_traces
-from tunix_mlflow import state
-from tunix_mlflow.config import LimitsConfig
+from tunix_mlflow import paths
+from tunix_mlflow.config.schema import LimitsConfig
 from tunix_mlflow.data import (
     canonical,
     catalog,
@@ -38,7 +38,7 @@ def doubles(tmp_path: Path) -> str:
 
 
 def tamper(*statements: str) -> None:
-    con = duckdb.connect(str(state.catalog_path()))
+    con = duckdb.connect(str(paths.catalog_path()))
     for statement in statements:
         con.execute(statement)
     con.close()
@@ -58,7 +58,7 @@ def parse(stage: staging.Stage, path: Path) -> None:
 
 
 def first_member(key: str) -> str:
-    with catalog.connect(state.catalog_path(), write=False) as con:
+    with catalog.connect(paths.catalog_path(), write=False) as con:
         rows = con.execute(
             "SELECT digest FROM members WHERE key = ? ORDER BY position", [key]
         ).fetchall()
@@ -93,7 +93,7 @@ def test_verify_names_what_was_done(
     assert datasets.verify(doubles).ok
     digest = first_member(doubles)
     if not with_snapshot:
-        shutil.rmtree(state.snapshot_dir(datasets.get(doubles).digest))
+        shutil.rmtree(paths.snapshot_dir(datasets.get(doubles).digest))
     tamper(TAMPERINGS[kind].format(d=digest))
     report = datasets.verify(doubles)
     assert not report.ok
@@ -165,7 +165,7 @@ def test_a_bad_line_is_named_and_nothing_is_stored(tmp_path: Path, line: str) ->
     with pytest.raises(DatasetError, match=BAD_LINES[line]) as caught:
         datasets.ingest(path, "bad-v1")
     assert f"{path}:2:" in str(caught.value)
-    assert catalog.listing(state.catalog_path()) == []
+    assert catalog.listing(paths.catalog_path()) == []
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{}\n", b"\xef\xbb\xbf{}\n", b"", b"x" * 1_100_000])
@@ -266,12 +266,12 @@ def test_a_key_splits_one_way(name: str, version: int) -> None:
 def test_a_corrupt_catalog_is_one_line(home: Path) -> None:
     """The file is named; nothing is overwritten."""
     home.mkdir()
-    state.catalog_path().write_bytes(b"this is no database" * 500)
+    paths.catalog_path().write_bytes(b"this is no database" * 500)
     with pytest.raises(DatasetError, match=r"catalog.duckdb cannot be used"):
         datasets.get("golden-v1")
     with pytest.raises(DatasetError, match=r"catalog.duckdb cannot be used"):
         datasets.seed("golden-v1")
-    assert state.catalog_path().read_bytes().startswith(b"this is no database")
+    assert paths.catalog_path().read_bytes().startswith(b"this is no database")
 
 
 def test_a_newer_catalog_is_refused(doubles: str) -> None:
@@ -286,7 +286,7 @@ def test_a_newer_catalog_is_refused(doubles: str) -> None:
 def test_another_programs_database_is_left_alone(home: Path) -> None:
     """It is not migrated, and not called old."""
     home.mkdir()
-    con = duckdb.connect(str(state.catalog_path()))
+    con = duckdb.connect(str(paths.catalog_path()))
     con.execute("CREATE TABLE theirs AS SELECT 1 AS x")
     con.close()
     for call in (lambda: datasets.get("golden-v1"), lambda: datasets.seed("golden-v1")):
@@ -296,15 +296,15 @@ def test_another_programs_database_is_left_alone(home: Path) -> None:
 
 def test_migrations_are_recorded_in_order(doubles: str) -> None:
     """What is applied is exactly the list."""
-    with catalog.connect(state.catalog_path(), write=False) as con:
+    with catalog.connect(paths.catalog_path(), write=False) as con:
         assert migrations.applied(con) == [m.__name__ for m in migrations.MIGRATIONS]
 
 
 def test_a_damaged_snapshot_is_refused(doubles: str) -> None:
     """Training reads nothing whose digest is wrong."""
     digest = datasets.get(doubles).digest
-    path = state.snapshot_dir(digest) / "examples-00000.parquet"
-    other = state.snapshot_dir(datasets.seed("golden-v1").manifest.digest) / path.name
+    path = paths.snapshot_dir(digest) / "examples-00000.parquet"
+    other = paths.snapshot_dir(datasets.seed("golden-v1").manifest.digest) / path.name
     good = path.read_bytes()
     path.write_bytes(other.read_bytes())
     with pytest.raises(IntegrityError, match="damaged"):
@@ -342,7 +342,7 @@ def test_readers_and_writers_take_turns(doubles: str, tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert errors == []
-    assert len(catalog.listing(state.catalog_path())) == 7
+    assert len(catalog.listing(paths.catalog_path())) == 7
 
 
 def test_null_meta_is_absent() -> None:
@@ -393,12 +393,12 @@ def test_an_older_catalog_is_brought_up(tmp_path: Path) -> None:
     built = datasets.ingest(write_traces(tmp_path / "a.jsonl", 30), "old-v1").manifest
     table = [
         (m, e)
-        for batch in catalog.stream(state.catalog_path(), "old-v1")
+        for batch in catalog.stream(paths.catalog_path(), "old-v1")
         for m, e in zip(batch["split"].to_pylist(), batch["canonical"].to_pylist(), strict=True)
     ]
-    shutil.rmtree(state.root())
-    state.root().mkdir()
-    con = duckdb.connect(str(state.catalog_path()))
+    shutil.rmtree(paths.root())
+    paths.root().mkdir()
+    con = duckdb.connect(str(paths.catalog_path()))
     con.execute("CREATE TABLE migrations (number INTEGER, name VARCHAR)")
     migrations.m001_examples_and_manifests(con)
     con.execute("INSERT INTO migrations VALUES (0, 'm001_examples_and_manifests')")
@@ -427,7 +427,7 @@ def test_filters_compare_by_type_and_operator(doubles: str) -> None:
     """Ranges, lists, negations and combinations; a key that is absent meets a negation."""
 
     def count(**filters: object) -> int:
-        key = f"f-v{len(catalog.listing(state.catalog_path()))}"
+        key = f"f-v{len(catalog.listing(paths.catalog_path()))}"
         return datasets.build(key, Selection(filters=filters)).manifest.count
 
     assert count(n={"ge": 10, "lt": 13}) == 3
@@ -478,10 +478,10 @@ def test_gc_takes_only_what_nobody_has(doubles: str) -> None:
         "INSERT INTO examples SELECT seq + 1000, 'x' || digest, prompt, split, meta, steps,"
         " characters, tokens, canonical FROM examples LIMIT 3"
     )
-    left = state.temporary_dir() / "stage-999999999-abc"
+    left = paths.temporary_dir() / "stage-999999999-abc"
     left.mkdir(parents=True)
-    assert catalog.unreferenced(state.catalog_path(), remove=False)[0] == 3
+    assert catalog.unreferenced(paths.catalog_path(), remove=False)[0] == 3
     assert [path for path, _ in datasets.leftovers()] == [left]
-    assert catalog.unreferenced(state.catalog_path(), remove=True)[0] == 3
-    assert catalog.unreferenced(state.catalog_path(), remove=False)[0] == 0
+    assert catalog.unreferenced(paths.catalog_path(), remove=True)[0] == 3
+    assert catalog.unreferenced(paths.catalog_path(), remove=False)[0] == 0
     assert datasets.verify(doubles).ok

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from tests import test_training as training
 from tests.conftest import ROOT, tiny
-from tunix_mlflow import config as configs
-from tunix_mlflow.errors import CheckpointError, IntegrityError
+from tunix_mlflow.config.load import load_config
+from tunix_mlflow.config.schema import CheckpointsConfig
+from tunix_mlflow.errors import CheckpointError, ConfigError, IntegrityError
 from tunix_mlflow.models import arrays
 from tunix_mlflow.training import checkpoint
-from tunix_mlflow.training.checkpoint import Checkpoints, Retention, doomed
+from tunix_mlflow.training.checkpoint import Checkpoints, Retention, to_delete
 
 IDENTITY = {"dataset_digest": "d" * 64, "nproc": "2"}
 
@@ -221,9 +222,9 @@ def test_what_may_go(found: list[tuple[int, Mapping[str, float]]], retention: Re
         multiple = retention.every_steps > 0 and step % retention.every_steps == 0
         if not (last or best or multiple):
             expected.append(step)
-    assert doomed(found, retention) == expected
-    assert doomed(found[::-1], retention) == expected
-    assert doomed([one for one in found if one[0] not in expected], retention) == []
+    assert to_delete(found, retention) == expected
+    assert to_delete(found[::-1], retention) == expected
+    assert to_delete([one for one in found if one[0] not in expected], retention) == []
 
 
 def test_the_best_stay_and_the_order_is_safe(tmp_path: Path) -> None:
@@ -373,7 +374,7 @@ def test_saving_by_the_clock(tmp_path: Path) -> None:
         overrides = tiny(
             training__steps="4", optimizer__name="muon", training__save_every_minutes=minutes
         )
-        config = configs.load(None, overrides, ROOT / "projects" / "configs")
+        config = load_config(None, overrides, ROOT / "projects" / "configs")
         return recorder, training.fit(folder, recorder, config=config)
 
     often, seldom = trained(tmp_path / "a", "1e-9"), trained(tmp_path / "b", "1e9")
@@ -389,13 +390,13 @@ def test_saving_by_the_clock(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["0", "-1", "soon"])
 def test_minutes_above_zero(value: str) -> None:
     """Or null; the error names the key."""
-    with pytest.raises(configs.ConfigError, match=r"training\.save_every_minutes"):
-        configs.load(None, {"training.save_every_minutes": value}, ROOT / "projects" / "configs")
+    with pytest.raises(ConfigError, match=r"training\.save_every_minutes"):
+        load_config(None, {"training.save_every_minutes": value}, ROOT / "projects" / "configs")
 
 
 def test_retention_of_a_configuration() -> None:
     """Each key arrives at its place."""
-    config = configs.CheckpointsConfig(
+    config = CheckpointsConfig(
         keep_last=5, keep_best=2, metric="eval/x", mode="max", keep_every_steps=7
     )
     assert Retention.of(config) == Retention(5, 2, "eval/x", "max", 7)

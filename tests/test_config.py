@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
-from tunix_mlflow import bootstrap
-from tunix_mlflow import config as configs
+from tunix_mlflow.cli.arguments import parse
+from tunix_mlflow.config.identity import config_digest, flatten, to_json
+from tunix_mlflow.config.load import from_json, load_config
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import ConfigError
 
 PRESETS = ROOT / "projects" / "configs"
@@ -19,8 +21,8 @@ PRESETS = ROOT / "projects" / "configs"
 @pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*.yaml")))
 def test_presets_are_valid(preset: str) -> None:
     """Every preset loads, by its name."""
-    loaded = configs.load(preset, {}, PRESETS)
-    assert loaded != configs.Config()
+    loaded = load_config(preset, {}, PRESETS)
+    assert loaded != Config()
     assert (
         loaded.dataset
         or loaded.lora.rank
@@ -32,7 +34,7 @@ def test_overrides_come_last_and_extends_first(tmp_path: Path) -> None:
     """base < file < command line."""
     (tmp_path / "base.yaml").write_text("seed: 1\ntraining: {steps: 10, batch_size: 2}\n")
     (tmp_path / "top.yaml").write_text("extends: base.yaml\ntraining: {steps: 20}\n")
-    config = configs.load(
+    config = load_config(
         tmp_path / "top.yaml", {"optimizer.learning_rate": "1e-3", "seed": "7"}, PRESETS
     )
     assert (config.seed, config.training.steps, config.training.batch_size) == (7, 20, 2)
@@ -63,7 +65,7 @@ def test_overrides_come_last_and_extends_first(tmp_path: Path) -> None:
 def test_errors_name_the_key(overrides: dict[str, str], expected: str) -> None:
     """A wrong value is one line that names the key and what was given."""
     with pytest.raises(ConfigError) as caught:
-        configs.load("golden-v2", overrides, PRESETS)
+        load_config("golden-v2", overrides, PRESETS)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -89,28 +91,28 @@ def test_bad_files(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "self.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=expected) as caught:
-        configs.load(path, {}, PRESETS)
+        load_config(path, {}, PRESETS)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_configuration_lists_the_presets() -> None:
     """A typo in the preset's name shows the names there are."""
     with pytest.raises(ConfigError, match=r"column-addition, cpu-fast, .*golden-v2"):
-        configs.load("golden", {}, PRESETS)
+        load_config("golden", {}, PRESETS)
 
 
 def test_json_round_trip_and_digest() -> None:
     """config.json reads back to the same configuration; the digest sees every key."""
-    config = configs.load("column-addition", {}, PRESETS)
-    assert configs.from_json(configs.to_json(config), "test") == config
-    other = configs.load("column-addition", {"seed": "1"}, PRESETS)
-    assert configs.digest(other) != configs.digest(config)
+    config = load_config("column-addition", {}, PRESETS)
+    assert from_json(to_json(config), "test") == config
+    other = load_config("column-addition", {"seed": "1"}, PRESETS)
+    assert config_digest(other) != config_digest(config)
 
 
 def test_a_preset_can_be_extended(tmp_path: Path) -> None:
     """By its name, where no file of that name lies beside."""
     (tmp_path / "mine.yaml").write_text("extends: golden-v2\nseed: 5\n")
-    config = configs.load(tmp_path / "mine.yaml", {}, PRESETS)
+    config = load_config(tmp_path / "mine.yaml", {}, PRESETS)
     assert (config.seed, config.dataset) == (5, "golden-v2")
 
 
@@ -124,7 +126,7 @@ def test_a_preset_can_be_extended(tmp_path: Path) -> None:
 )
 def test_three_spellings_of_a_command_line(argv: list[str]) -> None:
     """Our own words and those that `mlflow run` hands on mean the same."""
-    arguments = bootstrap.parse(argv)
+    arguments = parse(argv)
     assert arguments.config == "golden-v2"
     assert arguments.overrides == {"training.steps": "3", "dataset": "x-v1"}
 
@@ -138,33 +140,33 @@ def test_three_spellings_of_a_command_line(argv: list[str]) -> None:
 def test_any_command_line_is_read_or_refused(argv: list[str]) -> None:
     """No words make anything but a configuration or a ConfigError of one line."""
     try:
-        bootstrap.parse(argv).load("golden-v2")
+        parse(argv).load("golden-v2")
     except ConfigError as error:
         assert str(error)
 
 
 @given(
-    st.sampled_from(sorted(configs.flatten(configs.Config()))) | st.text(max_size=12),
+    st.sampled_from(sorted(flatten(Config()))) | st.text(max_size=12),
     st.text(max_size=12) | st.floats().map(str) | st.integers().map(str),
 )
 def test_any_override_is_read_or_refused(key: str, value: str) -> None:
     """No value makes anything but a valid configuration or a ConfigError."""
     try:
-        config = configs.load(None, {key: value}, PRESETS)
+        config = load_config(None, {key: value}, PRESETS)
     except ConfigError:
         return
-    assert configs.from_json(configs.to_json(config), "test") == config
+    assert from_json(to_json(config), "test") == config
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\x00b", "."])
 def test_a_name_no_file_can_have(name: str) -> None:
     """Too long, with a NUL, a folder: not a configuration."""
     with pytest.raises(ConfigError, match="no configuration"):
-        configs.load(name, {}, PRESETS)
+        load_config(name, {}, PRESETS)
 
 
 def test_null_is_none() -> None:
     """As in YAML."""
-    config = configs.load("column-addition", {"data.sequence_length": "null"}, PRESETS)
+    config = load_config("column-addition", {"data.sequence_length": "null"}, PRESETS)
     assert config.data.sequence_length is None
-    assert configs.load(None, {"tracking.experiment": "null"}, PRESETS).tracking.experiment is None
+    assert load_config(None, {"tracking.experiment": "null"}, PRESETS).tracking.experiment is None

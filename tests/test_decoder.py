@@ -11,15 +11,15 @@ import optax
 import pytest
 from flax import nnx
 
-from tunix_mlflow.config import DataConfig, ModelConfig, OptimizerConfig
-from tunix_mlflow.data import batches
-from tunix_mlflow.data.batches import Batch
+from tunix_mlflow.config.schema import DataConfig, ModelConfig, OptimizerConfig
 from tunix_mlflow.data.examples import reasoning_trace
-from tunix_mlflow.data.tokenizer import ByteTokenizer
+from tunix_mlflow.input import batches
+from tunix_mlflow.input.batches import Batch
 from tunix_mlflow.models import decoder, generation, layers
+from tunix_mlflow.text.tokenizer import ByteTokenizer
 from tunix_mlflow.training import optimizer as optimizers
 from tunix_mlflow.training import step
-from tunix_mlflow.training.losses import PLAIN, Compute, cross_entropy, token_losses
+from tunix_mlflow.training.losses import FLOAT32, PrecisionPolicy, cross_entropy, token_losses
 
 SHAPES = {
     "grouped, tied": ModelConfig(layers=2, width=16, heads=4, kv_heads=2, mlp_width=24),
@@ -95,8 +95,8 @@ def test_rotation_keeps_lengths_and_depends_on_distance() -> None:
     frequency = layers.frequencies(8, 10_000.0)
 
     def score(i: int, j: int) -> float:
-        a = layers.rotate(q, *layers.turns(jnp.asarray([[i]]), frequency))
-        b = layers.rotate(k, *layers.turns(jnp.asarray([[j]]), frequency))
+        a = layers.rotate(q, *layers.rope_sin_cos(jnp.asarray([[i]]), frequency))
+        b = layers.rotate(k, *layers.rope_sin_cos(jnp.asarray([[j]]), frequency))
         assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(q), rel=1e-6)
         return float(jnp.sum(a * b))
 
@@ -184,7 +184,7 @@ def test_the_scanned_form_computes_the_same(fused: bool, windowed: tuple[int, ..
         formed = decoder.stack(formed) if scanned else formed
         assert jax.tree.structure(formed) == jax.tree.structure(target)
         assert jax.tree.map(jnp.shape, formed) == jax.tree.map(jnp.shape, target)
-        return token_losses(graph, formed, batch, Compute(remat=remat))[0]
+        return token_losses(graph, formed, batch, PrecisionPolicy(remat=remat))[0]
 
     value, plain = jax.value_and_grad(partial(of, scanned=False))(params)
     for remat in ("none", "dots", "block"):
@@ -206,7 +206,7 @@ def test_remat_saves_memory_on_a_cpu() -> None:
 
     def temporaries(remat: str) -> int:
         def of(params: decoder.Params) -> jax.Array:
-            return token_losses(graph, params, batch, Compute(remat=remat))[0]
+            return token_losses(graph, params, batch, PrecisionPolicy(remat=remat))[0]
 
         compiled = jax.jit(jax.grad(of)).lower(target).compile()
         return int(compiled.memory_analysis().temp_size_in_bytes)
@@ -259,7 +259,7 @@ def test_attention_in_pieces_is_that_of_the_whole(dtype: str) -> None:
         found, back = jax.vjp(lambda *x: layers.attend(*x, mask, causal=causal), q, k, v)
         return [found, *back(up)]
 
-    assert layers._pieces(512) > 1
+    assert layers._block_count(512) > 1
     for whole, pieces in zip(of(causal=False), of(causal=True), strict=True):
         assert pieces.dtype == whole.dtype
         near_enough = 1e-5 if dtype == "float32" else 0.1
@@ -305,8 +305,8 @@ def data() -> batches.TokenRows:
 def test_loss_is_that_of_the_trained_tokens(data: batches.TokenRows) -> None:
     """The masked mean equals one computed token by token without packing."""
     graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
-    plan = step.Plan(graph, optax.identity())
-    total, count = step.eval_step(params, batches.assemble(data, data.rows), plan=plan)
+    spec = step.StepSpec(graph, optax.identity())
+    total, count = step.eval_step(params, batches.assemble(data, data.rows), spec=spec)
     expected, tokens = 0.0, 0
     for ids, trained in zip(data.ids, data.trained, strict=True):
         raw = logits(graph, params, ids[:-1]).astype(np.float64)
@@ -319,7 +319,7 @@ def test_loss_is_that_of_the_trained_tokens(data: batches.TokenRows) -> None:
 
 
 def gradients(
-    data: batches.TokenRows, rows: list[list[int]], compute: Compute = PLAIN
+    data: batches.TokenRows, rows: list[list[int]], compute: PrecisionPolicy = FLOAT32
 ) -> decoder.Params:
     graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
 
@@ -344,14 +344,16 @@ def test_packing_changes_no_gradient(data: batches.TokenRows) -> None:
 @pytest.mark.parametrize(
     "compute",
     [
-        Compute(remat="block"),
-        Compute(remat="dots"),
-        Compute(loss_chunk=7),
-        Compute(loss_chunk=64),
-        Compute(remat="block", loss_chunk=100_000),
+        PrecisionPolicy(remat="block"),
+        PrecisionPolicy(remat="dots"),
+        PrecisionPolicy(loss_chunk=7),
+        PrecisionPolicy(loss_chunk=64),
+        PrecisionPolicy(remat="block", loss_chunk=100_000),
     ],
 )
-def test_saving_memory_changes_no_gradient(data: batches.TokenRows, compute: Compute) -> None:
+def test_saving_memory_changes_no_gradient(
+    data: batches.TokenRows, compute: PrecisionPolicy
+) -> None:
     """What is computed again, or a chunk at a time, is the same up to rounding."""
     for a, b in zip(
         jax.tree.leaves(gradients(data, data.rows, compute)),
@@ -367,9 +369,9 @@ def test_bfloat16_is_near(data: batches.TokenRows) -> None:
     def after(dtype: str) -> tuple[step.TrainState, step.StepMetrics]:
         graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
         rule = optimizers.build(OptimizerConfig(warmup_steps=0), 10)
-        plan = step.Plan(graph, rule, 2, None, Compute(dtype))
+        spec = step.StepSpec(graph, rule, 2, None, PrecisionPolicy(dtype))
         batch = batches.assemble(data, [[i] for i in range(8)])
-        return step.train_step(step.init_state(params, rule), batch, plan=plan)
+        return step.train_step(step.init_state(params, rule), batch, spec=spec)
 
     (_, m1), (near, m2) = after("float32"), after("bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(near.params)} == {jnp.dtype("float32")}
@@ -385,7 +387,7 @@ def test_bfloat16_parameters_keep_their_type(data: batches.TokenRows, name: str)
     vocabulary = ByteTokenizer.vocab_size
     rule = optimizers.build(OptimizerConfig(name=name, warmup_steps=0), 10)  # type: ignore[arg-type]
     graph = decoder.shape(config, vocabulary, fused=True)[0]
-    plan = step.Plan(graph, rule, 2, fuse=config)
+    spec = step.StepSpec(graph, rule, 2, fuse=config)
     batch = batches.assemble(data, [[i] for i in range(8)])
     losses: dict[str, list[float]] = {}
     for dtype in ("float32", "bfloat16"):
@@ -393,7 +395,7 @@ def test_bfloat16_parameters_keep_their_type(data: batches.TokenRows, name: str)
         state = step.init_state(jax.tree.map(lambda x, t=dtype: x.astype(t), made), rule)
         types = [leaf.dtype for leaf in jax.tree.leaves(state)]
         for _ in range(2):
-            state, metrics = step.train_step(state, batch, plan=plan)
+            state, metrics = step.train_step(state, batch, spec=spec)
             losses.setdefault(dtype, []).append(float(metrics.loss))
         assert [leaf.dtype for leaf in jax.tree.leaves(state)] == types
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=3e-2)
@@ -409,8 +411,8 @@ def test_microbatches_change_no_update(
         graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
         rule = optimizers.build(OptimizerConfig(name=name, warmup_steps=0), 10)  # type: ignore[arg-type]
         batch = batches.assemble(data, [[i] for i in range(8)])
-        plan = step.Plan(graph, rule, parts)
-        return step.train_step(step.init_state(params, rule), batch, plan=plan)
+        spec = step.StepSpec(graph, rule, parts)
+        return step.train_step(step.init_state(params, rule), batch, spec=spec)
 
     (whole, m1), (split, m2) = after(1), after(microbatches)
     assert float(m1.loss) == pytest.approx(float(m2.loss), rel=1e-5)
@@ -424,7 +426,7 @@ def test_a_step_is_compiled_once(data: batches.TokenRows) -> None:
     compile anything."""
     graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
     rule = optimizers.build(OptimizerConfig(), 10)
-    plan = step.Plan(graph, rule, 2)
+    spec = step.StepSpec(graph, rule, 2)
     state = step.init_state(params, rule)
     full = batches.assemble(data, [[i] for i in range(8)])
     partial = batches.assemble(data, [[i] for i in range(5)] + [[]] * 3)
@@ -435,10 +437,10 @@ def test_a_step_is_compiled_once(data: batches.TokenRows) -> None:
             compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(heard)
-    step.compile_step(state, full, plan=plan)
+    step.compile_step(state, full, spec=spec)
     before = len(compiled)
     for batch in (full, full, partial):
-        state, _ = step.train_step(state, batch, None, plan=plan)
+        state, _ = step.train_step(state, batch, None, spec=spec)
     assert len(compiled) == before == 1
 
 

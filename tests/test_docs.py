@@ -12,8 +12,8 @@ import yaml
 from click.testing import CliRunner
 
 from tests.conftest import ROOT
-from tunix_mlflow import bootstrap
 from tunix_mlflow.cli.main import cli
+from tunix_mlflow.runtime import process
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -101,7 +101,7 @@ def test_every_entry_point_and_preset_is_in_the_readme() -> None:
 def test_every_environment_variable_is_in_the_readme() -> None:
     """What the code reads or sets, a user can look up."""
     text = (
-        Path(str(bootstrap.__file__)).read_text() + (ROOT / "tunix_mlflow" / "state.py").read_text()
+        Path(str(process.__file__)).read_text() + (ROOT / "tunix_mlflow" / "state.py").read_text()
     )
     names = set(re.findall(r'"((?:MLFLOW|TUNIX|JAX|XLA|NPROC)[A-Z_]*)"', text))
     internal = {

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import write_traces
-from tunix_mlflow import state
-from tunix_mlflow.config import LimitsConfig
-from tunix_mlflow.data import canonical, catalog, chat, datasets, files, formats, parsing, snapshot
+from tunix_mlflow import paths
+from tunix_mlflow.config.schema import LimitsConfig
+from tunix_mlflow.data import canonical, catalog, datasets, files, formats, parsing, snapshot
 from tunix_mlflow.data.examples import (
     Example,
     Message,
@@ -27,8 +27,9 @@ from tunix_mlflow.data.examples import (
     prompt_digest,
 )
 from tunix_mlflow.data.manifest import Selection
-from tunix_mlflow.data.tokenizer import ByteTokenizer
 from tunix_mlflow.errors import DatasetError
+from tunix_mlflow.text import byte_template
+from tunix_mlflow.text.tokenizer import ByteTokenizer
 
 
 def lines(path: Path, *records: Any) -> Path:
@@ -330,7 +331,7 @@ def test_a_bad_conversation_is_named(tmp_path: Path, name: str) -> None:
     path = lines(tmp_path / "chat.jsonl", good, BAD[name], good)
     with pytest.raises(DatasetError, match=r"chat.jsonl:2: not a row of messages: .*\$\.messages"):
         datasets.ingest(path, "bad-v1")
-    assert catalog.listing(state.catalog_path()) == []
+    assert catalog.listing(paths.catalog_path()) == []
 
 
 def test_limits_can_be_raised(tmp_path: Path) -> None:
@@ -433,7 +434,7 @@ def test_sql_derives_what_python_says(tmp_path_factory: Any, found: list[Example
     path = tmp_path_factory.mktemp("sql") / "catalog.duckdb"
     with staging.new_stage() as stage:
         stage.add_all(found)
-        catalog.take_in(path, stage, "x-v1", {"splits": {"test": 0.1}}, [])
+        catalog.ingest(path, stage, "x-v1", {"splits": {"test": 0.1}}, [])
     assert catalog.verify(path, "x-v1", None).ok
     with catalog.connect(path, write=False) as con:
         rows = con.execute(
@@ -450,7 +451,7 @@ def test_sql_derives_what_python_says(tmp_path_factory: Any, found: list[Example
         contents = [m.content + (m.reasoning or "") for m in example.messages]
         contents += [s.content for s in example.steps] + [example.answer or ""]
         assert sum(map(len, contents)) == characters
-        assert len(tokenizer.encode(chat.render(example, include_steps=True))[0]) == tokens
+        assert len(tokenizer.encode(byte_template.render(example, include_steps=True))[0]) == tokens
 
 
 def test_recognise_names_the_columns() -> None:
@@ -574,4 +575,4 @@ def test_spans_are_read_in_processes_of_their_own(
     bad.write_bytes(b"{\n" * 200 + b"".join(rows))
     with pytest.raises(DatasetError, match=r"bad.jsonl:1: .* more so far\. Nothing was stored"):
         datasets.ingest(bad, "worse-v1")
-    assert not list(state.temporary_dir().glob("stage-*"))
+    assert not list(paths.temporary_dir().glob("stage-*"))

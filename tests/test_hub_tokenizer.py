@@ -10,8 +10,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tunix_mlflow.data.examples import Example, Message, Step
-from tunix_mlflow.data.hub_tokenizer import HubTokenizer
 from tunix_mlflow.errors import DatasetError, ModelError
+from tunix_mlflow.text.hub_tokenizer import HubTokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"

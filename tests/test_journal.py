@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tunix_mlflow.errors import TrackingError
-from tunix_mlflow.tracking.journal import Journal, Point, merge, points, read, summary
+from tunix_mlflow.tracking.record.metrics_log import MetricsLog, Point, merge, points, read, summary
 
 
-def open_journal(path: Path, reports: list[str]) -> Journal:
-    return Journal(path, reports.append)
+def open_journal(path: Path, reports: list[str]) -> MetricsLog:
+    return MetricsLog(path, reports.append)
 
 
 def test_a_resumed_run_repeats_in_silence_and_reports_a_difference(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT, tiny, write_traces
-from tunix_mlflow import state
+from tunix_mlflow import paths
 from tunix_mlflow.data import datasets, leakage, snapshot
 from tunix_mlflow.errors import DatasetError, IntegrityError, Refused
 
@@ -65,13 +65,13 @@ def test_whole_prompts_and_parts_are_found(tmp_path: Path) -> None:
     trained, evaluated = (datasets.ready(k, print) for k in ("trained-v1", "asked-v1"))
     found = datasets.check_leakage(trained, "train", evaluated, None)
     assert (len(found.exact), len(found.overlapping), found.prompts) == (1, 3, 4)
-    shutil.rmtree(state.root() / "cache", ignore_errors=True)
-    state.catalog_path().unlink()  # snapshots are enough
+    shutil.rmtree(paths.root() / "cache", ignore_errors=True)
+    paths.catalog_path().unlink()  # snapshots are enough
     by_digest = [datasets.ready(m.digest, print) for m in (trained, evaluated)]
     assert datasets.check_leakage(by_digest[0], "train", by_digest[1], None) == found
     with pytest.raises(DatasetError, match="no split 'validation'"):
         datasets.check_leakage(trained, "validation", evaluated, None)
-    (state.snapshot_dir(trained.digest) / "grams-train.npy").write_bytes(b"x")
+    (paths.snapshot_dir(trained.digest) / "grams-train.npy").write_bytes(b"x")
     with pytest.raises(IntegrityError, match="damaged"):
         datasets.check_leakage(trained, "train", evaluated, None)
 
@@ -81,15 +81,15 @@ def test_training_on_an_evaluation_set_is_refused(store: str, tmp_path: Path) ->
     import mlflow
 
     from projects.train import train
-    from tunix_mlflow import config as configs
+    from tunix_mlflow.config.load import load_config
 
     datasets.ingest(write_traces(tmp_path / "a.jsonl", 40, split="train"), "doubles-v1")
     datasets.ingest(write_traces(tmp_path / "b.jsonl", 4, start=2), "asked-v1")
     words = tiny(dataset="doubles-v1", data__evaluation_sets="[asked-v1]")
     presets = ROOT / "projects" / "configs"
     with pytest.raises(Refused, match="leaks into doubles-v1/train: 4 prompts are trained on"):
-        train(configs.load(None, words, presets))
-    done = train(configs.load(None, words | {"data.leakage": "record"}, presets))
+        train(load_config(None, words, presets))
+    done = train(load_config(None, words | {"data.leakage": "record"}, presets))
     metrics = mlflow.get_run(done.run_id).data.metrics
     assert metrics["data/leakage_exact/asked-v1"] == 4
 
@@ -103,7 +103,9 @@ def test_a_dataset_in_mlflow(store: str, tmp_path: Path) -> None:
     manifest = datasets.get("doubles-v1")
     with mlflow.start_run() as run:
         for split in manifest.splits:
-            mlflow.log_input(mlflow.data.from_tunix("doubles-v1", split=split), context=split)
+            mlflow.log_input(
+                mlflow.data.from_tunix_mlflow("doubles-v1", split=split), context=split
+            )
     inputs = mlflow.get_run(run.info.run_id).inputs.dataset_inputs
     assert {i.dataset.digest for i in inputs} == {s.digest[:32] for s in manifest.splits.values()}
     for one in inputs:
@@ -115,9 +117,9 @@ def test_a_dataset_in_mlflow(store: str, tmp_path: Path) -> None:
         rows = mlflow.data.get_source(one).load()
         assert rows == snapshot.read(manifest.digest, split)
     with pytest.raises(DatasetError, match="has the digest"):
-        mlflow.data.from_tunix("doubles-v1", digest="0" * 8)
+        mlflow.data.from_tunix_mlflow("doubles-v1", digest="0" * 8)
     with pytest.raises(DatasetError, match="no split"):
-        mlflow.data.from_tunix("doubles-v1", split="nowhere")
+        mlflow.data.from_tunix_mlflow("doubles-v1", split="nowhere")
 
 
 def test_a_shared_snapshot_root(
@@ -125,7 +127,7 @@ def test_a_shared_snapshot_root(
 ) -> None:
     """A colleague with the root trains by digest, without a catalog; a changed file is refused."""
     from projects.train import train
-    from tunix_mlflow import config as configs
+    from tunix_mlflow.config.load import load_config
 
     root = tmp_path / "shared"
     monkeypatch.setenv("TUNIX_MLFLOW_SNAPSHOTS", f"simplecache::file://{root}")
@@ -133,9 +135,9 @@ def test_a_shared_snapshot_root(
     assert (root / digest / "snapshot.json").is_file()
     monkeypatch.setenv("TUNIX_MLFLOW_HOME", str(tmp_path / "colleague"))
     words = tiny(dataset=digest)
-    done = train(configs.load(None, words, ROOT / "projects" / "configs"))
+    done = train(load_config(None, words, ROOT / "projects" / "configs"))
     assert done.manifest.key == "doubles-v1"
-    assert not state.catalog_path().exists()
+    assert not paths.catalog_path().exists()
     assert datasets.verify(digest).ok
     shutil.rmtree(tmp_path / "colleague")
     file = root / digest / "examples-00000.parquet"

@@ -47,8 +47,8 @@ def test_a_run_on_a_mesh(store: str, command: Callable[..., Any]) -> None:
     done = command("tunix-mlflow", "train", "cpu-fast", *words)
     assert done.returncode == 0, done.stderr
     run = MlflowClient().get_run(last_json(done.stdout)["run_id"])
-    assert run.data.tags["tunix.mesh"] == "data=2,fsdp=1"
-    assert "--xla_cpu_enable_fast_math=true" in run.data.tags["tunix.xla_flags"]
+    assert run.data.tags["tunix_mlflow.mesh"] == "data=2,fsdp=1"
+    assert "--xla_cpu_enable_fast_math=true" in run.data.tags["tunix_mlflow.xla_flags"]
     more = ("training.steps=4", "mesh.data=1")
     resumed = command("tunix-mlflow", "resume", run.info.run_id, *more)
     assert resumed.returncode == 0, resumed.stderr

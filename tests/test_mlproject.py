@@ -131,7 +131,7 @@ def test_main_links_its_stages(store: str, command: Command) -> None:
     parents = [r for r in everything if "mlflow.parentRunId" not in r.data.tags]
     assert [r.info.run_id for r in parents] == [figures["run_id"]]
     children = [r for r in everything if r not in parents]
-    assert [r.data.tags["tunix.stage"] for r in children] == [
+    assert [r.data.tags["tunix_mlflow.stage"] for r in children] == [
         "seed",
         "train",
         "evaluate",
@@ -160,7 +160,7 @@ def test_a_users_mistake_is_one_line(
     assert "Traceback" not in done.stderr
     (run,) = runs()
     assert run.info.status == "FAILED"
-    assert message in run.data.tags["tunix.error"]
+    assert message in run.data.tags["tunix_mlflow.error"]
     assert run.data.metrics == {}
 
 
@@ -235,8 +235,8 @@ def test_killed_and_resumed_is_bit_identical(store: str, command: Command, home:
 
     resumed, reference = client.get_run(folder.name), client.get_run(whole)
     assert resumed.info.status == "FINISHED"
-    assert "tunix.error" not in resumed.data.tags
-    digests = {r.data.tags["tunix.weights_digest"] for r in (resumed, reference)}
+    assert "tunix_mlflow.error" not in resumed.data.tags
+    digests = {r.data.tags["tunix_mlflow.weights_digest"] for r in (resumed, reference)}
     assert len(digests) == 1
     assert history(folder.name) == history(whole)
     done = command("tunix-mlflow", "resume", folder.name)
@@ -278,7 +278,7 @@ def test_the_child_does_not_outlive_mlflow_run(
     done = mlflow_run(command, "train", {"resume": folder.name})
     assert done.returncode == 0, done.stderr
     (launcher,) = [r for r in runs() if r.info.run_id != folder.name]
-    assert launcher.data.tags["tunix.launcher_of"] == folder.name
+    assert launcher.data.tags["tunix_mlflow.launcher_of"] == folder.name
     assert launcher.data.metrics == {}
     assert launcher.info.status == client.get_run(folder.name).info.status == "FINISHED"
 
@@ -294,7 +294,7 @@ def test_interrupt_ends_the_run_killed(store: str, home: Path) -> None:
     assert "error: interrupted by SIGINT" in err
     run = MlflowClient().get_run(folder.name)
     assert run.info.status == "KILLED"
-    assert run.data.tags["tunix.error"] == "interrupted by SIGINT"
+    assert run.data.tags["tunix_mlflow.error"] == "interrupted by SIGINT"
     assert list((folder / "checkpoints").glob("*/manifest.json"))
 
 

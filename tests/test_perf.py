@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from tests.conftest import ROOT, tiny
-from tunix_mlflow import config as configs
 from tunix_mlflow.benchmarks import workload
-from tunix_mlflow.training import devices
+from tunix_mlflow.config.load import load_config
+from tunix_mlflow.runtime import devices
 from tunix_mlflow.training.step import train_step
 
 PAIRS = 7
@@ -29,16 +29,16 @@ def test_packing_pays() -> None:
             training__batch_size="16",
             benchmark__data="mix",
         )
-        config = configs.load("shape-s", overrides, ROOT / "projects" / "configs")
+        config = load_config("shape-s", overrides, ROOT / "projects" / "configs")
         work = workload.made_up(config, devices.use("cpu"))
-        made[packing] = [work.plan, work.state, work.batches]
+        made[packing] = [work.spec, work.state, work.batches]
     assert made[True][2].data.fill > 0.95
     rates: dict[bool, list[float]] = {True: [], False: []}
     for step in range(1 + PAIRS):
         for packing, each in made.items():
             batch = each[2].at(step)
             begun = time.perf_counter()
-            each[1], _ = train_step(each[1], batch, plan=each[0])
+            each[1], _ = train_step(each[1], batch, spec=each[0])
             jax.block_until_ready(each[1])
             if step:  # the first compiles
                 useful = np.count_nonzero(batch.segments)

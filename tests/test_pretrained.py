@@ -20,12 +20,13 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import pre_tokenizers
 
 from tests.golden.make import GREEDY, VOCABULARY, weights
-from tunix_mlflow.config import LoraConfig, ModelConfig
-from tunix_mlflow.data.batches import Batch
+from tunix_mlflow.config.schema import LoraConfig, ModelConfig
 from tunix_mlflow.errors import ModelError
-from tunix_mlflow.models import base as bases
-from tunix_mlflow.models import decoder, families, generation, gguf_file, lora, pretrained
-from tunix_mlflow.training.losses import PLAIN, token_losses
+from tunix_mlflow.input.batches import Batch
+from tunix_mlflow.models import decoder, generation, lora
+from tunix_mlflow.models.hub import base as bases
+from tunix_mlflow.models.hub import families, gguf_file, pretrained
+from tunix_mlflow.training.losses import FLOAT32, token_losses
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -397,7 +398,7 @@ def test_adapters_in_the_scanned_form(name: str, tmp_path: Path) -> None:
         graph = decoder.shape(config, VOCABULARY, scanned=scanned, lora=small)[0]
         formed = decoder.stack if scanned else lambda same: same
         both = lora.joined(formed(adapters), formed(params))
-        return token_losses(graph, both, batch, PLAIN, jax.random.key(3))[0]
+        return token_losses(graph, both, batch, FLOAT32, jax.random.key(3))[0]
 
     (a, plainly), (b, scanned) = (
         jax.value_and_grad(partial(of, scanned=way))(adapters) for way in (False, True)

@@ -23,14 +23,17 @@ from projects import train as training
 from projects.train import Start
 from tests.conftest import ROOT, run_here, tiny, write_traces
 from tests.test_hub_tokenizer import CHATML, files
-from tunix_mlflow import config as configs
-from tunix_mlflow.config import Config, LoraConfig, ModelConfig
-from tunix_mlflow.data import batches, datasets
+from tunix_mlflow.config.load import load_config
+from tunix_mlflow.config.schema import Config, LoraConfig, ModelConfig
+from tunix_mlflow.data import datasets
 from tunix_mlflow.errors import Interrupted, ModelError, Refused, TrackingError
-from tunix_mlflow.models import arrays, decoder, names, pretrained
-from tunix_mlflow.models import base as bases
-from tunix_mlflow.tracking import flavor
-from tunix_mlflow.training import devices, forecast, loop, setup, step
+from tunix_mlflow.input import batches
+from tunix_mlflow.models import arrays, decoder
+from tunix_mlflow.models.hub import base as bases
+from tunix_mlflow.models.hub import names, pretrained
+from tunix_mlflow.runtime import devices
+from tunix_mlflow.tracking.models import flavor
+from tunix_mlflow.training import loop, memory, setup, step
 
 SHAPE = ModelConfig(
     family="qwen3",
@@ -64,7 +67,7 @@ def config(folder: Path, **more: str) -> Config:
         **{"base": str(folder), "training__save_every_steps": "4"},
     }
     words = {k: v for k, v in tiny(**(small | more)).items() if not k.startswith("model.")}
-    return configs.load(None, words, ROOT / "projects" / "configs")
+    return load_config(None, words, ROOT / "projects" / "configs")
 
 
 def model_of(run_id: str) -> str:
@@ -107,7 +110,9 @@ def test_killed_and_resumed_is_the_same(
     assert killed.info.status == "KILLED"
     training.train(config(folder, **way), start=Start(run_id))
     assert losses(run_id) == values
-    tags = [client.get_run(r).data.tags["tunix.weights_digest"] for r in (run_id, whole.run_id)]
+    tags = [
+        client.get_run(r).data.tags["tunix_mlflow.weights_digest"] for r in (run_id, whole.run_id)
+    ]
     assert tags[0] == tags[1]
     assert run_here("runs", "verify", run_id) == 0
     if way:
@@ -227,7 +232,7 @@ def test_what_cannot_fit_is_refused(
     """Before anything is allocated, with what would fit; --force trains all the same."""
     foreseen = training.foresee(config(folder, data__sequence_length="64"))
     room = foreseen["bytes"]["total"] - 1  # type: ignore[index]
-    monkeypatch.setattr(forecast, "capacity", lambda device, count: room)
+    monkeypatch.setattr(memory, "capacity", lambda device, count: room)
     with pytest.raises(Refused, match=r"What would fit: .*lora.rank"):
         training.train(config(folder, data__sequence_length="64"))
     assert MlflowClient().search_runs(["0"]) == []
@@ -272,7 +277,7 @@ def test_the_forecast_is_near_what_xla_reserves(
 ) -> None:
     """Temporaries and state of the compiled step, within a third."""
     shape = ModelConfig(layers=6, width=128, heads=4, kv_heads=2, mlp_width=344, vocab_size=2048)
-    made = configs.load(
+    made = load_config(
         None,
         {
             **{"data.sequence_length": "128", "training.batch_size": "4", "device": "cpu"},
@@ -283,13 +288,13 @@ def test_the_forecast_is_near_what_xla_reserves(
         ROOT / "projects" / "configs",
     )
     made = msgspec.structs.replace(made, model=shape, base="there", lora=LoraConfig(rank=rank))
-    made = setup.settle(made, 2048, "cpu")
-    plan = setup.planned(made, 2048, devices.use("cpu"))
+    made = setup.resolve_auto(made, 2048, "cpu")
+    plan = setup.step_spec(made, 2048, devices.use("cpu"))
     state_, frozen = setup.abstract(plan, made, 2048, devices.use("cpu"))
     compiled = step.train_step.lower(state_, batches.blank(4, 128), frozen, plan=plan).compile()
     found = compiled.memory_analysis()
     real = found.argument_size_in_bytes + found.temp_size_in_bytes
-    assert forecast.of(made, 2048).total == pytest.approx(real, rel=1 / 3)
+    assert memory.of(made, 2048).total == pytest.approx(real, rel=1 / 3)
 
 
 def test_inspect_reads_no_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,18 +18,20 @@ from mlflow.tracking import MlflowClient
 from projects import train as training
 from projects.train import Start
 from tests.conftest import ROOT, run_here, tiny, write_traces
-from tunix_mlflow import config as configs
-from tunix_mlflow import session, state
-from tunix_mlflow.config import Config, TrackingConfig
+from tunix_mlflow import paths, session
+from tunix_mlflow.config.identity import to_json
+from tunix_mlflow.config.load import load_config
+from tunix_mlflow.config.schema import Config, TrackingConfig
 from tunix_mlflow.data import datasets
 from tunix_mlflow.errors import CheckpointError, Interrupted, TrackingError
-from tunix_mlflow.tracking import lease, runs
+from tunix_mlflow.tracking.runs import lookup
+from tunix_mlflow.tracking.sync import lease
 from tunix_mlflow.training import checkpoint, loop
 
 
 def config(**more: str) -> Config:
     small = {"dataset": "doubles-v1", "training__steps": "8", "evaluation__samples": "0"}
-    return configs.load(None, tiny(**(small | more)), ROOT / "projects" / "configs")
+    return load_config(None, tiny(**(small | more)), ROOT / "projects" / "configs")
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, **more: str) -> str:
 
 
 def weights(run_id: str) -> str:
-    return str(MlflowClient().get_run(run_id).data.tags["tunix.weights_digest"])
+    return str(MlflowClient().get_run(run_id).data.tags["tunix_mlflow.weights_digest"])
 
 
 def losses(run_id: str) -> list[tuple[int, float]]:
@@ -83,7 +85,7 @@ def test_from_an_earlier_step(doubles: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert done.run_id == run_id
     assert weights(run_id) == weights(whole.run_id)
     assert losses(run_id) == losses(whole.run_id)
-    folder = state.run_dir(run_id) / "checkpoints"
+    folder = paths.run_dir(run_id) / "checkpoints"
     assert {p.name for p in (folder / "superseded").iterdir()} == {*("00000006.0", "00000007.0")}
 
 
@@ -108,7 +110,7 @@ def test_a_fork_is_a_run_of_its_own(doubles: str) -> None:
     assert run_here(*words) == 0
     client = MlflowClient()
     experiment = client.get_run(first).info.experiment_id
-    (fork,) = client.search_runs([experiment], f"tags.`tunix.forked_from` = '{first}@4'")
+    (fork,) = client.search_runs([experiment], f"tags.`tunix_mlflow.forked_from` = '{first}@4'")
     assert [step for step, _ in losses(fork.info.run_id)] == [5, 6, 7, 8]
     assert losses(first) == before
     assert fork.data.params["optimizer.learning_rate"] == "0.01"
@@ -143,7 +145,7 @@ def test_a_damaged_upload_is_not_used(
     data = bytearray(victim.read_bytes())
     data[-1] ^= 1
     victim.write_bytes(data)
-    shutil.rmtree(state.run_dir(run_id))
+    shutil.rmtree(paths.run_dir(run_id))
     assert run_here("resume", run_id) == 0
     said = capsys.readouterr().err
     assert "uploaded checkpoint of step 5 is damaged" in said
@@ -155,7 +157,7 @@ def test_by_key(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
     """The same command begins a run, goes on with it after a death, and then has nothing to do."""
     run_id = interrupted(monkeypatch, 5, tracking__key="job-17")
     file = tmp_path / "job.yaml"
-    file.write_bytes(configs.to_json(config()))
+    file.write_bytes(to_json(config()))
     again = ("train", str(file), "resume=auto", "tracking.key=job-17")
     assert run_here(*again, "seed=3") == 2
     assert "seed: 0, now 3" in capsys.readouterr().err
@@ -198,14 +200,14 @@ def targets(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> di
         found[name] = client.create_run(experiment).info.run_id
     ours = client.get_run(run_id).data.tags
     for key, value in ours.items():
-        if key.startswith("tunix.") and key != lease.TAG:
+        if key.startswith("tunix_mlflow.") and key != lease.TAG:
             for name in ("LAUNCHER", "DELETED", "TOKENIZER"):
                 client.set_tag(found[name], key, value)
     for name in ("config.json", "environment.json"):
-        client.log_artifact(found["TOKENIZER"], str(state.run_dir(run_id) / name))
-    client.set_tag(found["SEED"], "tunix.stage", "seed")
-    client.set_tag(found["LAUNCHER"], "tunix.launcher_of", run_id)
-    client.set_tag(found["TOKENIZER"], "tunix.tokenizer_digest", "f" * 64)
+        client.log_artifact(found["TOKENIZER"], str(paths.run_dir(run_id) / name))
+    client.set_tag(found["SEED"], "tunix_mlflow.stage", "seed")
+    client.set_tag(found["LAUNCHER"], "tunix_mlflow.launcher_of", run_id)
+    client.set_tag(found["TOKENIZER"], "tunix_mlflow.tokenizer_digest", "f" * 64)
     client.delete_run(found["DELETED"])
     return found
 
@@ -217,7 +219,7 @@ def everything() -> tuple[Any, set[str]]:
     told = sorted(
         (r.info.run_id, r.info.status, str(r.data.tags), str(r.data.metrics)) for r in found
     )
-    return told, {str(p) for p in state.run_dir("").rglob("*")}
+    return told, {str(p) for p in paths.run_dir("").rglob("*")}
 
 
 def test_wrong_targets_are_refused(targets: dict[str, str], capsys: Any) -> None:
@@ -313,7 +315,7 @@ def test_a_death_without_a_word_is_marked(doubles: str) -> None:
     training.train(config(seed="5"))
     found = client.get_run(dead)
     assert found.info.status == "KILLED"
-    assert f"tunix-mlflow resume {dead}" in found.data.tags["tunix.error"]
+    assert f"tunix-mlflow resume {dead}" in found.data.tags["tunix_mlflow.error"]
     assert client.get_run(alive).info.status == "RUNNING"  # not one of ours
 
 
@@ -329,7 +331,7 @@ def test_the_launcher_of_a_resume_is_no_ghost(
     training.train(config(), start=Start(run_id))
     found = client.get_run(launcher)
     assert found.info.status == client.get_run(run_id).info.status == "FINISHED"
-    assert found.data.tags["tunix.launcher_of"] == run_id
+    assert found.data.tags["tunix_mlflow.launcher_of"] == run_id
     assert found.data.metrics == found.data.params == {}
     capsys.readouterr()
     assert run_here("runs", "list", "--json") == 0
@@ -341,15 +343,15 @@ def test_verify_proves_a_run(doubles: str, capsys: Any) -> None:
     run_id = training.train(config()).run_id
     client = MlflowClient()
     assert run_here("runs", "verify", run_id) == 0
-    tag = client.get_run(run_id).data.tags["tunix.verified"]
+    tag = client.get_run(run_id).data.tags["tunix_mlflow.verified"]
     assert tag.startswith("ok: steps 7 to 8 trained again")
-    shutil.rmtree(state.run_dir(run_id))  # by what MLflow has alone
+    shutil.rmtree(paths.run_dir(run_id))  # by what MLflow has alone
     assert run_here("runs", "verify", run_id, "--json") == 0
     client.log_metric(run_id, "train/loss", 0.5, step=8)
     capsys.readouterr()
     assert run_here("runs", "verify", run_id) == 3
     assert "train/loss at step 8: recorded" in capsys.readouterr().err
-    assert client.get_run(run_id).data.tags["tunix.verified"].startswith("differs: ")
+    assert client.get_run(run_id).data.tags["tunix_mlflow.verified"].startswith("differs: ")
 
 
 def test_verify_notices_another_state(doubles: str) -> None:
@@ -357,9 +359,9 @@ def test_verify_notices_another_state(doubles: str) -> None:
     from tunix_mlflow.models import arrays
 
     run_id = training.train(config()).run_id
-    folder = checkpoint.steps(state.run_dir(run_id) / "checkpoints")[-1]
+    folder = checkpoint.steps(paths.run_dir(run_id) / "checkpoints")[-1]
     other = training.train(config(seed="3")).run_id
-    wrong = checkpoint.steps(state.run_dir(other) / "checkpoints")[-1]
+    wrong = checkpoint.steps(paths.run_dir(other) / "checkpoints")[-1]
     content = {k: v for k, v in arrays.content(folder).items() if k != "files"}
     stranger = arrays.content(wrong)["state_digest"]
     shutil.rmtree(folder / "state")
@@ -373,4 +375,4 @@ def test_need_of_a_checkpoint(doubles: str) -> None:
     """What there is is listed."""
     run_id = training.train(config()).run_id
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; there are: 4, 6, 8"):
-        runs.need_checkpoint(runs.look_up(run_id), 3, lambda _: None)
+        lookup.need_checkpoint(lookup.look_up(run_id), 3, lambda _: None)

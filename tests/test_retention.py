@@ -15,9 +15,10 @@ from projects import train as training
 from tests.conftest import run_here, write_traces
 from tests.test_resume import config, interrupted
 from tests.test_stages import log_score
-from tunix_mlflow import state
+from tunix_mlflow import paths
 from tunix_mlflow.data import datasets
-from tunix_mlflow.tracking import flavor, lease
+from tunix_mlflow.tracking.models import flavor
+from tunix_mlflow.tracking.sync import lease
 from tunix_mlflow.training import checkpoint
 
 
@@ -28,7 +29,7 @@ def doubles(tmp_path: Path, store: str) -> str:
 
 
 def here(run_id: str) -> list[int]:
-    return [int(p.name) for p in checkpoint.steps(state.run_dir(run_id) / "checkpoints")]
+    return [int(p.name) for p in checkpoint.steps(paths.run_dir(run_id) / "checkpoints")]
 
 
 def uploaded(run_id: str) -> list[int]:
@@ -72,8 +73,8 @@ def many(doubles: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     client.update_run(found["open"], status="RUNNING")
     for name in ("deleted", "deleted but registered"):
         client.delete_run(found[name])
-    stranger = state.run_dir("f" * 32) / "checkpoints"
-    source = state.run_dir(found["plain"]) / "checkpoints"
+    stranger = paths.run_dir("f" * 32) / "checkpoints"
+    source = paths.run_dir(found["plain"]) / "checkpoints"
     stranger.mkdir(parents=True)
     for folder in checkpoint.steps(source):
         (stranger / folder.name).symlink_to(folder)
@@ -87,9 +88,9 @@ def test_prune_takes_nothing_that_is_needed(many: dict[str, str], capsys: Any) -
     assert set(map(tuple, everything.values())) == {(2, 4, 6, 8), (2, 4, 6, 7)}
     capsys.readouterr()
     assert run_here("checkpoints", "prune", "--json") == 0
-    planned = json.loads(capsys.readouterr().out)
-    assert not planned["done"]
-    assert planned["freed_bytes"] > 0
+    step_spec = json.loads(capsys.readouterr().out)
+    assert not step_spec["done"]
+    assert step_spec["freed_bytes"] > 0
     assert {name: here(run_id) for name, run_id in many.items()} == everything
     assert run_here("checkpoints", "prune", "--yes") == 0
     assert "deleted" in capsys.readouterr().out
@@ -104,7 +105,7 @@ def test_prune_takes_nothing_that_is_needed(many: dict[str, str], capsys: Any) -
         "killed": [6, 7],
     }
     assert {name: uploaded(many[name]) for name in left} == left
-    assert len(list((state.run_dir("f" * 32) / "checkpoints").iterdir())) == 4
+    assert len(list((paths.run_dir("f" * 32) / "checkpoints").iterdir())) == 4
     client = MlflowClient()
     assert flavor.load_model("models:/doubles@champion")
     for version in client.search_model_versions("name = 'others'"):
@@ -120,7 +121,7 @@ def test_verify_names_the_damaged(doubles: str, capsys: Any) -> None:
     run_id = training.train(config()).run_id
     assert run_here("checkpoints", "verify") == 0
     place = Path(MlflowClient().get_run(run_id).info.artifact_uri.removeprefix("file://"))
-    for root in (state.run_dir(run_id), place):
+    for root in (paths.run_dir(run_id), place):
         victim = next((root / "checkpoints" / "00000008" / "state").rglob("*/d/*"))
         victim.write_bytes(victim.read_bytes()[:-1])
     capsys.readouterr()

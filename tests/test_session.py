@@ -13,14 +13,16 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow import config as configs
-from tunix_mlflow import session, state
-from tunix_mlflow.config import Config, TrackingConfig
+from tunix_mlflow import paths, session
+from tunix_mlflow.config.identity import config_digest
+from tunix_mlflow.config.schema import Config, TrackingConfig
 from tunix_mlflow.data import datasets
 from tunix_mlflow.errors import ConfigError, Interrupted, TrackingError
-from tunix_mlflow.tracking import delivery, lease, outbox, runs, shipper
-from tunix_mlflow.tracking import session as sessions
+from tunix_mlflow.tracking import run as sessions
 from tunix_mlflow.tracking import store as links
+from tunix_mlflow.tracking.record import event_log
+from tunix_mlflow.tracking.runs import lookup
+from tunix_mlflow.tracking.sync import delivery, lease, worker
 
 QUIET = Config(tracking=TrackingConfig(system_metrics=False))
 
@@ -38,7 +40,7 @@ def test_a_finished_run_has_everything(store: str) -> None:
     found = MlflowClient().get_run(run.run_id)
     assert found.info.status == "FINISHED"
     assert found.data.params["optimizer.learning_rate"] == "0.001"
-    assert found.data.tags["tunix.config_digest"] == configs.digest(QUIET)
+    assert found.data.tags["tunix_mlflow.config_digest"] == config_digest(QUIET)
     assert found.data.tags["mlflow.note.content"] == "# Hello"
     assert found.data.metrics["train/loss"] == 2.0
     assert found.data.metrics["total_steps"] == 1
@@ -87,7 +89,7 @@ def test_every_way_out_sets_the_status(
         run.write_scalars(1, {"train/loss": 5.0})
         raise error
     found = MlflowClient().get_run(run.run_id)
-    assert (found.info.status, found.data.tags["tunix.error"]) == (status, message)
+    assert (found.info.status, found.data.tags["tunix_mlflow.error"]) == (status, message)
     assert found.data.metrics["train/loss"] == 5.0
     assert mlflow.active_run() is None
 
@@ -139,10 +141,10 @@ def test_the_context_plugin_is_silent_outside(store: str) -> None:
     client = MlflowClient()
 
     def ours(run_id: str) -> set[str]:
-        return {k for k in client.get_run(run_id).data.tags if k.startswith("tunix.")}
+        return {k for k in client.get_run(run_id).data.tags if k.startswith("tunix_mlflow.")}
 
     assert ours(before.info.run_id) == ours(after.info.run_id) == set()
-    assert "tunix.stage" in ours(inside.info.run_id)
+    assert "tunix_mlflow.stage" in ours(inside.info.run_id)
 
 
 def test_launched_by_mlflow_run(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +157,7 @@ def test_launched_by_mlflow_run(store: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert run.run_id == made
     found = client.get_run(made)
     assert found.data.params["dataset"] == "'as the shell quoted it'"
-    assert found.data.tags["tunix.stage"] == "train"
+    assert found.data.tags["tunix_mlflow.stage"] == "train"
 
 
 def test_an_unreachable_server_costs_nothing(
@@ -165,7 +167,7 @@ def test_an_unreachable_server_costs_nothing(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    monkeypatch.setattr(shipper, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(worker, "PATIENCE_SECONDS", 0.5)
     mlflow.set_tracking_uri(f"http://user:secret@127.0.0.1:{port}")
     reports: list[str] = []
     with session(QUIET, stage="train", report=reports.append) as run:
@@ -179,13 +181,15 @@ def test_an_unreachable_server_costs_nothing(
     mlflow.set_tracking_uri(store)
     client = MlflowClient()
     for _ in range(2):
-        runs.catch_up(client, run.folder, reports.append)
-        outbox.move_cursor(run.folder, outbox.Cursor())  # as if a process had died before this
-    runs.catch_up(client, run.folder, reports.append)
+        lookup.catch_up(client, run.folder, reports.append)
+        event_log.move_cursor(
+            run.folder, event_log.Cursor()
+        )  # as if a process had died before this
+    lookup.catch_up(client, run.folder, reports.append)
     assert len(reports) == 2
     found = client.get_run(run.run_id)
-    assert found.data.tags["tunix.local_id"] == run.folder.name != run.run_id
-    assert state.run_dir(run.run_id).resolve() == run.folder
+    assert found.data.tags["tunix_mlflow.local_id"] == run.folder.name != run.run_id
+    assert paths.run_dir(run.run_id).resolve() == run.folder
     assert found.info.status == "FINISHED"
     assert found.info.end_time < time.time() * 1000
     assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "train/loss")] == [
@@ -202,7 +206,7 @@ def test_offline_records_in_a_store_of_its_own(store: str) -> None:
     offline = Config(tracking=TrackingConfig(offline=True, system_metrics=False))
     with session(offline, stage="train") as run:
         run.write_scalars(1, {"train/loss": 1.0})
-    found = MlflowClient(state.offline_tracking_uri()).get_run(run.run_id)
+    found = MlflowClient(paths.offline_tracking_uri()).get_run(run.run_id)
     assert found.info.status == "FINISHED"
     assert found.data.metrics["train/loss"] == 1.0
     assert MlflowClient(store).search_runs(["0"]) == []
@@ -210,30 +214,32 @@ def test_offline_records_in_a_store_of_its_own(store: str) -> None:
 
 def test_another_dataset_is_refused_before_the_run_is_touched(store: str) -> None:
     """Going on with a run under another digest names it, and the run stays as it was."""
-    with session(QUIET, stage="train", tags={"tunix.dataset_digest": "a" * 64}) as run:
+    with session(QUIET, stage="train", tags={"tunix_mlflow.dataset_digest": "a" * 64}) as run:
         pass
     with (
         pytest.raises(TrackingError, match="another dataset_digest"),
-        session(QUIET, stage="train", run_id=run.run_id, tags={"tunix.dataset_digest": "b" * 64}),
+        session(
+            QUIET, stage="train", run_id=run.run_id, tags={"tunix_mlflow.dataset_digest": "b" * 64}
+        ),
     ):
         raise AssertionError
     found = MlflowClient().get_run(run.run_id)
     assert found.info.status == "FINISHED"
-    assert found.data.tags["tunix.dataset_digest"] == "a" * 64
+    assert found.data.tags["tunix_mlflow.dataset_digest"] == "a" * 64
 
 
 def test_what_cannot_be_resumed(store: str) -> None:
     """No run, another's run, a finished one: one line each."""
     with pytest.raises(TrackingError, match="there is no run"):
-        runs.to_resume("0" * 32)
+        lookup.to_resume("0" * 32)
     with mlflow.start_run() as other:
         pass
     with pytest.raises(TrackingError, match="not a training run of ours"):
-        runs.to_resume(other.info.run_id)
-    with session(QUIET, stage="train", tags={"tunix.dataset_digest": "a" * 64}) as run:
+        lookup.to_resume(other.info.run_id)
+    with session(QUIET, stage="train", tags={"tunix_mlflow.dataset_digest": "a" * 64}) as run:
         pass
     with pytest.raises(TrackingError, match="has finished"):
-        runs.to_resume(run.run_id)
+        lookup.to_resume(run.run_id)
 
 
 def test_links_open_the_training_view(store: str) -> None:
@@ -323,7 +329,7 @@ def test_an_error_is_not_hidden_by_a_dead_server(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What ended the block is raised; that not all has arrived is only reported."""
-    monkeypatch.setattr(shipper, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(worker, "PATIENCE_SECONDS", 0.5)
     reports: list[str] = []
     real = delivery.step
 
@@ -340,7 +346,7 @@ def test_an_error_is_not_hidden_by_a_dead_server(
         raise Interrupted(signal.SIGTERM)
     assert "nothing is lost" in reports[-1]
     monkeypatch.setattr(delivery, "step", real)
-    runs.catch_up(MlflowClient(), run.folder, reports.append)
+    lookup.catch_up(MlflowClient(), run.folder, reports.append)
     found = MlflowClient().get_run(run.run_id)
     assert (found.info.status, found.data.metrics["train/loss"]) == ("KILLED", 1.0)
 

@@ -15,23 +15,17 @@ from projects import evaluate as evaluating
 from projects import promote as promoting
 from projects import train as training
 from tests.conftest import ROOT, tiny, write_traces
-from tunix_mlflow import config as configs
-from tunix_mlflow.config import Config
+from tunix_mlflow.config.load import load_config
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data import datasets
-from tunix_mlflow.errors import (
-    ConfigError,
-    DatasetError,
-    IntegrityError,
-    Refused,
-    TrackingError,
-)
+from tunix_mlflow.errors import ConfigError, DatasetError, IntegrityError, Refused, TrackingError
 from tunix_mlflow.models import arrays, bundle
-from tunix_mlflow.tracking import flavor, registry
+from tunix_mlflow.tracking.models import flavor, registry
 
 
 def config(**more: str) -> Config:
     more = {"dataset": "doubles-v1", "promotion__model": "doubles", **more}
-    return configs.load(None, tiny(**more), ROOT / "projects" / "configs")
+    return load_config(None, tiny(**more), ROOT / "projects" / "configs")
 
 
 @pytest.fixture
@@ -47,10 +41,10 @@ def trained(store: str, doubles: str) -> training.Trained:
 
 def log_score(model_id: str, value: float, dataset: str = "doubles-v1") -> None:
     """Put an evaluation's figure on a logged model, as `evaluate` does."""
-    from tunix_mlflow.tracking.dataset import TunixDataset
-    from tunix_mlflow.tracking.session import session
+    from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
+    from tunix_mlflow.tracking.run import session
 
-    entity = TunixDataset(datasets.get(dataset), "test")._to_mlflow_entity()
+    entity = TunixMlflowDataset(datasets.get(dataset), "test")._to_mlflow_entity()
     with session(config(), stage="evaluate") as run:
         run.log_figures(
             {"eval/exact_match": value}, model_id=model_id, dataset=(entity.name, entity.digest)
@@ -72,9 +66,9 @@ def test_training_records_what_a_run_needs(trained: training.Trained) -> None:
         "doubles-v1/test",
     }
     for tag in ("dataset", "tokenizer", "template", "config", "weights"):
-        assert len(run.data.tags[f"tunix.{tag}_digest"]) == 64
+        assert len(run.data.tags[f"tunix_mlflow.{tag}_digest"]) == 64
     for tag in ("jax", "device_kind", "nproc", "version"):
-        assert run.data.tags[f"tunix.{tag}"]
+        assert run.data.tags[f"tunix_mlflow.{tag}"]
     figures = """final_loss best_loss total_steps total_tokens avg_throughput wall_time
         train/loss train/grad_norm train/learning_rate eval/loss eval/exact_match
         perf/tokens_per_sec perf/step_time_ms"""
@@ -89,7 +83,7 @@ def test_training_records_what_a_run_needs(trained: training.Trained) -> None:
     assert arrays.check(Path(fetched))["step"] == 4
     model = client.get_logged_model(trained.model_id)
     assert model.source_run_id == trained.run_id
-    assert model.tags["tunix.weights_digest"] == run.data.tags["tunix.weights_digest"]
+    assert model.tags["tunix_mlflow.weights_digest"] == run.data.tags["tunix_mlflow.weights_digest"]
 
 
 def test_the_flavor_holds_no_code(trained: training.Trained, tmp_path: Path) -> None:
@@ -162,7 +156,7 @@ def test_the_gate(trained: training.Trained) -> None:
     registered = client.get_registered_model("doubles")
     aliases = {alias: str(version) for alias, version in registered.aliases.items()}
     assert aliases == {"challenger": "1"}
-    assert "refused" in client.get_model_version("doubles", "1").tags["tunix.promotion"]
+    assert "refused" in client.get_model_version("doubles", "1").tags["tunix_mlflow.promotion"]
     log_score(trained.model_id, 0.9)
     done = promoting.promote(config(**least), trained.run_id)
     assert (done.version, done.changed, champion()) == ("1", True, "1")
@@ -180,9 +174,9 @@ def test_the_gate(trained: training.Trained) -> None:
     assert len(client.search_model_versions("name = 'doubles'")) == 2
     failed = client.search_runs(
         [client.get_run(trained.run_id).info.experiment_id],
-        "tags.`tunix.stage` = 'promote' and attributes.status = 'FAILED'",
+        "tags.`tunix_mlflow.stage` = 'promote' and attributes.status = 'FAILED'",
     )
-    assert all("not promoted" in run.data.tags["tunix.error"] for run in failed)
+    assert all("not promoted" in run.data.tags["tunix_mlflow.error"] for run in failed)
     assert len(failed) == 3
 
 
@@ -212,9 +206,9 @@ def test_integrity_comes_before_registration(trained: training.Trained, what: st
     if what == "run not finished":
         client.set_terminated(trained.run_id, "KILLED")
     elif what == "other weights":
-        client.set_tag(trained.run_id, "tunix.weights_digest", "0" * 64)
+        client.set_tag(trained.run_id, "tunix_mlflow.weights_digest", "0" * 64)
     elif what == "no data digest":
-        client.delete_tag(trained.run_id, "tunix.dataset_digest")
+        client.delete_tag(trained.run_id, "tunix_mlflow.dataset_digest")
     else:
         location = client.get_logged_model(trained.model_id).artifact_location
         folder = Path(location.removeprefix("file://"))
@@ -227,7 +221,9 @@ def test_integrity_comes_before_registration(trained: training.Trained, what: st
             shutil.copytree(Path(place) / "bundle", folder / "bundle")
         else:
             text = (folder / "MLmodel").read_text()
-            (folder / "MLmodel").write_text(text.replace("tunix_mlflow.tracking.flavor", "evil"))
+            (folder / "MLmodel").write_text(
+                text.replace("tunix_mlflow.tracking.models.flavor", "evil")
+            )
     with pytest.raises(IntegrityError):
         promoting.promote(config(), trained.run_id)
     assert client.search_registered_models() == []
@@ -253,7 +249,8 @@ def test_equal_runs_have_equal_weights(trained: training.Trained) -> None:
     again = training.train(config())
     client = MlflowClient()
     digests = {
-        client.get_run(r).data.tags["tunix.weights_digest"] for r in (trained.run_id, again.run_id)
+        client.get_run(r).data.tags["tunix_mlflow.weights_digest"]
+        for r in (trained.run_id, again.run_id)
     }
     assert len(digests) == 1
 
@@ -334,16 +331,16 @@ def test_an_offline_run_is_resumed_offline(
     store: str, doubles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its configuration says where it is recorded; a launcher's run is left alone."""
-    from tunix_mlflow.tracking import runs
-    from tunix_mlflow.tracking.session import session
+    from tunix_mlflow.tracking.run import session
+    from tunix_mlflow.tracking.runs import lookup
 
     launched = MlflowClient().create_run("0").info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", launched)
     offline = config(tracking__offline="true")
-    tags = {"tunix.dataset_digest": datasets.get(doubles).digest}
+    tags = {"tunix_mlflow.dataset_digest": datasets.get(doubles).digest}
     with pytest.raises(KeyboardInterrupt), session(offline, stage="train", tags=tags) as run:
         raise KeyboardInterrupt
     assert run.run_id != launched
-    found = runs.to_resume(run.run_id)
+    found = lookup.to_resume(run.run_id)
     assert found.config == offline
     assert set(found.environment) == {"NPROC", "XLA_FLAGS"}

@@ -18,10 +18,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from tests.conftest import ROOT, as_arguments, last_json, tiny
-from tunix_mlflow import config as configs
 from tunix_mlflow.benchmarks import compare, peers, scale, startup, tracking, workload
 from tunix_mlflow.benchmarks.contenders import task as tasks
-from tunix_mlflow.config import Config
+from tunix_mlflow.config.load import load_config
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import BenchmarkError
 from tunix_mlflow.models import decoder
 
@@ -38,7 +38,7 @@ SMALL = tiny(
 
 def small(**more: str) -> Config:
     overrides = SMALL | {key.replace("__", "."): value for key, value in more.items()}
-    return configs.load("shape-s", overrides, ROOT / "projects" / "configs")
+    return load_config("shape-s", overrides, ROOT / "projects" / "configs")
 
 
 def test_contenders_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

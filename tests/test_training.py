@@ -14,19 +14,20 @@ import optax
 import pytest
 
 from tests.conftest import ROOT, tiny
-from tunix_mlflow import config as configs
-from tunix_mlflow.config import Config
-from tunix_mlflow.data import batches
-from tunix_mlflow.data.batches import Batch
+from tunix_mlflow.config.load import load_config
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data.examples import reasoning_trace
-from tunix_mlflow.data.tokenizer import ByteTokenizer
 from tunix_mlflow.errors import DeviceError, Interrupted, TrainingStopped
+from tunix_mlflow.input import batches
+from tunix_mlflow.input.batches import Batch
 from tunix_mlflow.models import decoder
-from tunix_mlflow.training import devices, loop, optimizer, setup, step
+from tunix_mlflow.runtime import devices
+from tunix_mlflow.runtime.signals import StopRequest
+from tunix_mlflow.text.tokenizer import ByteTokenizer
+from tunix_mlflow.training import loop, optimizer, setup, step
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention, steps
-from tunix_mlflow.training.signals import StopRequest
 
-CONFIG = configs.load(
+CONFIG = load_config(
     None, tiny(training__steps="8", optimizer__name="muon"), ROOT / "projects" / "configs"
 )
 ROWS = batches.tokenize(
@@ -36,7 +37,7 @@ ROWS = batches.tokenize(
     64,
 )
 RULE = optimizer.build(CONFIG.optimizer, CONFIG.training.steps)
-PLAN = step.Plan(decoder.shape(CONFIG.model, ByteTokenizer.vocab_size)[0], RULE)
+PLAN = step.StepSpec(decoder.shape(CONFIG.model, ByteTokenizer.vocab_size)[0], RULE)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def fit(
             config,
             fresh() if restored is None else restored[1],
             stream or batches.TrainBatches(ROWS, batch_size=4, seed=0),
-            plan=PLAN,
+            spec=PLAN,
             writers=[recorder],
             checkpoints=checkpoints,
             evaluate=lambda s: loop.held_out_loss(PLAN, s.params, batches.eval_batches(ROWS, 4)),
@@ -125,7 +126,7 @@ def bare(
         config,
         state,
         batches.TrainBatches(ROWS, batch_size=4, seed=0),
-        plan=PLAN._replace(optimizer=rule),
+        spec=PLAN._replace(optimizer=rule),
         writers=[],
         checkpoints=checkpoints,
         evaluate=None,
@@ -229,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 def test_an_update_that_breaks_the_model_is_never_saved(tmp_path: Path) -> None:
     """The loss before the update was fine; the parameters after it are looked at too."""
-    config = configs.load(
+    config = load_config(
         None,
         tiny(
             training__steps="1",

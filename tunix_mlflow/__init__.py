@@ -13,13 +13,13 @@ __version__ = "0.1.0"
 __all__ = ["Config", "RunSession", "session"]
 
 if TYPE_CHECKING:
-    from tunix_mlflow.config import Config
-    from tunix_mlflow.tracking.session import RunSession, session
+    from tunix_mlflow.config.schema import Config
+    from tunix_mlflow.tracking.run import RunSession, session
 
 _WHERE = {
-    "Config": "tunix_mlflow.config",
-    "RunSession": "tunix_mlflow.tracking.session",
-    "session": "tunix_mlflow.tracking.session",
+    "Config": "tunix_mlflow.config.schema",
+    "RunSession": "tunix_mlflow.tracking.run",
+    "session": "tunix_mlflow.tracking.run",
 }
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import signal
 
 
-class TunixError(Exception):
+class TunixMlflowError(Exception):
     """Base class: something a user can read and act on."""
 
     exit_code = 1
 
 
-class InputError(TunixError):
+class InputError(TunixMlflowError):
     """What the user gave is wrong; nothing was changed."""
 
     exit_code = 2
@@ -45,11 +45,11 @@ class CheckpointError(InputError):
     """No checkpoint can be used for what was asked."""
 
 
-class BenchmarkError(TunixError):
+class BenchmarkError(TunixMlflowError):
     """Something that is measured failed; the message has its last words."""
 
 
-class Refused(TunixError):
+class Refused(TunixMlflowError):
     """A check or a gate said no; the reason is the message."""
 
     exit_code = 3
@@ -59,11 +59,11 @@ class IntegrityError(Refused):
     """Stored content is not what its digest says."""
 
 
-class TrainingStopped(TunixError):
+class TrainingStopped(TunixMlflowError):
     """Training cannot go on, for example because the loss is not finite."""
 
 
-class Interrupted(TunixError):
+class Interrupted(TunixMlflowError):
     """A signal asked the process to end; the exit code is 128 + its number."""
 
     def __init__(self, signum: int) -> None:

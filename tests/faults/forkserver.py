@@ -39,10 +39,13 @@ def _arm(crash_at: int) -> list[int]:
 
 def main() -> None:
     from projects import train
-    from tunix_mlflow import bootstrap
     from tunix_mlflow.data import datasets  # noqa: F401
-    from tunix_mlflow.tracking import session  # noqa: F401
-    from tunix_mlflow.training import loop, setup  # noqa: F401
+    from tunix_mlflow.runtime import process
+    from tunix_mlflow.tracking import run  # noqa: F401
+    from tunix_mlflow.training import (
+        loop,  # noqa: F401
+        setup,  # noqa: F401
+    )
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     print("ready", flush=True)
@@ -56,7 +59,7 @@ def main() -> None:
             os.dup2(log, 2)
             os.environ.update(request["environment"])
             count = _arm(request.get("crash_at", 0))
-            code = bootstrap.execute(train.main, request["arguments"])
+            code = process.execute(train.main, request["arguments"])
             print(f"operations: {count[0]}", flush=True)
             os._exit(code)
         print(pid, flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import environment, write_traces
-from tunix_mlflow import state
+from tunix_mlflow import paths
 from tunix_mlflow.cli.main import cli  # noqa: F401  (loaded before processes are counted)
 from tunix_mlflow.data import catalog, datasets, snapshot
 
@@ -71,7 +71,7 @@ def test_a_kill_leaves_all_or_nothing(work: str, tmp_path: Path) -> None:
             assert not there or len(out.read_text().splitlines()) == 3_000
             out.unlink(missing_ok=True)
         else:
-            there = catalog.find(state.catalog_path(), key) is not None
+            there = catalog.find(paths.catalog_path(), key) is not None
             if there:
                 report = datasets.verify(key)
                 assert report.ok, report.summary()
@@ -105,7 +105,7 @@ def test_readers_and_a_writer_at_once(tmp_path: Path) -> None:
     assert [p.returncode for p in processes] == [0] * 5, [err.decode()[-500:] for _, err in done]
     counts = [int(out.split()[-1]) for out, _ in done]
     assert all(counts)
-    assert len(catalog.listing(state.catalog_path())) == 1 + counts[-1]
+    assert len(catalog.listing(paths.catalog_path())) == 1 + counts[-1]
     for n in range(counts[-1]):
         assert datasets.verify(f"built-v{n}").ok
 
@@ -114,8 +114,8 @@ def test_fuzzed_input_is_one_line(tmp_path: Path) -> None:
     """Lines, filters, keys and settings of any kind: exit 0, 2 or 3, and never a traceback."""
     from click.testing import CliRunner
 
-    from tunix_mlflow import bootstrap
     from tunix_mlflow.cli import main as command_line
+    from tunix_mlflow.runtime import process
 
     datasets.ingest(write_traces(tmp_path / "base.jsonl", 20), "base-v1")
     digest = datasets.get("base-v1").digest
@@ -156,7 +156,7 @@ def test_fuzzed_input_is_one_line(tmp_path: Path) -> None:
 
         def call(argv: list[str]) -> None:
             nonlocal code
-            code = bootstrap.execute(command_line._run, argv)
+            code = process.execute(command_line._run, argv)
 
         with runner.isolation() as streams:
             try:

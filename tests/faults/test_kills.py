@@ -135,7 +135,7 @@ def team(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def of_key(key: str) -> str:
     client = MlflowClient()
     experiments = [e.experiment_id for e in client.search_experiments()]
-    (run,) = client.search_runs(experiments, f"tags.`tunix.key` = '{key}'")
+    (run,) = client.search_runs(experiments, f"tags.`tunix_mlflow.key` = '{key}'")
     return str(run.info.run_id)
 
 
@@ -150,7 +150,7 @@ def outcome(key: str) -> tuple[str, dict[str, list[tuple[int, float]]]]:
         for k in keys
     }
     assert len(history["train/loss"]) == STEPS
-    return run.data.tags["tunix.weights_digest"], history
+    return run.data.tags["tunix_mlflow.weights_digest"], history
 
 
 def test_any_death_comes_back_bit_for_bit(store: str, spawn: Spawn, home: Path) -> None:

@@ -22,9 +22,12 @@ from mlflow.tracking import MlflowClient
 from tests.conftest import BIN, as_arguments, tiny
 from tests.test_server import end, free_port, launch, wait_for
 from tunix_mlflow import session
-from tunix_mlflow.config import Config, TrackingConfig
-from tunix_mlflow.tracking import outbox, runs, shipper, store
-from tunix_mlflow.tracking.session import RunSession
+from tunix_mlflow.config.schema import Config, TrackingConfig
+from tunix_mlflow.tracking import store
+from tunix_mlflow.tracking.record import event_log
+from tunix_mlflow.tracking.run import RunSession
+from tunix_mlflow.tracking.runs import lookup
+from tunix_mlflow.tracking.sync import worker
 
 SECONDS = 60.0 if int(os.environ.get("TUNIX_FAULTS", "4")) >= 50 else 6.0
 QUIET = Config(tracking=TrackingConfig(system_metrics=False))
@@ -188,23 +191,26 @@ def test_an_outage_loses_and_doubles_nothing(proxy: Proxy, fault: str) -> None:
 
 def test_a_server_dead_from_the_start(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is recorded here; MLflow gets all of it when it is told, and only once."""
-    monkeypatch.setattr(shipper, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(worker, "PATIENCE_SECONDS", 1.0)
     loop, reports = Loop(), list[str]()
     with session(QUIET, stage="train", report=reports.append) as run:
         loop.go(run, 2.0)
         run.log_text("hello", "notes/a.txt")
-    assert not outbox.known(run.folder)
+    assert not event_log.known(run.folder)
     proxy.be("pass")
     client = MlflowClient()
-    while outbox.waiting(run.folder):  # as many processes that die after each delivery
-        at = outbox.cursor(run.folder)
-        runs.delivery.step(client, run.folder, reports.append)
-        outbox.move_cursor(run.folder, at)
-        runs.delivery.step(client, run.folder, reports.append)
+    while event_log.waiting(run.folder):  # as many processes that die after each delivery
+        at = event_log.cursor(run.folder)
+        lookup.delivery.step(client, run.folder, reports.append)
+        event_log.move_cursor(run.folder, at)
+        lookup.delivery.step(client, run.folder, reports.append)
     found = client.get_run(run.run_id)
     assert found.info.status == "FINISHED"
     assert_all_there(client, run.run_id, loop.step)
-    assert len(client.search_runs([found.info.experiment_id], "tags.`tunix.local_id` != ''")) == 1
+    assert (
+        len(client.search_runs([found.info.experiment_id], "tags.`tunix_mlflow.local_id` != ''"))
+        == 1
+    )
     assert [f.path for f in client.list_artifacts(run.run_id, "notes")] == ["notes/a.txt"]
     assert not [r for r in reports if "not recorded" in r]
 

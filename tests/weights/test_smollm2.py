@@ -17,9 +17,10 @@ from flax import nnx
 
 from tests.conftest import ROOT
 from tunix_mlflow.data.examples import Example, Message
-from tunix_mlflow.models import base as bases
-from tunix_mlflow.models import decoder, exported, generation, pretrained
+from tunix_mlflow.models import decoder, generation
 from tunix_mlflow.models.bundle import Bundle
+from tunix_mlflow.models.hub import base as bases
+from tunix_mlflow.models.hub import export, pretrained
 
 pytestmark = pytest.mark.weights
 FILE = Path(os.environ.get("TUNIX_SMOLLM2", "nowhere"))
@@ -43,7 +44,7 @@ def folder(
     """The same model in Hugging Face's layout."""
     place = tmp_path_factory.mktemp("smollm2") / "model"
     graph = decoder.shape(base.config, base.config.vocab_size or 0)[0]
-    exported.whole(Bundle(base.config, graph, params, base.tokenizer, 16), place)
+    export.whole(Bundle(base.config, graph, params, base.tokenizer, 16), place)
     return place
 
 

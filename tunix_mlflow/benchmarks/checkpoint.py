@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import jax
 
-from tunix_mlflow.config import BenchmarkConfig
-from tunix_mlflow.data.batches import TrainBatches
+from tunix_mlflow.config.schema import BenchmarkConfig
+from tunix_mlflow.input.batches import TrainBatches
 from tunix_mlflow.models import arrays
 from tunix_mlflow.models.decoder import Params
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention
-from tunix_mlflow.training.step import Plan, TrainState, train_step
+from tunix_mlflow.training.step import StepSpec, TrainState, train_step
 
 EVERY = 50
 """Steps between two saves, that the share is of."""
@@ -35,7 +35,7 @@ class Cost(NamedTuple):
 
 def measure(
     config: BenchmarkConfig,
-    plan: Plan,
+    spec: StepSpec,
     state: TrainState,
     batches: TrainBatches,
     folder: Path,
@@ -61,7 +61,7 @@ def measure(
             kept.save(done, state)
             blocked.append(1000 * (time.perf_counter() - begun))
         for _ in range(config.steps):
-            state, metrics = train_step(state, batches.at(done), frozen, plan=plan)
+            state, metrics = train_step(state, batches.at(done), frozen, spec=spec)
             done += 1
             float(metrics.loss)
         jax.block_until_ready(state)

@@ -15,11 +15,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from tunix_mlflow.errors import TrackingError
-from tunix_mlflow.tracking import runs, store
+from tunix_mlflow.tracking import store
+from tunix_mlflow.tracking.runs import lookup
 
 REPEATS = "repeat/"
 """Prefix of the metrics that hold a benchmark's single repeats, one a step."""
-BASELINE_TAG = "tunix.baseline"
+BASELINE_TAG = "tunix_mlflow.baseline"
 
 
 class Change(NamedTuple):
@@ -62,7 +63,7 @@ def repeats(client: MlflowClient, run_id: str) -> dict[str, list[float]]:
     try:
         keys = [key for key in client.get_run(run_id).data.metrics if key.startswith(REPEATS)]
         found: dict[str, list[float]] = {}
-        for point in runs.history(client, run_id, keys):
+        for point in lookup.history(client, run_id, keys):
             found.setdefault(point.key.removeprefix(REPEATS), []).append(point.value)
     except MlflowException as error:
         raise TrackingError(f"there is no run {run_id!r}: {store.one_line(error)}") from error

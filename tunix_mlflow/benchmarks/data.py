@@ -42,8 +42,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from tunix_mlflow import state
-from tunix_mlflow.config import LimitsConfig
+from tunix_mlflow import paths
+from tunix_mlflow.config.schema import LimitsConfig
 from tunix_mlflow.data import datasets, formats
 from tunix_mlflow.data.examples import canonical_bytes
 from tunix_mlflow.data.manifest import Selection
@@ -159,10 +159,10 @@ def table(figures: dict[str, float]) -> str:
 
 def _child(operation: str, file: Path, folder: Path) -> dict[str, float]:
     # A shared snapshot folder would be written to, and spare the second run the writing.
-    own = {k: v for k, v in os.environ.items() if k != state.SNAPSHOTS_VARIABLE}
+    own = {k: v for k, v in os.environ.items() if k != paths.SNAPSHOTS_VARIABLE}
     done = subprocess.run(
         [sys.executable, "-m", "tunix_mlflow.benchmarks.data", operation, str(file)],
-        env=own | {state.HOME_VARIABLE: str(folder / "home")},
+        env=own | {paths.HOME_VARIABLE: str(folder / "home")},
         stdout=subprocess.PIPE,
         check=True,
     )

@@ -22,15 +22,17 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from tunix_mlflow import config as configs
-from tunix_mlflow import huge_pages
-from tunix_mlflow import state as state_root
+from tunix_mlflow import paths
 from tunix_mlflow.benchmarks import workload
 from tunix_mlflow.benchmarks.contenders import task as tasks
-from tunix_mlflow.config import Config, MeshConfig
-from tunix_mlflow.data.batches import TrainBatches
+from tunix_mlflow.config.identity import to_json
+from tunix_mlflow.config.load import load_config
+from tunix_mlflow.config.schema import Config, MeshConfig
 from tunix_mlflow.errors import BenchmarkError, ConfigError
-from tunix_mlflow.models import decoder, names
+from tunix_mlflow.input.batches import TrainBatches
+from tunix_mlflow.models import decoder
+from tunix_mlflow.models.hub import names
+from tunix_mlflow.runtime import huge_pages
 
 _HERE = "tunix_mlflow.benchmarks.contenders"
 
@@ -186,7 +188,7 @@ def interpreter(config: Config) -> Path:
         ConfigError: if it is not there, saying what makes it.
     """
     given = config.benchmark.peers_python
-    path = Path(given) if given else state_root.project_root() / ".venv-peers" / "bin" / "python"
+    path = Path(given) if given else paths.project_root() / ".venv-peers" / "bin" / "python"
     if not (path.is_file() and os.access(path, os.X_OK)):
         raise ConfigError(
             f"the peers' environment is missing: no {path}; `make peers` in a checkout builds it,"
@@ -233,8 +235,8 @@ def _stops(config: Config) -> list[int]:
 
 def write_configs(config: Config, folder: Path) -> None:
     """Our own configuration for the task, plain and fast."""
-    (folder / "plain.json").write_bytes(configs.to_json(_ours(config, fast=False)))
-    (folder / "fast.json").write_bytes(configs.to_json(_ours(config, fast=True)))
+    (folder / "plain.json").write_bytes(to_json(_ours(config, fast=False)))
+    (folder / "fast.json").write_bytes(to_json(_ours(config, fast=True)))
 
 
 def _ours(config: Config, *, fast: bool) -> Config:
@@ -252,8 +254,8 @@ def _ours(config: Config, *, fast: bool) -> Config:
     )
     if not fast:
         return config
-    presets = state_root.project_root() / "projects" / "configs"
-    preset = configs.load("cpu-fast", {}, presets)
+    presets = paths.project_root() / "projects" / "configs"
+    preset = load_config("cpu-fast", {}, presets)
     return msgspec.structs.replace(
         config,
         training=msgspec.structs.replace(training, fast_math=preset.training.fast_math),
@@ -284,7 +286,7 @@ class Racer:
         compiled = {"JAX_COMPILATION_CACHE_DIR": str(cache or folder / name)} if ours else {}
         ours_alone = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
         inherited = {k: v for k, v in as_they_come().items() if ours or k not in ours_alone}
-        root = {"PYTHONPATH": str(state_root.project_root())}
+        root = {"PYTHONPATH": str(paths.project_root())}
         self.started = time.perf_counter()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

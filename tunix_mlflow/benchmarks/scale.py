@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tunix_mlflow import config as configs
-from tunix_mlflow.config import Config, MeshConfig
+from tunix_mlflow.config.identity import to_json
+from tunix_mlflow.config.load import from_json
+from tunix_mlflow.config.schema import Config, MeshConfig
 from tunix_mlflow.errors import BenchmarkError
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -121,7 +122,7 @@ def _compile(config: Config, axis: str, count: int) -> Forecast:
     words = [sys.executable, "-m", "tunix_mlflow.benchmarks.scale", axis]
     done = subprocess.run(
         words,
-        input=configs.to_json(config).decode(),
+        input=to_json(config).decode(),
         capture_output=True,
         text=True,
         env={**os.environ, "JAX_NUM_CPU_DEVICES": str(count), "JAX_PLATFORMS": "cpu"},
@@ -136,23 +137,24 @@ def _compile(config: Config, axis: str, count: int) -> Forecast:
 def _main() -> None:
     import jax
 
-    from tunix_mlflow.data import batches
-    from tunix_mlflow.training import devices, setup
+    from tunix_mlflow.input import batches
+    from tunix_mlflow.runtime import devices
     from tunix_mlflow.training import mesh as meshes
+    from tunix_mlflow.training import setup
     from tunix_mlflow.training.step import train_step
 
-    config = configs.from_json(sys.stdin.buffer.read(), "stdin")
+    config = from_json(sys.stdin.buffer.read(), "stdin")
     vocabulary, length = config.benchmark.vocabulary, config.data.sequence_length or 256
-    config = setup.settle(config, vocabulary, "cpu")
+    config = setup.resolve_auto(config, vocabulary, "cpu")
     device = devices.use("cpu")
-    plan = setup.planned(config, vocabulary, device)
-    state, _ = setup.abstract(plan, config, vocabulary, device)
-    rows = None if plan.mesh is None else jax.sharding.NamedSharding(plan.mesh, meshes.ROWS)
+    spec = setup.step_spec(config, vocabulary, device)
+    state, _ = setup.abstract(spec, config, vocabulary, device)
+    rows = None if spec.mesh is None else jax.sharding.NamedSharding(spec.mesh, meshes.ROWS)
     batch = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows),
         batches.blank(config.training.batch_size, length),
     )
-    compiled = train_step.lower(state, batch, plan=plan).compile()
+    compiled = train_step.lower(state, batch, spec=spec).compile()
     memory: Any = compiled.memory_analysis()
     operations: Any = compiled.cost_analysis()
     kinds_found = collectives(compiled.as_text() or "")

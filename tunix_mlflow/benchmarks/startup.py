@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tunix_mlflow import config as configs
-from tunix_mlflow import state as state_root
+from tunix_mlflow import paths
 from tunix_mlflow.benchmarks import peers
 from tunix_mlflow.benchmarks.contenders import task as tasks
 from tunix_mlflow.benchmarks.peers import Contender, Racer
-from tunix_mlflow.config import Config
+from tunix_mlflow.config.identity import to_json
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import BenchmarkError
 
 _WITH = "import mlflow"
@@ -105,12 +105,12 @@ def _tracked(config: Config, folder: Path) -> float:
     """Seconds until a training that MLflow records has done its first step, all caches empty."""
     home, log = folder / "tracked", folder / "tracked.log"
     shutil.rmtree(home, ignore_errors=True)
-    (folder / "tracked.yaml").write_bytes(configs.to_json(config))  # JSON is YAML
+    (folder / "tracked.yaml").write_bytes(to_json(config))  # JSON is YAML
     words = ["-m", "projects.train", "--config", str(folder / "tracked.yaml")]
     words += ["--dataset", "golden-v2", "--device", "cpu", "--data.packing", "true"]
     words += ["--training.steps", "2", "--training.eval_every_steps", "0"]
     words += ["--training.save_every_steps", "0", "--evaluation.samples", "0"]
-    env = {"TUNIX_MLFLOW_HOME": str(home), "PYTHONPATH": str(state_root.project_root())}
+    env = {"TUNIX_MLFLOW_HOME": str(home), "PYTHONPATH": str(paths.project_root())}
     env |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'tracked.db'}"}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(home / "cache")}
     started = time.perf_counter()

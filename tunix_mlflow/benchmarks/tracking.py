@@ -22,10 +22,10 @@ from urllib.parse import urlsplit
 import jax
 import psutil
 
-from tunix_mlflow.config import BenchmarkConfig
-from tunix_mlflow.data.batches import TrainBatches
+from tunix_mlflow.config.schema import BenchmarkConfig
+from tunix_mlflow.input.batches import TrainBatches
 from tunix_mlflow.models.decoder import Params
-from tunix_mlflow.training.step import Plan, TrainState, train_step
+from tunix_mlflow.training.step import StepSpec, TrainState, train_step
 from tunix_mlflow.training.writers import MetricWriter
 
 
@@ -42,7 +42,7 @@ class Cost(NamedTuple):
 
 def measure(
     config: BenchmarkConfig,
-    plan: Plan,
+    spec: StepSpec,
     state: TrainState,
     batches: TrainBatches,
     writer: MetricWriter,
@@ -68,7 +68,7 @@ def measure(
         nonlocal state, done
         begun = time.perf_counter()
         for _ in range(config.steps):
-            state, metrics = train_step(state, batches.at(done), frozen, plan=plan)
+            state, metrics = train_step(state, batches.at(done), frozen, spec=spec)
             done += 1
             loss, norm = float(metrics.loss), float(metrics.grad_norm)
             if recorded:

@@ -24,12 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tunix_mlflow.config import BenchmarkConfig, ModelConfig
-from tunix_mlflow.data.batches import TrainBatches
+from tunix_mlflow.config.schema import BenchmarkConfig, ModelConfig
+from tunix_mlflow.input.batches import TrainBatches
 from tunix_mlflow.models import decoder
 from tunix_mlflow.models.decoder import Params
-from tunix_mlflow.training import devices
-from tunix_mlflow.training.step import Plan, TrainState, compile_step, train_step
+from tunix_mlflow.runtime import devices
+from tunix_mlflow.training.step import StepSpec, TrainState, compile_step, train_step
 
 
 class Measured(NamedTuple):
@@ -59,7 +59,7 @@ def measure(
     batches: TrainBatches,
     *,
     model: ModelConfig,
-    plan: Plan,
+    spec: StepSpec,
     frozen: Params | None = None,
 ) -> Measured:
     """Time `repeats` runs of `steps` updates, after `warmup_steps` that do not count and one more
@@ -78,8 +78,8 @@ def measure(
         flops += 4.0 * decoder.parameter_count(frozen)
 
     apart = 1  # devices that do not share cores
-    if plan.mesh is not None and plan.mesh.devices.flat[0].platform != "cpu":
-        apart = plan.mesh.size
+    if spec.mesh is not None and spec.mesh.devices.flat[0].platform != "cpu":
+        apart = spec.mesh.size
     done = 0
 
     def run(updates: int) -> tuple[float, int, int]:
@@ -91,7 +91,7 @@ def measure(
             done += 1
             useful += int(np.count_nonzero(batch.segments))
             padded += batch.segments.size
-            state, _ = train_step(state, batch, frozen, plan=plan)
+            state, _ = train_step(state, batch, frozen, spec=spec)
         jax.block_until_ready(state)
         return time.perf_counter() - start, useful, padded
 
@@ -101,7 +101,7 @@ def measure(
         return reached * apart
 
     start = time.perf_counter()
-    compile_step(state, batches.at(0), frozen, plan=plan)
+    compile_step(state, batches.at(0), frozen, spec=spec)
     devices.return_freed_memory()  # as the loop does
     run(1)
     compile_seconds = time.perf_counter() - start

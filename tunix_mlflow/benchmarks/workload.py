@@ -9,14 +9,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from tunix_mlflow.config import Config
-from tunix_mlflow.data import batches
-from tunix_mlflow.data.batches import TokenRows, TrainBatches
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data.manifest import Manifest
-from tunix_mlflow.models.base import Base
+from tunix_mlflow.input import batches
+from tunix_mlflow.input.batches import TokenRows, TrainBatches
 from tunix_mlflow.models.decoder import Params
-from tunix_mlflow.training import devices, setup
-from tunix_mlflow.training.step import Plan, TrainState
+from tunix_mlflow.models.hub.base import Base
+from tunix_mlflow.runtime import devices
+from tunix_mlflow.training import setup
+from tunix_mlflow.training.step import StepSpec, TrainState
 
 _LENGTH = 256
 
@@ -54,7 +55,7 @@ class Work(NamedTuple):
 
     config: Config  # settled
     manifest: Manifest | None  # None: made up
-    plan: Plan
+    spec: StepSpec
     state: TrainState
     batches: TrainBatches
     device: jax.Device
@@ -63,7 +64,7 @@ class Work(NamedTuple):
     def tags(self) -> dict[str, str]:
         """What the figures depend on besides, for the run."""
         found = devices.fingerprint(self.device, self.config.mesh)
-        return {f"tunix.{name}": value for name, value in found.items()}
+        return {f"tunix_mlflow.{name}": value for name, value in found.items()}
 
 
 def of_dataset(
@@ -76,7 +77,7 @@ def of_dataset(
     """
     made = setup.assemble(config, manifest, device, base)
     stream = made.train_batches()
-    return Work(made.config, manifest, made.plan, made.state, stream, device, made.frozen)
+    return Work(made.config, manifest, made.spec, made.state, stream, device, made.frozen)
 
 
 def made_up(config: Config, device: jax.Device, base: Base | None = None) -> Work:
@@ -87,9 +88,9 @@ def made_up(config: Config, device: jax.Device, base: Base | None = None) -> Wor
     length = config.data.sequence_length or _LENGTH
     data = msgspec.structs.replace(config.data, sequence_length=length)
     config = msgspec.structs.replace(config, data=data)
-    config = setup.settle(config, size, device.platform)
-    plan = setup.planned(config, size, device)
-    state, frozen, _ = setup.start(plan, config, size, device, base)
+    config = setup.resolve_auto(config, size, device.platform)
+    spec = setup.step_spec(config, size, device)
+    state, frozen, _ = setup.start(spec, config, size, device, base)
     kind = "mix" if config.benchmark.data == "mix" else "full"
     made = documents(kind, 16 * config.training.batch_size, length, config.benchmark.vocabulary)
     stream = TrainBatches(
@@ -97,4 +98,4 @@ def made_up(config: Config, device: jax.Device, base: Base | None = None) -> Wor
         batch_size=config.training.batch_size,
         seed=config.seed,
     )
-    return Work(config, None, plan, state, stream, device, frozen)
+    return Work(config, None, spec, state, stream, device, frozen)

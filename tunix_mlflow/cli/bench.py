@@ -70,7 +70,7 @@ def compare(run_id: str, baseline: str, max_drop: float, accept: str | None, as_
     the baseline's. Exit code 3 when one did.
     """
     from tunix_mlflow.benchmarks import compare as comparison
-    from tunix_mlflow.config import TrackingConfig
+    from tunix_mlflow.config.schema import TrackingConfig
     from tunix_mlflow.tracking import store
 
     client = store.connect(TrackingConfig())

@@ -11,7 +11,7 @@ import click
 from tunix_mlflow.errors import IntegrityError
 
 if TYPE_CHECKING:
-    from tunix_mlflow.tracking.retention import Entry
+    from tunix_mlflow.tracking.runs.retention import Entry
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _run = click.option("--run", "run_id", help="Of this run alone.")
@@ -41,7 +41,7 @@ def list_(run_id: str | None, as_json: bool) -> None:
 @_json
 def verify(run_id: str | None, as_json: bool) -> None:
     """Check every file of every checkpoint; exit code 3 if one is damaged."""
-    from tunix_mlflow.tracking import retention
+    from tunix_mlflow.tracking.runs import retention
 
     client, found = _survey(run_id, 1, 0, "eval/loss", "min", 0)
     damaged = []
@@ -82,7 +82,7 @@ def prune(
     be resumed, and everything of a run that is open or that MLflow does not know. Of deleted runs
     nothing else stays. Models are never touched.
     """
-    from tunix_mlflow.tracking import retention
+    from tunix_mlflow.tracking.runs import retention
 
     client, found = _survey(run_id, keep_last, keep_best, metric, mode, keep_every)
     going = [entry for entry in found if entry.kept is None]
@@ -105,12 +105,13 @@ def prune(
 def _survey(
     run_id: str | None, keep_last: int, keep_best: int, metric: str, mode: str, every: int
 ) -> tuple[Any, list[Entry]]:
-    from tunix_mlflow.config import TrackingConfig
-    from tunix_mlflow.tracking import retention, runs, store
+    from tunix_mlflow.config.schema import TrackingConfig
+    from tunix_mlflow.tracking import store
+    from tunix_mlflow.tracking.runs import lookup, retention
     from tunix_mlflow.training.checkpoint import Retention
 
     if run_id is not None:
-        run_id = runs.look_up(run_id).run_id
+        run_id = lookup.look_up(run_id).run_id
     client = store.connect(TrackingConfig())
     policy = Retention(keep_last, keep_best, metric, "min" if mode == "min" else "max", every)
     return client, retention.survey(client, policy, run_id)

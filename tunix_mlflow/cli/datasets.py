@@ -15,7 +15,7 @@ import click
 if TYPE_CHECKING:
     from tunix_mlflow.data.examples import Example
     from tunix_mlflow.data.manifest import Manifest
-    from tunix_mlflow.data.tokenizer import Tokenizer
+    from tunix_mlflow.text.tokenizer import Tokenizer
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _split = click.option(
@@ -45,10 +45,10 @@ def datasets() -> None:
 @_json
 def list_(as_json: bool) -> None:
     """All datasets, oldest first."""
-    from tunix_mlflow import state
+    from tunix_mlflow import paths
     from tunix_mlflow.data import catalog
 
-    found = catalog.listing(state.catalog_path())
+    found = catalog.listing(paths.catalog_path())
     if as_json:
         _print([_plain(manifest) for manifest, _ in found])
         return
@@ -198,12 +198,12 @@ def ingest(
       text               {"text"}
     Columns that a format other than trace does not know become meta.
     """
-    from tunix_mlflow import config as configs
-    from tunix_mlflow import state
+    from tunix_mlflow import paths
+    from tunix_mlflow.config.load import load_config
     from tunix_mlflow.data import datasets as operations
 
-    presets = state.project_root() / "projects" / "configs"
-    settled = configs.load(config_file, dict(_pairs(settings, "--set")), presets)
+    presets = paths.project_root() / "projects" / "configs"
+    settled = load_config(config_file, dict(_pairs(settings, "--set")), presets)
     key = f"{name}-{version}"
     kept = (rejects or Path(f"{key}.rejects.jsonl")) if skip_bad or rejects else None
     with _progress() as show:
@@ -273,7 +273,7 @@ def diff(before: str, after: str, examples: int, as_json: bool) -> None:
 
     An example that was replaced by another with the same prompt is `changed`.
     """
-    from tunix_mlflow import state
+    from tunix_mlflow import paths
     from tunix_mlflow.data import canonical, catalog
     from tunix_mlflow.data import datasets as operations
     from tunix_mlflow.data.examples import from_canonical
@@ -295,7 +295,7 @@ def diff(before: str, after: str, examples: int, as_json: bool) -> None:
     )
     shown = [*found.added[:examples], *found.removed[:examples]]
     shown += [d for pair in found.changed[:examples] for d in pair]
-    texts = catalog.texts(state.catalog_path(), shown)
+    texts = catalog.texts(paths.catalog_path(), shown)
 
     def show(sign: str, digest: str) -> None:
         click.echo(f"\n{sign} {canonical.id_of(digest)}")
@@ -367,7 +367,7 @@ def stats(key: str, sequence_length: int | None, base: str | None, as_json: bool
     if base is not None:
         _stats_of(key, base, as_json)
         return
-    from tunix_mlflow import state
+    from tunix_mlflow import paths
     from tunix_mlflow.data import catalog
     from tunix_mlflow.data import datasets as operations
 
@@ -375,7 +375,7 @@ def stats(key: str, sequence_length: int | None, base: str | None, as_json: bool
     figures = dict(manifest.stats)
     if sequence_length is not None:
         # A row holds one token fewer than an example: the last is only ever predicted.
-        cut = catalog.longer_than(state.catalog_path(), key, sequence_length + 1)
+        cut = catalog.longer_than(paths.catalog_path(), key, sequence_length + 1)
         figures |= {"sequence_length": sequence_length, "cut": cut}
     if as_json:
         _print({"key": key, "count": manifest.count, **figures})
@@ -451,14 +451,14 @@ def gc(yes: bool, as_json: bool) -> None:
     """
     import shutil
 
-    from tunix_mlflow import state
+    from tunix_mlflow import paths
     from tunix_mlflow.data import catalog
     from tunix_mlflow.data import datasets as operations
 
     left = operations.leftovers()
     count, size = (0, 0)
-    if state.catalog_path().exists():
-        count, size = catalog.unreferenced(state.catalog_path(), remove=yes)
+    if paths.catalog_path().exists():
+        count, size = catalog.unreferenced(paths.catalog_path(), remove=yes)
     if yes:
         for path, _ in left:
             shutil.rmtree(path, ignore_errors=True)
@@ -555,11 +555,11 @@ def _readable(example: Example) -> str:
 
 def _tokenizer(base: str | None) -> Tokenizer:
     """That of a pretrained model, or the byte tokenizer."""
-    from tunix_mlflow.data.tokenizer import ByteTokenizer
+    from tunix_mlflow.text.tokenizer import ByteTokenizer
 
     if base is None:
         return ByteTokenizer()
-    from tunix_mlflow.models import base as bases
+    from tunix_mlflow.models.hub import base as bases
     from tunix_mlflow.tracking import artifacts
 
     with artifacts.local(base) as place:
@@ -568,8 +568,9 @@ def _tokenizer(base: str | None) -> Tokenizer:
 
 def _stats_of(key: str, base: str, as_json: bool) -> None:
     """Token lengths under a pretrained model's tokenizer."""
-    from tunix_mlflow.data import batches, snapshot
     from tunix_mlflow.data import datasets as operations
+    from tunix_mlflow.data import snapshot
+    from tunix_mlflow.input import batches
 
     manifest = operations.ready(key, lambda message: click.echo(message, err=True))
     figures = batches.lengths(snapshot.read(manifest.digest), _tokenizer(base), True)

@@ -7,7 +7,8 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from tunix_mlflow import bootstrap, state
+from tunix_mlflow import paths
+from tunix_mlflow.runtime import process
 
 # Not `projects`: a user's own package of that name must not get in the way.
 _PACKAGE = "tunix_mlflow_projects"
@@ -16,7 +17,7 @@ _PACKAGE = "tunix_mlflow_projects"
 def stage(name: str, arguments: Sequence[str]) -> None:
     """Run projects/NAME.py and exit with its code."""
     if _PACKAGE not in sys.modules:
-        folder = state.project_root() / "projects"
+        folder = paths.project_root() / "projects"
         spec = importlib.util.spec_from_file_location(
             _PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
@@ -26,4 +27,4 @@ def stage(name: str, arguments: Sequence[str]) -> None:
         sys.modules[_PACKAGE] = module
         spec.loader.exec_module(module)
     script = importlib.import_module(f"{_PACKAGE}.{name}")
-    sys.exit(bootstrap.execute(script.main, arguments))
+    sys.exit(process.execute(script.main, arguments))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from tunix_mlflow import __version__, bootstrap
+from tunix_mlflow import __version__
 from tunix_mlflow.cli import launch
 from tunix_mlflow.cli.bench import bench
 from tunix_mlflow.cli.checkpoints import checkpoints
@@ -21,6 +21,7 @@ from tunix_mlflow.cli.datasets import datasets
 from tunix_mlflow.cli.models import models
 from tunix_mlflow.cli.runs import runs
 from tunix_mlflow.errors import InputError, Interrupted
+from tunix_mlflow.runtime import process
 
 _COMPUTING = ("train", "resume", "evaluate", "demo", "bench")
 _ARGUMENTS = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
@@ -151,7 +152,7 @@ def demo(arguments: tuple[str, ...]) -> None:
 
 def main() -> None:
     """The console script."""
-    bootstrap.run(_run, computes=any(verb in _COMPUTING for verb in sys.argv[1:2]))
+    process.run(_run, computes=any(verb in _COMPUTING for verb in sys.argv[1:2]))
 
 
 def _run(argv: Sequence[str]) -> None:

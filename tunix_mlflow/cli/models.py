@@ -26,13 +26,13 @@ def inspect(place: str, length: int, as_json: bool) -> None:
     PLACE is a folder as Hugging Face lays it out, a hub cache's, a GGUF file, or runs:/ or
     models:/ of MLflow's. No weight is read.
     """
-    from tunix_mlflow.models import base as bases
+    from tunix_mlflow.models.hub import base as bases
     from tunix_mlflow.tracking import artifacts
-    from tunix_mlflow.training import forecast
+    from tunix_mlflow.training import memory
 
     with artifacts.local(place) as path:
         found = bases.find(path)
-    needs = forecast.table(found.config, found.config.vocab_size or 0, length)
+    needs = memory.table(found.config, found.config.vocab_size or 0, length)
     about = bases.describe(found)
     if as_json:
         ways = {way: need._asdict() | {"total": need.total} for way, need in needs.items()}
@@ -41,11 +41,11 @@ def inspect(place: str, length: int, as_json: bool) -> None:
     for key, value in about.items():
         click.echo(f"{key:<12} {value}")
     click.echo(f"\nGB on one GPU, one row of {length} tokens at a time, blocks computed again:")
-    click.echo(f"{'':<24} {'needs':>8}  {'  '.join(forecast.CARDS)}")
+    click.echo(f"{'':<24} {'needs':>8}  {'  '.join(memory.CARDS)}")
     for way, need in needs.items():
         fits = "  ".join(
-            f"{'fits' if need.total <= forecast.FREE * size else 'no':>{len(card)}}"
-            for card, size in forecast.CARDS.items()
+            f"{'fits' if need.total <= memory.FREE * size else 'no':>{len(card)}}"
+            for card, size in memory.CARDS.items()
         )
         click.echo(f"{way:<24} {need.total / 1e9:>8.1f}  {fits}")
 
@@ -65,14 +65,14 @@ def import_(place: str, max_new_tokens: int, as_json: bool) -> None:
 
     PLACE is as for inspect.
     """
-    from tunix_mlflow import bootstrap
-    from tunix_mlflow.config import Config
+    from tunix_mlflow.config.schema import Config
+    from tunix_mlflow.runtime.environment import prepare
 
     config = Config(base=place)
-    bootstrap.prepare(config)
-    from tunix_mlflow.tracking import pretrained
+    prepare(config)
+    from tunix_mlflow.pipelines import import_model
 
-    done = pretrained.log(config, max_new_tokens)
+    done = import_model.log(config, max_new_tokens)
     said = done._asdict()
     click.echo(
         json.dumps(said) if as_json else f"{done.model_id} of run {done.run_id}: {done.link}"
@@ -92,15 +92,16 @@ def export(model: str, folder: Path, adapter: bool, dtype: str, as_json: bool) -
 
     MODEL is a run id, a model id or a models:/ URI.
     """
-    from tunix_mlflow.config import TrackingConfig
-    from tunix_mlflow.models import exported, pretrained
-    from tunix_mlflow.tracking import flavor, registry, store
+    from tunix_mlflow.config.schema import TrackingConfig
+    from tunix_mlflow.models.hub import export, pretrained
+    from tunix_mlflow.tracking import store
+    from tunix_mlflow.tracking.models import flavor, registry
 
     pretrained.refuse(folder)  # before a model is fetched
     client = store.connect(TrackingConfig())
     logged = registry.resolve(client, model)
     bundle = flavor.load_model(f"models:/{logged.model_id}")
-    write = exported.adapter if adapter else exported.whole
+    write = export.adapter if adapter else export.whole
     write(bundle, folder, dtype)
     said: dict[str, Any] = {"model_id": logged.model_id, "folder": str(folder)}
     click.echo(json.dumps(said) if as_json else f"{logged.model_id} is in {folder}")

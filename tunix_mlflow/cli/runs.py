@@ -25,9 +25,9 @@ def list_(limit: int, as_json: bool) -> None:
 
     Runs that `mlflow run` made only to go on with another are left out.
     """
-    from tunix_mlflow.config import TrackingConfig
-    from tunix_mlflow.tracking import runs as operations
+    from tunix_mlflow.config.schema import TrackingConfig
     from tunix_mlflow.tracking import store
+    from tunix_mlflow.tracking.runs import lookup as operations
 
     client = store.connect(TrackingConfig())
     found = [_row(run) for run in operations.training_runs(client, limit)]
@@ -50,17 +50,17 @@ def list_(limit: int, as_json: bool) -> None:
 def verify(run_id: str, as_json: bool) -> None:
     """Train a run's last segment again, and compare state and losses to the bit.
 
-    The verdict is put on the run as the tag tunix.verified. Exit code 3 when something differs.
+    The verdict is on the run as the tag tunix_mlflow.verified. Exit code 3 when something differs.
     """
-    from tunix_mlflow import bootstrap
     from tunix_mlflow.data import datasets
-    from tunix_mlflow.tracking import runs as operations
+    from tunix_mlflow.runtime.environment import prepare
+    from tunix_mlflow.tracking.runs import lookup as operations
 
     found = operations.look_up(run_id)
-    bootstrap.prepare(found.config, found.environment)
+    prepare(found.config, found.environment)
     if found.config.dataset is None:
         raise TrackingError(f"run {found.run_id} names no dataset")
-    from tunix_mlflow.tracking import replay
+    from tunix_mlflow.tracking.runs import replay
 
     def say(message: str) -> None:
         click.echo(message, err=True)
@@ -83,30 +83,31 @@ def sync(run_id: str | None) -> None:
     Raises:
         TrackingError: if there is no such run here, or MLflow does not answer.
     """
-    from tunix_mlflow import state
-    from tunix_mlflow.config import TrackingConfig
-    from tunix_mlflow.tracking import outbox, store
-    from tunix_mlflow.tracking import runs as operations
+    from tunix_mlflow import paths
+    from tunix_mlflow.config.schema import TrackingConfig
+    from tunix_mlflow.tracking import store
+    from tunix_mlflow.tracking.record import event_log
+    from tunix_mlflow.tracking.runs import lookup as operations
 
     folders = operations.folders()
     if run_id is not None:
-        one = state.run_dir(run_id) if run_id.isalnum() else None
-        if one is None or not (one / outbox.OUTBOX).exists():
-            raise TrackingError(f"there is no run {run_id[:80]!r} in {state.run_dir('')}")
+        one = paths.run_dir(run_id) if run_id.isalnum() else None
+        if one is None or not (one / event_log.EVENT_LOG).exists():
+            raise TrackingError(f"there is no run {run_id[:80]!r} in {paths.run_dir('')}")
         folders = [one.resolve()]
     client = store.connect(TrackingConfig())
     failed = []
     for folder in reversed(folders):  # parents before their children
-        if not (folder / outbox.OUTBOX).exists():
+        if not (folder / event_log.EVENT_LOG).exists():
             continue
-        if run_id is None and not outbox.waiting(folder):
+        if run_id is None and not event_log.waiting(folder):
             continue
         try:
             told = operations.sync(client, folder, lambda message: click.echo(message, err=True))
         except TrackingError as error:
             failed.append(str(error))
             continue
-        known = outbox.known(folder)
+        known = event_log.known(folder)
         if known is not None:
             link = store.run_link(known.experiment_id, known.run_id)
             click.echo(f"run {known.run_id}: {told:,} bytes of records delivered; {link}")
@@ -120,10 +121,10 @@ def _row(run: Any) -> dict[str, Any]:
         "run_id": run.info.run_id,
         "name": run.info.run_name,
         "status": run.info.status,
-        "dataset": tags.get("tunix.dataset"),
+        "dataset": tags.get("tunix_mlflow.dataset"),
         "steps": int(metrics["total_steps"]) if "total_steps" in metrics else None,
         "final_loss": metrics.get("final_loss"),
         "exact_match": metrics.get("eval/exact_match"),
-        "verified": tags.get("tunix.verified"),
-        "key": tags.get("tunix.key"),
+        "verified": tags.get("tunix_mlflow.verified"),
+        "key": tags.get("tunix_mlflow.key"),
     }

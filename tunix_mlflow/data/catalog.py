@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tunix_mlflow import state
+from tunix_mlflow import paths
 from tunix_mlflow.data import canonical, lock, migrations
 from tunix_mlflow.data import manifest as manifests
 from tunix_mlflow.data.manifest import Manifest, Selection, Split
@@ -163,7 +163,7 @@ def conflicts(path: Path, stage: Stage) -> list[Conflict]:
     return [Conflict(*row) for row in rows]
 
 
-def take_in(
+def ingest(
     path: Path,
     stage: Stage,
     key: str,
@@ -209,7 +209,7 @@ def take_in(
         )
         made = _manifest(con, key, request, None, content=True)
         made.stats["duplicates_dropped"] = stage.rows - made.count
-        return _keep(con, made, sources)
+        return _insert_manifest(con, made, sources)
 
 
 def build(path: Path, key: str, selection: Selection) -> tuple[Manifest, bool]:
@@ -259,7 +259,7 @@ def build(path: Path, key: str, selection: Selection) -> tuple[Manifest, bool]:
         )
         if not con.execute("SELECT count(*) FROM chosen").fetchall()[0][0]:
             raise DatasetError("no example in the catalog meets the request; loosen its filters")
-        return _keep(con, _manifest(con, key, request, parent), [])
+        return _insert_manifest(con, _manifest(con, key, request, parent), [])
 
 
 def stream(path: Path, key: str, *, asked: bool = False) -> Generator[pa.RecordBatch, None, None]:
@@ -311,7 +311,7 @@ def texts(path: Path, digests: list[str]) -> dict[str, str]:
     return dict(rows)
 
 
-def altered(batch: pa.RecordBatch) -> list[str]:
+def find_corrupted(batch: pa.RecordBatch) -> list[str]:
     """The digests of those examples whose canonical text is not what its digest says."""
     texts, ends = _text(batch["canonical"])
     # hashlib uses the processor's SHA instructions, DuckDB's sha256 does not.
@@ -630,7 +630,7 @@ def _differing(
     for batch in rows.to_arrow_reader(10_000):
         if batch["wrong"].true_count:
             found += batch["digest"].filter(batch["wrong"]).to_pylist()
-        found += altered(batch)
+        found += find_corrupted(batch)
     return found
 
 
@@ -746,7 +746,7 @@ def _text(column: pa.StringArray) -> tuple[memoryview, list[int]]:
     return memoryview(data), ends.tolist()
 
 
-def _keep(
+def _insert_manifest(
     con: duckdb.DuckDBPyConnection, made: Manifest, sources: list[dict[str, Any]]
 ) -> tuple[Manifest, bool]:
     have = _find(con, made.key)
@@ -781,7 +781,7 @@ def _open(path: Path, write: bool) -> duckdb.DuckDBPyConnection:
         "lock_configuration": "true",
         "memory_limit": MEMORY,
         "preserve_insertion_order": "false",
-        "temp_directory": str(state.temporary_dir()),
+        "temp_directory": str(paths.temporary_dir()),
     }
     while True:
         try:

@@ -18,8 +18,8 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunix_mlflow import state
-from tunix_mlflow.config import LimitsConfig
+from tunix_mlflow import paths
+from tunix_mlflow.config.schema import LimitsConfig
 from tunix_mlflow.data import canonical, catalog, files, formats, parsing, seeds, snapshot, staging
 from tunix_mlflow.data import manifest as manifests
 from tunix_mlflow.data.catalog import Report
@@ -86,7 +86,7 @@ def seed(
     }
     with staging.new_stage() as stage:
         stage.add_all(seeds.examples(found, number=number, count=count))
-        built = Built(*catalog.take_in(state.catalog_path(), stage, stored_as, request, []))
+        built = Built(*catalog.ingest(paths.catalog_path(), stage, stored_as, request, []))
     _snapshot_if_small(built.manifest)
     return built
 
@@ -128,7 +128,7 @@ def ingest(
     manifests.bounds(wanted)
     words = [str(named)] if isinstance(named, Path) else list(named)
     sources = files.sources(words)
-    path = state.catalog_path()
+    path = paths.catalog_path()
     with staging.new_stage() as stage:
         parsed = parsing.of_files(
             stage,
@@ -156,7 +156,7 @@ def ingest(
         request = {"ingest": parsed.form, "splits": wanted}
         now = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"ingested_at": now, "version": importlib.metadata.version("tunix-mlflow")}
-        manifest, created = catalog.take_in(
+        manifest, created = catalog.ingest(
             path, stage, key, request, [source | about for source in parsed.sources]
         )
         duplicates = stage.rows - manifest.count
@@ -179,9 +179,9 @@ def build(key: str, selection: Selection) -> Built:
         manifests.parse_key(selection.parent)
     if selection.order == "all" and selection.limit is not None:
         raise DatasetError("`all` takes no limit; select latest or random")
-    if not state.catalog_path().exists():
-        raise DatasetError(f"there is no catalog at {state.catalog_path()} yet; ingest first")
-    built = Built(*catalog.build(state.catalog_path(), key, selection))
+    if not paths.catalog_path().exists():
+        raise DatasetError(f"there is no catalog at {paths.catalog_path()} yet; ingest first")
+    built = Built(*catalog.build(paths.catalog_path(), key, selection))
     _snapshot_if_small(built.manifest)
     return built
 
@@ -195,15 +195,15 @@ def get(key: str) -> Manifest:
     if snapshot.is_digest(key):
         return snapshot.index(key).manifest
     manifests.parse_key(key)
-    found = catalog.find(state.catalog_path(), key)
+    found = catalog.find(paths.catalog_path(), key)
     if found is None:
-        raise DatasetError(catalog.not_found(key, state.catalog_path()))
+        raise DatasetError(catalog.not_found(key, paths.catalog_path()))
     return found
 
 
 def provenance(key: str) -> list[dict[str, Any]]:
     """The files that a dataset was ingested from; none for a seed, a build or a digest."""
-    return [] if snapshot.is_digest(key) else catalog.provenance(state.catalog_path(), key)
+    return [] if snapshot.is_digest(key) else catalog.provenance(paths.catalog_path(), key)
 
 
 def verify(key: str) -> Report:
@@ -216,7 +216,7 @@ def verify(key: str) -> Report:
         return Report([], [], [], [], [], [], snapshot.damage(key))
     files_drifted = snapshot.drifted(manifest.digest)
     known = snapshot.members(manifest.digest) if snapshot.exists(manifest.digest) else None
-    report = catalog.verify(state.catalog_path(), key, known)
+    report = catalog.verify(paths.catalog_path(), key, known)
     if files_drifted and not report.snapshot_drift:
         report.notes.append(f"snapshot drift: {', '.join(files_drifted)}")
     return report
@@ -237,7 +237,7 @@ def ready(key: str, announce: Callable[[str], None]) -> Manifest:
             raise IntegrityError(f"the snapshot {key[:12]} is damaged: {'; '.join(damage)}")
         return snapshot.index(key).manifest
     manifests.parse_key(key)
-    if catalog.find(state.catalog_path(), key) is None and key in seeds.names():
+    if catalog.find(paths.catalog_path(), key) is None and key in seeds.names():
         built = seed(key)
         announce(f"seeded {key}: {built.manifest.count} examples")
     manifest = get(key)
@@ -247,14 +247,14 @@ def ready(key: str, announce: Callable[[str], None]) -> Manifest:
             f"dataset {key} is not what its manifest says: {report.summary()}."
             f" See `tunix-mlflow datasets verify {key}`"
         )
-    snapshot.write(manifest, catalog.stream(state.catalog_path(), key, asked=True))
+    snapshot.write(manifest, catalog.stream(paths.catalog_path(), key, asked=True))
     return manifest
 
 
 def diff(before: str, after: str) -> catalog.Difference:
     """What sets two datasets apart."""
     get(before), get(after)
-    return catalog.diff(state.catalog_path(), before, after)
+    return catalog.diff(paths.catalog_path(), before, after)
 
 
 def check_leakage(
@@ -297,11 +297,11 @@ def export(key: str, path: Path, form: str = "trace") -> int:
     if form not in formats.EXPORTS:
         raise DatasetError(f"no format {form!r}; one of {', '.join(formats.EXPORTS)}")
     manifest = get(key)
-    stored, record = catalog.stream(state.catalog_path(), key), formats.writer(form)
+    stored, record = catalog.stream(paths.catalog_path(), key), formats.writer(form)
     count = 0
     with contextlib.closing(stored), _whole(path) as part, _writer(part, path.name) as write:
         for batch in stored:
-            if wrong := catalog.altered(batch):
+            if wrong := catalog.find_corrupted(batch):
                 raise IntegrityError(
                     f"{canonical.id_of(wrong[0])} is not what its digest says; see"
                     f" `tunix-mlflow datasets verify {key}`"
@@ -320,7 +320,7 @@ def export(key: str, path: Path, form: str = "trace") -> int:
 def leftovers() -> list[tuple[Path, int]]:
     """Stages and half-made snapshots that a killed process left, with their bytes."""
     found = []
-    roots = [state.temporary_dir(), state.snapshot_dir("0" * 64).parent]
+    roots = [paths.temporary_dir(), paths.snapshot_dir("0" * 64).parent]
     for root in roots:
         for path in [*root.glob("stage-*-*"), *root.glob(".making-*")]:
             owner = path.name.removeprefix(".making").removeprefix("stage").split("-")[1]
@@ -342,7 +342,7 @@ def _alive(owner: str) -> bool:
 
 def _snapshot_if_small(manifest: Manifest) -> None:
     if manifest.count <= SMALL and not snapshot.exists(manifest.digest):
-        stored = catalog.stream(state.catalog_path(), manifest.key, asked=True)
+        stored = catalog.stream(paths.catalog_path(), manifest.key, asked=True)
         snapshot.write(manifest, stored)
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from tunix_mlflow.config import LimitsConfig
+from tunix_mlflow.config.schema import LimitsConfig
 from tunix_mlflow.data import canonical
 from tunix_mlflow.data.examples import Example, Message, SplitName, Step, from_canonical
 from tunix_mlflow.errors import DatasetError

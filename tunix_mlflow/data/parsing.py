@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 import msgspec
 from msgspec import Struct
 
-from tunix_mlflow.config import LimitsConfig
+from tunix_mlflow.config.schema import LimitsConfig
 from tunix_mlflow.data import canonical, files, formats
 from tunix_mlflow.data.examples import Example, canonical_bytes
 from tunix_mlflow.data.files import Source

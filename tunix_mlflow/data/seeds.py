@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunix_mlflow import state
+from tunix_mlflow import paths
 from tunix_mlflow.data.examples import Example, Message, ReasoningTrace
 from tunix_mlflow.errors import DatasetError
 
@@ -85,7 +85,7 @@ def examples(seed: Seed, *, number: int, count: int) -> list[Example]:
 
 
 def _folder() -> Path:
-    return state.project_root() / "seeds"
+    return paths.project_root() / "seeds"
 
 
 def _built_in() -> list[str]:

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from msgspec import Struct
 
-from tunix_mlflow import state
+from tunix_mlflow import paths
 from tunix_mlflow.data import canonical, leakage
 from tunix_mlflow.data.examples import Example, from_canonical
 from tunix_mlflow.data.leakage import Leakage, Sketch
@@ -283,12 +283,12 @@ def _damaged(digest: str, what: str) -> IntegrityError:
 def _local(digest: str) -> Path:
     if not is_digest(digest):
         raise DatasetError(f"{digest[:80]!r} is not a dataset digest: expected 64 hex digits")
-    return state.snapshot_dir(digest)
+    return paths.snapshot_dir(digest)
 
 
 def _root() -> str | None:
     """The shared root, if it is not a local folder."""
-    root = state.snapshot_root()
+    root = paths.snapshot_root()
     return None if root.startswith("file://") or "://" not in root else root
 
 
@@ -298,7 +298,7 @@ def _remote(digest: str) -> tuple[Any, str]:
     try:
         system, path = fsspec.core.url_to_fs(root)
     except (ImportError, ValueError) as error:
-        raise DatasetError(f"{state.SNAPSHOTS_VARIABLE}={root}: {error}") from error
+        raise DatasetError(f"{paths.SNAPSHOTS_VARIABLE}={root}: {error}") from error
     return system, f"{path.rstrip('/')}/{digest}"
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tunix_mlflow import state
+from tunix_mlflow import paths
 from tunix_mlflow.data.examples import Example, canonical_bytes
 from tunix_mlflow.errors import DatasetError
 
@@ -143,7 +143,7 @@ def new_stage() -> Iterator[Stage]:
     Raises:
         DatasetError: when the state root cannot be written to.
     """
-    folder = state.temporary_dir()
+    folder = paths.temporary_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         made = tempfile.mkdtemp(prefix=f"stage-{os.getpid()}-", dir=folder)

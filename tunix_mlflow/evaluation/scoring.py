@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tunix_mlflow.data.examples import Example
-from tunix_mlflow.evaluation import answers
+from tunix_mlflow.evaluation import scorers
 
 Z_95 = 1.959963984540054
 
 
-class Judged(NamedTuple):
+class ExampleScore(NamedTuple):
     """One scored example; a row of the per-example table."""
 
     prompt: str
@@ -59,7 +59,7 @@ def score(
     generate: Callable[[Sequence[Example]], list[tuple[str, str | None]]],
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
-) -> list[Judged]:
+) -> list[ExampleScore]:
     """Compare answers with what was expected, `batch_size` examples at a time.
 
     Args:
@@ -68,22 +68,22 @@ def score(
         batch_size: how many it is given at a time.
         progress: told how many are done.
     """
-    judged: list[Judged] = []
+    judged: list[ExampleScore] = []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         for example, (text, answer) in zip(part, generate(part), strict=True):
             expected = example.answer or ""
-            correct = answers.exact_match(answer, expected)
-            judged.append(Judged(example.prompt, expected, answer, correct, text))
+            correct = scorers.exact_match(answer, expected)
+            judged.append(ExampleScore(example.prompt, expected, answer, correct, text))
         progress(len(judged))
     return judged
 
 
-def table(judged: Sequence[Judged]) -> dict[str, list[object]]:
+def table(judged: Sequence[ExampleScore]) -> dict[str, list[object]]:
     """The per-example table, by column."""
-    return {name: [getattr(row, name) for row in judged] for name in Judged._fields}
+    return {name: [getattr(row, name) for row in judged] for name in ExampleScore._fields}
 
 
-def exact_match(judged: Sequence[Judged]) -> Proportion:
+def exact_match(judged: Sequence[ExampleScore]) -> Proportion:
     """The share of right answers."""
     return wilson(sum(row.correct for row in judged), len(judged))

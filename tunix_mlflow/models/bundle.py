@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import msgspec
 
-from tunix_mlflow.config import LoraConfig, ModelConfig
+from tunix_mlflow.config.schema import LoraConfig, ModelConfig
 from tunix_mlflow.data import canonical
 from tunix_mlflow.data.examples import Example, Message
-from tunix_mlflow.data.tokenizer import ByteTokenizer, Tokenizer
 from tunix_mlflow.errors import DatasetError, IntegrityError
 from tunix_mlflow.models import arrays, decoder, generation, lora
 from tunix_mlflow.models.decoder import Graph, Params
+from tunix_mlflow.text.tokenizer import ByteTokenizer, Tokenizer
 
 _INFO = "bundle.json"
 _PARAMS = "params"
@@ -175,7 +175,7 @@ def load(folder: Path) -> Bundle:
 def _tokenizer(folder: Path, info: dict[str, Any]) -> Tokenizer:
     tokenizer: Tokenizer = ByteTokenizer()
     if info["tokenizer"]["name"] != tokenizer.name:
-        from tunix_mlflow.data.hub_tokenizer import HubTokenizer
+        from tunix_mlflow.text.hub_tokenizer import HubTokenizer
 
         tokenizer = HubTokenizer.read(folder / _TOKENIZER, info["model"]["vocab_size"])
     if info["tokenizer"]["digest"] != tokenizer.digest:

@@ -17,17 +17,17 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 
-from tunix_mlflow.config import LoraConfig, ModelConfig
+from tunix_mlflow.config.schema import LoraConfig, ModelConfig
 from tunix_mlflow.models.layers import (
+    AttentionContext,
     Block,
     LayerCache,
+    Linear,
     Norm,
-    Product,
-    Sight,
+    fold_in,
     frequencies,
-    piece,
+    rope_sin_cos,
     softcap,
-    turns,
 )
 
 Graph: TypeAlias = "nnx.GraphDef[Decoder]"
@@ -36,7 +36,7 @@ Params: TypeAlias = "nnx.State[Any, Any]"
 """Its arrays."""
 
 
-_PIECE = 1 << 16
+_DRAW_SIZE = 1 << 16
 _CUT_DEVIATION = 0.87962566103423978  # of a standard normal that is cut off at 2
 
 
@@ -74,7 +74,7 @@ class Decoder(nnx.Module):
         self.blocks: Any = blocks[0] if scanned else nnx.List(blocks)
         self.final_norm = Norm(config.width, config, scaled=not fused)
         tied = config.tie_embeddings and not fused
-        self.unembedding = None if tied else Product(config.width, vocab_size, rngs)
+        self.unembedding = None if tied else Linear(config.width, vocab_size, rngs)
 
     def __call__(
         self,
@@ -96,7 +96,7 @@ class Decoder(nnx.Module):
         cache: list[LayerCache] | None = None,
         cache_index: jax.Array | int = 0,
         remat: str = "none",
-        noise: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, list[LayerCache]]:
         """Run the stack.
 
@@ -117,16 +117,18 @@ class Decoder(nnx.Module):
         x = self.embedding(tokens)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
-        near = far = Sight(mask, *turns(positions, _frequencies(self.config)))
+        near = far = AttentionContext(mask, *rope_sin_cos(positions, _frequencies(self.config)))
         if self.config.windowed_layers:
             within = mask
             if self.config.window is not None:
                 queries = cache_index + jnp.arange(tokens.shape[1])
                 back = queries[:, None] - jnp.arange(mask.shape[-1])[None, :]
                 within = mask & (back < self.config.window)
-            near = Sight(within, *turns(positions, _frequencies(self.config, windowed=True)))
+            near = AttentionContext(
+                within, *rope_sin_cos(positions, _frequencies(self.config, windowed=True))
+            )
         if self.scanned:
-            return self.final_norm(self._scan(x, far, near, remat, noise)), []
+            return self.final_norm(self._scan(x, far, near, remat, dropout_key)), []
         caches: list[LayerCache] = []
         for number, block in enumerate(self.blocks):
             graph, params = nnx.split(block)
@@ -136,7 +138,7 @@ class Decoder(nnx.Module):
                 near if number in self.config.windowed_layers else far,
                 None if cache is None else cache[number],
                 cache_index,
-                piece(noise, number),
+                fold_in(dropout_key, number),
                 graph=graph,
                 remat=remat,
             )
@@ -145,7 +147,12 @@ class Decoder(nnx.Module):
         return self.final_norm(x), caches
 
     def _scan(
-        self, x: jax.Array, far: Sight, near: Sight, remat: str, noise: jax.Array | None
+        self,
+        x: jax.Array,
+        far: AttentionContext,
+        near: AttentionContext,
+        remat: str,
+        dropout_key: jax.Array | None,
     ) -> jax.Array:
         """All blocks, by a loop over their stacked parameters."""
         windowed, layers = self.config.windowed_layers, self.config.layers
@@ -153,11 +160,11 @@ class Decoder(nnx.Module):
 
         def one(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
             params, number, is_near = layer
-            sight = far
+            context = far
             if windowed:
-                sight = jax.tree.map(partial(jnp.where, is_near), near, far)
-            own = piece(noise, number)
-            return _run(params, x, sight, None, 0, own, graph=graph, remat=remat)[0], None
+                context = jax.tree.map(partial(jnp.where, is_near), near, far)
+            own = fold_in(dropout_key, number)
+            return _run(params, x, context, None, 0, own, graph=graph, remat=remat)[0], None
 
         numbers = np.arange(layers)
         of_layers = (params, jnp.asarray(numbers), jnp.asarray(np.isin(numbers, windowed)))
@@ -182,10 +189,10 @@ _KEPT = {
 def _run(
     params: Params,
     x: jax.Array,
-    sight: Sight,
+    context: AttentionContext,
     cache: LayerCache | None,
     cache_index: jax.Array | int,
-    noise: jax.Array | None,
+    dropout_key: jax.Array | None,
     *,
     graph: nnx.GraphDef[Block],
     remat: str,
@@ -193,7 +200,7 @@ def _run(
     """One block. A function of its own, so that JAX traces one for all that are alike."""
 
     def block(params: Params, x: jax.Array) -> tuple[jax.Array, LayerCache | None]:
-        return nnx.merge(graph, params)(x, sight, cache, cache_index, noise)
+        return nnx.merge(graph, params)(x, context, cache, cache_index, dropout_key)
 
     if remat != "none":
         block = jax.checkpoint(block, policy=_KEPT[remat])
@@ -262,10 +269,11 @@ def normal(shape: tuple[int, ...], inputs: int, seed: int, number: int) -> npt.N
     """
     size = math.prod(shape)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        pieces = [
-            np.asarray(_draw(np.uint32(seed), number, piece)) for piece in range(-(-size // _PIECE))
+        blocks = [
+            np.asarray(_draw(np.uint32(seed), number, fold_in))
+            for fold_in in range(-(-size // _DRAW_SIZE))
         ]
-    drawn: npt.NDArray[np.float32] = np.concatenate(pieces)[:size] * np.float32(inputs**-0.5)
+    drawn: npt.NDArray[np.float32] = np.concatenate(blocks)[:size] * np.float32(inputs**-0.5)
     return drawn.reshape(shape)
 
 
@@ -396,10 +404,10 @@ def _delete(used: Any, made: Any) -> None:
 
 
 @jax.jit
-def _draw(seed: np.uint32, leaf: int, piece: int) -> jax.Array:
+def _draw(seed: np.uint32, leaf: int, fold_in: int) -> jax.Array:
     """One piece of a leaf's numbers, of variance 1."""
-    stream = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), leaf), piece)
-    return jax.random.truncated_normal(stream, -2.0, 2.0, (_PIECE,)) / _CUT_DEVIATION
+    stream = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), leaf), fold_in)
+    return jax.random.truncated_normal(stream, -2.0, 2.0, (_DRAW_SIZE,)) / _CUT_DEVIATION
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> list[LayerCache]:

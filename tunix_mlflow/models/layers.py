@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 
-from tunix_mlflow.config import LoraConfig, ModelConfig, RopeScaling
+from tunix_mlflow.config.schema import LoraConfig, ModelConfig, RopeScaling
 
-_NEVER = -1e30  # a score whose share is 0
-_SHORTEST_PIECE = 128  # of a row's queries, in attention
+_MASKED_SCORE = -1e30  # a score whose share is 0
+_MIN_BLOCK = 128  # of a row's queries, in attention
 
 
 class LayerCache(NamedTuple):
@@ -47,13 +47,13 @@ def frequencies(
     stretched = found / scaling.factor
     if scaling.kind == "linear":
         return stretched.astype(np.float32)
-    turns = scaling.original_positions * found / (2 * math.pi)  # within the first context
+    rope_sin_cos = scaling.original_positions * found / (2 * math.pi)  # within the first context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    kept = np.clip((rope_sin_cos - low) / (high - low), 0.0, 1.0)
     return (kept * found + (1 - kept) * stretched).astype(np.float32)
 
 
-class Sight(NamedTuple):
+class AttentionContext(NamedTuple):
     """What the layers of one kind see: where they may look, and how positions turn heads."""
 
     mask: jax.Array  # [B, 1, T, S] bool, true where a query may look
@@ -61,7 +61,7 @@ class Sight(NamedTuple):
     cos: jax.Array  # the same
 
 
-def turns(
+def rope_sin_cos(
     positions: jax.Array, frequency: npt.NDArray[np.float32] | jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Sine and cosine of each pair's angle, [B, T, 1, D / 2] each, float32.
@@ -134,12 +134,12 @@ def attend(
     scale = width**-0.5 if scale is None else scale
     rows = (q * scale).reshape(batch, length, groups, -1, width).transpose(0, 2, 3, 1, 4)
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, D]
-    pieces = _pieces(length) if causal else 1
+    blocks = _block_count(length) if causal else 1
     if cap is None:
-        found = _looked_up(rows, keys, values, mask, pieces)
+        found = _blockwise_attention(rows, keys, values, mask, blocks)
     else:
         scores = softcap(_scores(rows, keys), cap)
-        found = _weighed(_shares(scores, mask), values)
+        found = _weighted_values(_probabilities(scores, mask), values)
     return found.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
@@ -152,89 +152,93 @@ def _scores(rows: jax.Array, keys: jax.Array) -> jax.Array:
     return (flat @ keys.swapaxes(-1, -2)).astype(jnp.float32).reshape(*rows.shape[:4], -1)
 
 
-def _shares(scores: jax.Array, mask: jax.Array) -> jax.Array:
+def _probabilities(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax over what may be seen."""
-    return jax.nn.softmax(jnp.where(mask[:, :, None], scores, _NEVER), axis=-1)
+    return jax.nn.softmax(jnp.where(mask[:, :, None], scores, _MASKED_SCORE), axis=-1)
 
 
-def _weighed(shares: jax.Array, values: jax.Array) -> jax.Array:
+def _weighted_values(probabilities: jax.Array, values: jax.Array) -> jax.Array:
     """[B, K, H / K, T, D]."""
-    flat = shares.reshape(*shares.shape[:2], -1, shares.shape[-1]).astype(values.dtype)
-    return (flat @ values).reshape(*shares.shape[:4], -1)
+    flat = probabilities.reshape(*probabilities.shape[:2], -1, probabilities.shape[-1]).astype(
+        values.dtype
+    )
+    return (flat @ values).reshape(*probabilities.shape[:4], -1)
 
 
-def _turned(shares: jax.Array, rows: jax.Array) -> jax.Array:
+def _weighted_rows(probabilities: jax.Array, rows: jax.Array) -> jax.Array:
     """For each key the sum of rows by their shares of it: [B, K, S, D]."""
-    flat, wide = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (shares, rows))
+    flat, wide = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (probabilities, rows))
     return (wide.swapaxes(-1, -2) @ flat).swapaxes(-1, -2)
 
 
-def _pieces(length: int) -> int:
+def _block_count(length: int) -> int:
     """Into how many pieces queries are cut; each costs a compiler's time."""
-    fitting = (n for n in (4, 2) if length % n == 0 and length // n >= _SHORTEST_PIECE)
+    fitting = (n for n in (4, 2) if length % n == 0 and length // n >= _MIN_BLOCK)
     return next(fitting, 1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _looked_up(
-    rows: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, pieces: int
+def _blockwise_attention(
+    rows: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, blocks: int
 ) -> jax.Array:
     """[B, K, H / K, T, D]. For the way back the shares alone are kept; XLA would keep three
     arrays of that size."""
-    return _looked_up_forward(rows, keys, values, mask, pieces)[0]
+    return _blockwise_attention_forward(rows, keys, values, mask, blocks)[0]
 
 
 _Kept = tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]
 
 
-def _looked_up_forward(
-    rows: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, pieces: int
+def _blockwise_attention_forward(
+    rows: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, blocks: int
 ) -> tuple[jax.Array, _Kept]:
     found, kept = [], []
-    for own, seen in _cuts(rows.shape[3], keys.shape[2], pieces):
+    for own, seen in _blocks(rows.shape[3], keys.shape[2], blocks):
         scores = _scores(rows[:, :, :, own], keys[:, :, seen])
-        kept.append(_shares(scores, mask[:, :, own, seen]).astype(values.dtype))
-        found.append(_weighed(kept[-1], values[:, :, seen]))
+        kept.append(_probabilities(scores, mask[:, :, own, seen]).astype(values.dtype))
+        found.append(_weighted_values(kept[-1], values[:, :, seen]))
     return jnp.concatenate(found, axis=3), (rows, keys, values, kept)
 
 
-def _looked_up_backward(
-    pieces: int, saved: _Kept, gradient: jax.Array
+def _blockwise_attention_backward(
+    blocks: int, saved: _Kept, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     rows, keys, values, kept = saved
-    of_rows = []
-    of_keys, of_values = (jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
-    cuts = _cuts(rows.shape[3], keys.shape[2], pieces)
-    for (own, seen), shares in zip(cuts, kept, strict=True):
-        wide, back = shares.astype(jnp.float32), gradient[:, :, :, own]
-        of_shares = _scores(back, values[:, :, seen])
-        of_scores = wide * (of_shares - jnp.sum(of_shares * wide, axis=-1, keepdims=True))
-        of_scores = of_scores.astype(rows.dtype)
-        of_rows.append(_weighed(of_scores, keys[:, :, seen]))
-        unseen = ((0, 0), (0, 0), (0, keys.shape[2] - shares.shape[-1]), (0, 0))
-        of_keys += jnp.pad(_turned(of_scores, rows[:, :, :, own]), unseen)
-        of_values += jnp.pad(_turned(shares, back), unseen)
-    back = jnp.concatenate(of_rows, axis=3)
-    return back, of_keys.astype(keys.dtype), of_values.astype(values.dtype), None
+    d_rows = []
+    d_keys, d_values = (jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
+    cuts = _blocks(rows.shape[3], keys.shape[2], blocks)
+    for (own, seen), probabilities in zip(cuts, kept, strict=True):
+        wide, back = probabilities.astype(jnp.float32), gradient[:, :, :, own]
+        d_probabilities = _scores(back, values[:, :, seen])
+        d_scores = wide * (
+            d_probabilities - jnp.sum(d_probabilities * wide, axis=-1, keepdims=True)
+        )
+        d_scores = d_scores.astype(rows.dtype)
+        d_rows.append(_weighted_values(d_scores, keys[:, :, seen]))
+        unseen = ((0, 0), (0, 0), (0, keys.shape[2] - probabilities.shape[-1]), (0, 0))
+        d_keys += jnp.pad(_weighted_rows(d_scores, rows[:, :, :, own]), unseen)
+        d_values += jnp.pad(_weighted_rows(probabilities, back), unseen)
+    back = jnp.concatenate(d_rows, axis=3)
+    return back, d_keys.astype(keys.dtype), d_values.astype(values.dtype), None
 
 
-def _cuts(length: int, keys: int, pieces: int) -> list[tuple[slice, slice]]:
+def _blocks(length: int, keys: int, blocks: int) -> list[tuple[slice, slice]]:
     """Of each piece: its queries, and the keys that they may see."""
-    if pieces == 1:
+    if blocks == 1:
         return [(slice(0, length), slice(0, keys))]
-    size = length // pieces
+    size = length // blocks
     return [(slice(at, at + size), slice(0, at + size)) for at in range(0, length, size)]
 
 
-_looked_up.defvjp(_looked_up_forward, _looked_up_backward)
+_blockwise_attention.defvjp(_blockwise_attention_forward, _blockwise_attention_backward)
 
 
 @jax.custom_vjp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
 
 
-def _product_backward(
+def _linear_backward(
     saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
@@ -242,10 +246,10 @@ def _product_backward(
     return gradient @ kernel.T, rows.T @ columns
 
 
-_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+_linear.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _linear_backward)
 
 
-class Product(nnx.Linear):
+class Linear(nnx.Linear):
     """nnx.Linear whose kernel's gradient is one product of two matrices; with an adapter or not.
 
     Left to itself JAX makes that gradient turned round and XLA copies it on a CPU, which costs a
@@ -269,23 +273,23 @@ class Product(nnx.Linear):
             self.lora_a = nnx.LoRAParam(jnp.zeros((inputs, lora.rank)))
             self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, outputs)))
 
-    def __call__(self, inputs: jax.Array, noise: Any = None) -> jax.Array:
+    def __call__(self, inputs: jax.Array, dropout_key: Any = None) -> jax.Array:
         """[..., inputs] -> [..., outputs].
 
         Args:
             inputs: as said.
             noise: a key, to leave out inputs of the adapter at random; None: none is left out.
         """
-        made = _product(inputs, self.kernel[...])
+        made = _linear(inputs, self.kernel[...])
         if self.bias is not None:
             made = made + self.bias[...]
         if self.lora is None:
             return made
-        if noise is not None and self.lora.dropout:
+        if dropout_key is not None and self.lora.dropout:
             keep = 1 - self.lora.dropout
-            kept = jax.random.bernoulli(noise, keep, inputs.shape)
+            kept = jax.random.bernoulli(dropout_key, keep, inputs.shape)
             inputs = jnp.where(kept, inputs / keep, 0)
-        added = _product(_product(inputs, self.lora_a[...]), self.lora_b[...])
+        added = _linear(_linear(inputs, self.lora_a[...]), self.lora_b[...])
         return made + added * (self.lora.alpha / self.lora.rank)
 
 
@@ -340,17 +344,17 @@ class Attention(nnx.Module):
         bias = config.qkv_bias
         if fused:
             all_heads = self.heads + 2 * self.kv_heads
-            self.inputs = Product(config.width, all_heads * self.head_dim, rngs, bias=bias)
+            self.inputs = Linear(config.width, all_heads * self.head_dim, rngs, bias=bias)
         else:
 
-            def product(target: str, heads: int) -> Product:
+            def product(target: str, heads: int) -> Linear:
                 adapter = _adapter_of(target, lora)
-                return Product(config.width, heads * self.head_dim, rngs, bias=bias, lora=adapter)
+                return Linear(config.width, heads * self.head_dim, rngs, bias=bias, lora=adapter)
 
             self.queries = product("q_proj", self.heads)
             self.keys = product("k_proj", self.kv_heads)
             self.values = product("v_proj", self.kv_heads)
-        self.output = Product(
+        self.output = Linear(
             self.heads * self.head_dim, config.width, rngs, lora=_adapter_of("o_proj", lora)
         )
         self.query_norm = Norm(self.head_dim, config) if config.qk_norm else None
@@ -359,10 +363,10 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,  # [B, T, W]
-        sight: Sight,
+        context: AttentionContext,
         cache: LayerCache | None,
         cache_index: jax.Array | int,
-        noise: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attend; with a cache, to what it holds too. Returns [B, T, W] and the cache."""
         batch, length, _ = x.shape
@@ -370,12 +374,16 @@ class Attention(nnx.Module):
             heads = self.inputs(x).reshape(batch, length, -1, self.head_dim)
             q, k, v = jnp.split(heads, (self.heads, self.heads + self.kv_heads), axis=2)
         else:
-            q = self.queries(x, piece(noise, 0)).reshape(batch, length, self.heads, self.head_dim)
-            k = self.keys(x, piece(noise, 1)).reshape(batch, length, self.kv_heads, self.head_dim)
-            v = self.values(x, piece(noise, 2)).reshape(batch, length, -1, self.head_dim)
+            q = self.queries(x, fold_in(dropout_key, 0)).reshape(
+                batch, length, self.heads, self.head_dim
+            )
+            k = self.keys(x, fold_in(dropout_key, 1)).reshape(
+                batch, length, self.kv_heads, self.head_dim
+            )
+            v = self.values(x, fold_in(dropout_key, 2)).reshape(batch, length, -1, self.head_dim)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        mask, sin, cos = sight
+        mask, sin, cos = context
         q, k = rotate(q, sin, cos), rotate(k, sin, cos)
         if cache is not None:
             start = (0, cache_index, 0, 0)
@@ -395,7 +403,7 @@ class Attention(nnx.Module):
             attended = jax.lax.platform_dependent(q, k, v, mask, cpu=on_cpu, default=elsewhere)
         else:
             attended = on_cpu(q, k, v, mask)  # the library's has no cap
-        return self.output(attended.reshape(batch, length, -1), piece(noise, 3)), cache
+        return self.output(attended.reshape(batch, length, -1), fold_in(dropout_key, 3)), cache
 
 
 class FeedForward(nnx.Module):
@@ -413,20 +421,20 @@ class FeedForward(nnx.Module):
         self.activation = config.activation
         width, hidden = config.width, config.mlp_width
         if fused:
-            self.inputs = Product(width, 2 * hidden, rngs)
+            self.inputs = Linear(width, 2 * hidden, rngs)
         else:
-            self.gate = Product(width, hidden, rngs, lora=_adapter_of("gate_proj", lora))
-            self.up = Product(width, hidden, rngs, lora=_adapter_of("up_proj", lora))
-        self.down = Product(hidden, width, rngs, lora=_adapter_of("down_proj", lora))
+            self.gate = Linear(width, hidden, rngs, lora=_adapter_of("gate_proj", lora))
+            self.up = Linear(width, hidden, rngs, lora=_adapter_of("up_proj", lora))
+        self.down = Linear(hidden, width, rngs, lora=_adapter_of("down_proj", lora))
 
-    def __call__(self, x: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """[B, T, W] -> [B, T, W]."""
         if self.fused:
             gate, up = jnp.split(self.inputs(x), 2, -1)
         else:
-            gate, up = self.gate(x, piece(noise, 4)), self.up(x, piece(noise, 5))
+            gate, up = self.gate(x, fold_in(dropout_key, 4)), self.up(x, fold_in(dropout_key, 5))
         active = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate)
-        return self.down(active * up, piece(noise, 6))
+        return self.down(active * up, fold_in(dropout_key, 6))
 
 
 class Block(nnx.Module):
@@ -453,15 +461,17 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        sight: Sight,
+        context: AttentionContext,
         cache: LayerCache | None,
         cache_index: jax.Array | int,
-        noise: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """[B, T, W] -> [B, T, W], and the cache."""
-        added, cache = self.attention(self.attention_norm(x), sight, cache, cache_index, noise)
+        added, cache = self.attention(
+            self.attention_norm(x), context, cache, cache_index, dropout_key
+        )
         x = x + (added if self.attention_post_norm is None else self.attention_post_norm(added))
-        added = self.mlp(self.mlp_norm(x), noise)
+        added = self.mlp(self.mlp_norm(x), dropout_key)
         return x + (added if self.mlp_post_norm is None else self.mlp_post_norm(added)), cache
 
 
@@ -470,6 +480,6 @@ def _adapter_of(target: str, lora: LoraConfig | None) -> LoraConfig | None:
     return lora if lora is not None and lora.rank and target in lora.targets else None
 
 
-def piece(noise: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
+def fold_in(dropout_key: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
     """One of the keys that a key is cut into."""
-    return None if noise is None else jax.random.fold_in(noise, number)
+    return None if dropout_key is None else jax.random.fold_in(dropout_key, number)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tunix_mlflow.config import LoraConfig, ModelConfig
+from tunix_mlflow.config.schema import LoraConfig, ModelConfig
 from tunix_mlflow.models import decoder
 from tunix_mlflow.models.decoder import Params
 

@@ -11,11 +11,11 @@ import msgspec
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 
-from tunix_mlflow import state
-from tunix_mlflow.config import Config
+from tunix_mlflow import paths
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import TrackingError
-from tunix_mlflow.models import base as bases
-from tunix_mlflow.models.base import Base
+from tunix_mlflow.models.hub import base as bases
+from tunix_mlflow.models.hub.base import Base
 from tunix_mlflow.tracking import store
 
 _SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
@@ -41,7 +41,7 @@ def local(place: str) -> Iterator[Path]:
     if not place.startswith(_SCHEMES):
         yield Path(place).expanduser()
         return
-    parent = state.temporary_dir()
+    parent = paths.temporary_dir()
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as scratch:
         try:

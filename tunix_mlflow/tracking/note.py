@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunix_mlflow.config import Config
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data.manifest import Manifest
 
 

@@ -18,14 +18,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow import state
-from tunix_mlflow.config import TrackingConfig
+from tunix_mlflow import paths
+from tunix_mlflow.config.schema import TrackingConfig
 from tunix_mlflow.errors import TrackingError
 
 DEFAULT_EXPERIMENT = "tunix-mlflow"
 _KIND_TAG = {"mlflow.experimentKind": "custom_model_development"}
 _PROBE_SECONDS = 4
-LAUNCHER_TAG = "tunix.launcher_of"
+LAUNCHER_TAG = "tunix_mlflow.launcher_of"
 """On a run that `mlflow run` made only to go on with another: that one's id."""
 
 
@@ -54,9 +54,9 @@ def reach(config: TrackingConfig) -> tuple[MlflowClient, str | None]:
         TrackingError: for a store that cannot be used even when its server answers.
     """
     if config.offline:
-        state.offline_artifacts().mkdir(parents=True, exist_ok=True)
-        mlflow.set_tracking_uri(state.offline_tracking_uri())
-        mlflow.set_registry_uri(state.offline_tracking_uri())
+        paths.offline_artifacts().mkdir(parents=True, exist_ok=True)
+        mlflow.set_tracking_uri(paths.offline_tracking_uri())
+        mlflow.set_registry_uri(paths.offline_tracking_uri())
     uri = mlflow.get_tracking_uri()
     if uri.startswith(("http://", "https://")):
         away = _probe(uri)
@@ -208,8 +208,8 @@ def delete_artifacts(client: MlflowClient, run_id: str, artifact: str) -> None:
 def _artifacts(name: str) -> str | None:
     # For a local database MLflow would choose a folder in the current one.
     uri = mlflow.get_tracking_uri()
-    if uri == state.offline_tracking_uri():
-        return state.offline_artifacts().as_uri()
+    if uri == paths.offline_tracking_uri():
+        return paths.offline_artifacts().as_uri()
     if uri.startswith("sqlite:///"):
         folder = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute().parent
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

@@ -23,13 +23,13 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from tunix_mlflow.config import CheckpointsConfig
+from tunix_mlflow.config.schema import CheckpointsConfig
 from tunix_mlflow.errors import CheckpointError, IntegrityError
 from tunix_mlflow.models import arrays
 
 STATE = "state"
 QUARANTINE, SUPERSEDED = "quarantine", "superseded"
-_DOOMED = ".deleting-"
+_DELETING = ".deleting-"
 _ORBAX_TMP = ".orbax-checkpoint-tmp"
 _T = TypeVar("_T")
 
@@ -51,7 +51,7 @@ class Retention(NamedTuple):
         )
 
 
-def doomed(found: Sequence[tuple[int, Mapping[str, float]]], retention: Retention) -> list[int]:
+def to_delete(found: Sequence[tuple[int, Mapping[str, float]]], retention: Retention) -> list[int]:
     """The steps that may go, in ascending order; never the newest.
 
     Args:
@@ -178,7 +178,7 @@ class Checkpoints:
             try:
                 manifest = arrays.check(folder)
             except IntegrityError as error:
-                _put_aside(folder, QUARANTINE)
+                _quarantine(folder, QUARANTINE)
                 report(f"{error}; moved to {QUARANTINE}/, the checkpoint before it is used")
                 continue
             return int(manifest["step"]), self._read(folder, manifest, target)
@@ -204,7 +204,7 @@ class Checkpoints:
         self._of(step)
         for folder in steps(self.folder):
             if int(folder.name) > step:
-                _put_aside(folder, SUPERSEDED)
+                _quarantine(folder, SUPERSEDED)
 
     def _of(self, step: int) -> Path:
         folder = self.folder / f"{step:08d}"
@@ -232,7 +232,7 @@ class Checkpoints:
         arrays.seal(folder, {**content, "state_digest": arrays.digest(copy)})
         if self.on_sealed is not None:
             self.on_sealed(folder, content["step"])
-        for step in doomed(
+        for step in to_delete(
             [(int(p.name), _metrics(p)) for p in steps(self.folder)], self.retention
         ):
             old = self.folder / f"{step:08d}"
@@ -248,7 +248,7 @@ class Checkpoints:
         sealed = steps(self.folder)
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             torn = path.name.isdigit() and path not in sealed
-            left = path.name.startswith(_DOOMED) or _ORBAX_TMP in path.name
+            left = path.name.startswith(_DELETING) or _ORBAX_TMP in path.name
             if (torn or left) and path.is_dir():
                 shutil.rmtree(path)
 
@@ -276,7 +276,7 @@ def steps(folder: Path) -> list[Path]:
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint; a kill meanwhile leaves nothing that counts as one."""
-    going = folder.with_name(f"{_DOOMED}{folder.name}")
+    going = folder.with_name(f"{_DELETING}{folder.name}")
     if going.exists():  # of a kill, when the same step was deleted before
         shutil.rmtree(going)
     folder.rename(going)
@@ -292,7 +292,7 @@ def _metrics(folder: Path) -> Mapping[str, float]:
     return found
 
 
-def _put_aside(folder: Path, name: str) -> None:
+def _quarantine(folder: Path, name: str) -> None:
     place = folder.parent / name
     number = 0
     try:

@@ -11,17 +11,17 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from tunix_mlflow.config import Config
-from tunix_mlflow.data.batches import Batch, TrainBatches
+from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import Interrupted, TrainingStopped
+from tunix_mlflow.input.batches import Batch, TrainBatches
 from tunix_mlflow.models.decoder import Params
-from tunix_mlflow.training import devices
+from tunix_mlflow.runtime import devices
+from tunix_mlflow.runtime.signals import StopRequest
 from tunix_mlflow.training import optimizer as optimizers
 from tunix_mlflow.training.checkpoint import Checkpoints
-from tunix_mlflow.training.signals import StopRequest
 from tunix_mlflow.training.step import (
-    Plan,
     StepMetrics,
+    StepSpec,
     TrainState,
     compile_step,
     eval_step,
@@ -45,7 +45,7 @@ def fit(
     state: TrainState,
     batches: TrainBatches,
     *,
-    plan: Plan,
+    spec: StepSpec,
     writers: Sequence[MetricWriter],
     checkpoints: Checkpoints,
     evaluate: Callable[[TrainState], dict[str, float]] | None,
@@ -137,12 +137,12 @@ def fit(
             if step == first:
                 ahead = compiled.result() if compiled is not None else 0.0
                 now = time.perf_counter()
-                compile_step(state, batch, frozen, plan=plan)  # at once, if it was ahead
+                compile_step(state, batch, frozen, spec=spec)  # at once, if it was ahead
                 compiling = ahead + time.perf_counter() - now
                 devices.return_freed_memory()
             if done < training.steps:
                 upcoming = pool.submit(batches.at, done)
-            state, metrics = train_step(state, batch, frozen, plan=plan)
+            state, metrics = train_step(state, batch, frozen, spec=spec)
             land()
             flight = _Flight(done, metrics, int(np.count_nonzero(batch.segments)), waited)
             held_out: dict[str, float] = {}
@@ -171,10 +171,10 @@ def fit(
 
 
 def held_out_loss(
-    plan: Plan, params: Params, batches: Iterator[Batch], frozen: Params | None = None
+    spec: StepSpec, params: Params, batches: Iterator[Batch], frozen: Params | None = None
 ) -> dict[str, float]:
     """`eval/loss` in nats per trained token: summed on the device, divided once."""
-    sums = [eval_step(params, batch, frozen, plan=plan) for batch in batches]
+    sums = [eval_step(params, batch, frozen, spec=spec) for batch in batches]
     losses, counts = jax.device_get(tuple(zip(*sums, strict=True)))
     return {"eval/loss": float(np.sum(losses, dtype=np.float64) / np.sum(counts))}
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tunix_mlflow.data.batches import Batch
+from tunix_mlflow.input.batches import Batch
 from tunix_mlflow.models.decoder import Decoder, Graph, Params, segment_mask
 
 
-class Compute(NamedTuple):
+class PrecisionPolicy(NamedTuple):
     """How a forward and backward pass is computed."""
 
     dtype: str = "float32"  # of the products; sums of losses and gradients are float32
@@ -20,15 +20,15 @@ class Compute(NamedTuple):
     loss_chunk: int = 0  # tokens whose logits are held at a time; 0: of all
 
 
-PLAIN = Compute()
+FLOAT32 = PrecisionPolicy()
 
 
 def token_losses(
     graph: Graph,
     params: Params,
     batch: Batch,
-    compute: Compute = PLAIN,
-    noise: jax.Array | None = None,
+    policy: PrecisionPolicy = FLOAT32,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss and number of trained tokens; divide once, after the last sum.
 
@@ -51,13 +51,13 @@ def token_losses(
     model = nnx.merge(graph, params)
     tokens, targets, positions, segments, trained = map(jnp.asarray, batch)
     features, _ = model.features(
-        tokens, positions, segment_mask(segments), remat=compute.remat, noise=noise
+        tokens, positions, segment_mask(segments), remat=policy.remat, dropout_key=dropout_key
     )
     # As one long row: XLA's elementwise code on a CPU is slower for three axes.
     features = features.reshape(-1, features.shape[-1])
     targets, mask = targets.reshape(-1), trained.reshape(-1).astype(jnp.float32)
-    if compute.loss_chunk and compute.loss_chunk < tokens.size:
-        return _in_chunks(model, features, targets, mask, compute.loss_chunk), jnp.sum(mask)
+    if policy.loss_chunk and policy.loss_chunk < tokens.size:
+        return _in_chunks(model, features, targets, mask, policy.loss_chunk), jnp.sum(mask)
     return cross_entropy(model.logits(features), targets, mask), jnp.sum(mask)
 
 
@@ -88,9 +88,9 @@ def _cross_entropy(
 
 def _cross_entropy_back(kept: _Kept, gradient: jax.Array) -> tuple[jax.Array, None, None]:
     logits, total, targets, mask = kept
-    shares = jnp.exp(logits.astype(jnp.float32) - total[:, None])
-    is_target = jax.lax.broadcasted_iota(jnp.int32, shares.shape, 1) == targets[:, None]
-    back = jnp.where(is_target, shares - 1, shares) * (gradient * mask)[:, None]
+    probabilities = jnp.exp(logits.astype(jnp.float32) - total[:, None])
+    is_target = jax.lax.broadcasted_iota(jnp.int32, probabilities.shape, 1) == targets[:, None]
+    back = jnp.where(is_target, probabilities - 1, probabilities) * (gradient * mask)[:, None]
     return back.astype(logits.dtype), None, None
 
 

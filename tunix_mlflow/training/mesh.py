@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tunix_mlflow.config import MeshConfig
+from tunix_mlflow.config.schema import MeshConfig
 
 ROWS = PartitionSpec(("data", "fsdp"))
 """How a batch is split."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
-from tunix_mlflow.config import OptimizerConfig
+from tunix_mlflow.config.schema import OptimizerConfig
 from tunix_mlflow.models.decoder import Params
 
 

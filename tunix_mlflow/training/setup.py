@@ -12,22 +12,24 @@ import jax
 import msgspec
 from jax.sharding import SingleDeviceSharding
 
-from tunix_mlflow import config as configs
-from tunix_mlflow.bootstrap import COMPILING
-from tunix_mlflow.config import Config, ModelConfig
-from tunix_mlflow.data import batches
-from tunix_mlflow.data.batches import TokenRows, TrainBatches
+from tunix_mlflow.config.identity import trajectory_digest
+from tunix_mlflow.config.schema import Config, ModelConfig
 from tunix_mlflow.data.examples import Example
 from tunix_mlflow.data.manifest import Manifest
-from tunix_mlflow.data.tokenizer import ByteTokenizer, Tokenizer
 from tunix_mlflow.errors import ConfigError, DatasetError
-from tunix_mlflow.models import base as bases
-from tunix_mlflow.models import decoder, lora, names
-from tunix_mlflow.models.base import Base
-from tunix_mlflow.training import devices, loop, optimizer, step
+from tunix_mlflow.input import batches
+from tunix_mlflow.input.batches import TokenRows, TrainBatches
+from tunix_mlflow.models import decoder, lora
+from tunix_mlflow.models.hub import base as bases
+from tunix_mlflow.models.hub import names
+from tunix_mlflow.models.hub.base import Base
+from tunix_mlflow.runtime import devices
+from tunix_mlflow.runtime.process import COMPILING
+from tunix_mlflow.text.tokenizer import ByteTokenizer, Tokenizer
+from tunix_mlflow.training import loop, optimizer, step
 from tunix_mlflow.training import mesh as meshes
-from tunix_mlflow.training.losses import Compute
-from tunix_mlflow.training.step import Plan, TrainState
+from tunix_mlflow.training.losses import PrecisionPolicy
+from tunix_mlflow.training.step import StepSpec, TrainState
 
 _T = TypeVar("_T")
 _CPU_TOKENS, _CPU_ADAPTED = 512, 256
@@ -54,7 +56,7 @@ class Inputs(NamedTuple):
     held_out_rows: TokenRows | None
     max_new_tokens: int
     device: jax.Device  # the first, of several
-    plan: Plan
+    spec: StepSpec
 
     @property
     def vocab_size(self) -> int:
@@ -76,9 +78,9 @@ class Setup(NamedTuple):
         return self.inputs.config
 
     @property
-    def plan(self) -> Plan:
+    def spec(self) -> StepSpec:
         """How an update is computed."""
-        return self.inputs.plan
+        return self.inputs.spec
 
     def train_batches(self) -> TrainBatches:
         """The batches of every step."""
@@ -90,7 +92,7 @@ class Setup(NamedTuple):
         """`eval/loss` of a state."""
         assert self.inputs.held_out_rows is not None
         parts = batches.eval_batches(self.inputs.held_out_rows, self.config.training.batch_size)
-        return loop.held_out_loss(self.plan, state.params, parts, self.frozen)
+        return loop.held_out_loss(self.spec, state.params, parts, self.frozen)
 
     @property
     def graph(self) -> decoder.Graph:
@@ -105,7 +107,7 @@ class Setup(NamedTuple):
         params = state.params
         if self.frozen is not None:
             base = self.frozen
-            if self.plan.stack:
+            if self.spec.stack:
                 base = decoder.unstack(base, consume=True)
             params = lora.merged(params, base, self.config.lora)
         return decoder.as_type(jax.device_put(params, self.inputs.device), "float32")
@@ -117,7 +119,7 @@ class Setup(NamedTuple):
             "dataset_digest": self.inputs.manifest.digest,
             "tokenizer_digest": tokenizer.digest,
             "template_digest": tokenizer.template_digest(self.config.data.include_steps),
-            "trajectory_digest": configs.path_digest(self.config),
+            "trajectory_digest": trajectory_digest(self.config),
         }
         return found if self.base_digest is None else found | {"base_digest": self.base_digest}
 
@@ -140,7 +142,7 @@ def build(inputs: Inputs, base: Base | None) -> Setup:
     Raises:
         ModelError: if the base cannot be read.
     """
-    made = start(inputs.plan, inputs.config, inputs.vocab_size, inputs.device, base)
+    made = start(inputs.spec, inputs.config, inputs.vocab_size, inputs.device, base)
     return Setup(inputs, *made)
 
 
@@ -189,7 +191,7 @@ def read(
             " made for"
         )
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    config = settle(config, vocab_size, device.platform)
+    config = resolve_auto(config, vocab_size, device.platform)
     rows = batches.tokenize(examples, tokenizer, config.data, length)
     held_out_rows = batches.tokenize(held_out, tokenizer, config.data, length) if held_out else None
     return Inputs(
@@ -202,7 +204,7 @@ def read(
         held_out_rows=held_out_rows,
         max_new_tokens=config.evaluation.max_new_tokens or batches.longest_completion(rows),
         device=device,
-        plan=planned(config, vocab_size, device),
+        spec=step_spec(config, vocab_size, device),
     )
 
 
@@ -215,7 +217,7 @@ def of_base(config: Config, base: Base) -> Config:
     return msgspec.structs.replace(config, model=base.config)
 
 
-def settle(config: Config, vocab_size: int, platform: str) -> Config:
+def resolve_auto(config: Config, vocab_size: int, platform: str) -> Config:
     """Choose what the configuration leaves open, of a known sequence length.
 
     Raises:
@@ -248,7 +250,9 @@ def settle(config: Config, vocab_size: int, platform: str) -> Config:
     return msgspec.structs.replace(config, training=training)
 
 
-def compile_ahead(plan: Plan, config: Config, vocab_size: int, device: jax.Device) -> Future[float]:
+def compile_ahead(
+    spec: StepSpec, config: Config, vocab_size: int, device: jax.Device
+) -> Future[float]:
     """Compile the update in a thread, while parameters are read and the run is opened.
 
     What is Python's of it is done at once: two threads of Python are no quicker than one, and the
@@ -258,9 +262,9 @@ def compile_ahead(plan: Plan, config: Config, vocab_size: int, device: jax.Devic
         The seconds that it took, or what went wrong.
     """
     begun = time.perf_counter()
-    state, frozen = abstract(plan, config, vocab_size, device)
+    state, frozen = abstract(spec, config, vocab_size, device)
     batch = batches.blank(config.training.batch_size, config.data.sequence_length or 0)
-    lowered = step.train_step.lower(state, batch, frozen, plan=plan)
+    lowered = step.train_step.lower(state, batch, frozen, spec=spec)
     promised: Future[float] = Future()
 
     def compiled() -> None:
@@ -277,7 +281,7 @@ def compile_ahead(plan: Plan, config: Config, vocab_size: int, device: jax.Devic
 
 
 def start(
-    plan: Plan, config: Config, vocab_size: int, device: jax.Device, base: Base | None
+    spec: StepSpec, config: Config, vocab_size: int, device: jax.Device, base: Base | None
 ) -> tuple[TrainState, decoder.Params | None, str | None]:
     """The state before the first update, from a base or from scratch.
 
@@ -290,9 +294,9 @@ def start(
     dtype = config.training.param_dtype
     if base is None:
         params = decoder.as_type(decoder.init(config.model, vocab_size, config.seed), dtype)
-        return fresh(plan, params, device), None, None
+        return fresh(spec, params, device), None, None
     like = decoder.shape(config.model, vocab_size)[1]
-    places = iter(jax.tree.leaves(_places(plan, like, device)))
+    places = iter(jax.tree.leaves(_places(spec, like, device)))
 
     def place(array: names.Array, _: object) -> jax.Array:
         put: jax.Array = jax.device_put(array.astype(dtype, copy=False), next(places))
@@ -300,30 +304,30 @@ def start(
 
     params, digest = bases.load(base, place)
     if not config.lora.rank:
-        return fresh(plan, params, device), None, digest
+        return fresh(spec, params, device), None, digest
     adapters = lora.init(config.model, vocab_size, config.lora, config.seed)
-    if plan.stack:
+    if spec.stack:
         params = decoder.stack(params, consume=True)
-        params = jax.device_put(params, _places(plan, params, device))
-    return fresh(plan, adapters, device), params, digest
+        params = jax.device_put(params, _places(spec, params, device))
+    return fresh(spec, adapters, device), params, digest
 
 
 def abstract(
-    plan: Plan, config: Config, vocab_size: int, device: jax.Device
+    spec: StepSpec, config: Config, vocab_size: int, device: jax.Device
 ) -> tuple[TrainState, decoder.Params | None]:
     """What :func:`start` makes, with shapes, types and places for arrays; nothing is computed."""
     dtype = config.training.param_dtype
     params = _typed(decoder.shape(config.model, vocab_size)[1], dtype)
     frozen = None
     if config.lora.rank:
-        frozen = jax.eval_shape(decoder.stack, params) if plan.stack else params
+        frozen = jax.eval_shape(decoder.stack, params) if spec.stack else params
         params = _typed(lora.shape(config.model, vocab_size, config.lora), "float32")
-    state = jax.eval_shape(partial(step.init_state, optimizer=plan.optimizer), params)
+    state = jax.eval_shape(partial(step.init_state, optimizer=spec.optimizer), params)
     both = state, frozen
     placed: tuple[TrainState, decoder.Params | None] = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         both,
-        _places(plan, both, device),
+        _places(spec, both, device),
     )
     return placed
 
@@ -335,25 +339,25 @@ def _typed(shapes: decoder.Params, dtype: str) -> decoder.Params:
     return typed
 
 
-def _places(plan: Plan, tree: _T, device: jax.Device) -> _T:
+def _places(spec: StepSpec, tree: _T, device: jax.Device) -> _T:
     """Where each array lies. Said of all, or the second update would be compiled again."""
-    if plan.mesh is not None:
-        return meshes.shardings(tree, plan.mesh)
+    if spec.mesh is not None:
+        return meshes.shardings(tree, spec.mesh)
     one = SingleDeviceSharding(device)
     places: _T = jax.tree.map(lambda _: one, tree)
     return places
 
 
-def fresh(plan: Plan, params: decoder.Params, device: jax.Device) -> TrainState:
+def fresh(spec: StepSpec, params: decoder.Params, device: jax.Device) -> TrainState:
     """The state before the first update, of parameters that are to be trained."""
-    if plan.mesh is None:
+    if spec.mesh is None:
         placed = jax.device_put(params, device)
-        made: TrainState = step.init_state(placed, plan.optimizer)
+        made: TrainState = step.init_state(placed, spec.optimizer)
         return made
-    return step.init_spread(params, plan.optimizer, plan.mesh)
+    return step.init_spread(params, spec.optimizer, spec.mesh)
 
 
-def planned(config: Config, vocab_size: int, device: jax.Device) -> Plan:
+def step_spec(config: Config, vocab_size: int, device: jax.Device) -> StepSpec:
     """How a settled configuration is trained.
 
     Raises:
@@ -365,12 +369,12 @@ def planned(config: Config, vocab_size: int, device: jax.Device) -> Plan:
     graph = decoder.shape(
         config.model, vocab_size, fused=bool(training.fused), scanned=scanned, lora=adapters
     )[0]
-    return Plan(
+    return StepSpec(
         graph,
         optimizer.build(config.optimizer, training.steps),
         config.microbatches,
         meshes.build(config.mesh, devices.group(device, config.mesh.size)),
-        Compute(training.compute_dtype, training.remat, training.loss_chunk or 0),
+        PrecisionPolicy(training.compute_dtype, training.remat, training.loss_chunk or 0),
         config.model if training.fused else None,
         scanned,
         config.seed if config.lora.rank and config.lora.dropout else None,

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from tunix_mlflow.config import ModelConfig
-from tunix_mlflow.data.batches import Batch
+from tunix_mlflow.config.schema import ModelConfig
+from tunix_mlflow.input.batches import Batch
 from tunix_mlflow.models import decoder, lora
 from tunix_mlflow.models.decoder import Graph, Params, as_type
 from tunix_mlflow.training import mesh as meshes
-from tunix_mlflow.training.losses import PLAIN, Compute, token_losses
+from tunix_mlflow.training.losses import FLOAT32, PrecisionPolicy, token_losses
 
 
 class TrainState(NamedTuple):
@@ -30,17 +30,17 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-class Plan(NamedTuple):
+class StepSpec(NamedTuple):
     """How updates are computed: all that is fixed when the step is compiled."""
 
     graph: Graph
     optimizer: optax.GradientTransformation
     microbatches: int = 1  # of one update, on each device
     mesh: Mesh | None = None  # None: one device
-    compute: Compute = PLAIN
+    policy: PrecisionPolicy = FLOAT32
     fuse: ModelConfig | None = None  # the model's shape, where `graph` is its fused form
     stack: bool = False  # whether `graph` is the scanned form
-    noise: int | None = None  # a seed, where adapters leave out inputs at random
+    dropout_key: int | None = None  # a seed, where adapters leave out inputs at random
 
 
 class StepMetrics(NamedTuple):
@@ -71,9 +71,9 @@ def init_spread(params: Params, optimizer: optax.GradientTransformation, mesh: M
     return made
 
 
-@partial(jax.jit, static_argnames="plan", donate_argnames="state")
+@partial(jax.jit, static_argnames="spec", donate_argnames="state")
 def train_step(
-    state: TrainState, batch: Batch, frozen: Params | None = None, *, plan: Plan
+    state: TrainState, batch: Batch, frozen: Params | None = None, *, spec: StepSpec
 ) -> tuple[TrainState, StepMetrics]:
     """One update on one batch.
 
@@ -91,24 +91,24 @@ def train_step(
         The next state and the loss (nats per trained token), the gradient's global norm
         before clipping, and the number of trained tokens.
     """
-    noise = None
-    if plan.noise is not None:
-        noise = jax.random.fold_in(jax.random.key(plan.noise), state.step)
-    grads, loss, count = _sums(state.params, frozen, batch, noise, plan)
+    dropout_key = None
+    if spec.dropout_key is not None:
+        dropout_key = jax.random.fold_in(jax.random.key(spec.dropout_key), state.step)
+    grads, loss, count = _sums(state.params, frozen, batch, dropout_key, spec)
     grads = jax.tree.map(lambda g: g / count, grads)
     norm = optax.tree.norm(grads)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-    updates, opt_state = plan.optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = StepMetrics(loss / count, norm, count)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def compile_step(
-    state: TrainState, batch: Batch, frozen: Params | None = None, *, plan: Plan
+    state: TrainState, batch: Batch, frozen: Params | None = None, *, spec: StepSpec
 ) -> None:
     """Compile :func:`train_step` for such arguments; calls with them use what was made."""
-    train_step.lower(state, batch, frozen, plan=plan).compile()
+    train_step.lower(state, batch, frozen, spec=spec).compile()
 
 
 @jax.jit
@@ -117,33 +117,37 @@ def is_finite(params: Params) -> jax.Array:
     return jnp.isfinite(optax.tree.norm(params))
 
 
-@partial(jax.jit, static_argnames="plan")
+@partial(jax.jit, static_argnames="spec")
 def eval_step(
-    params: Params, batch: Batch, frozen: Params | None = None, *, plan: Plan
+    params: Params, batch: Batch, frozen: Params | None = None, *, spec: StepSpec
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss and trained tokens of one held-out batch; the caller divides once."""
-    if plan.mesh is not None:
-        rows = jax.sharding.NamedSharding(plan.mesh, meshes.ROWS)
+    if spec.mesh is not None:
+        rows = jax.sharding.NamedSharding(spec.mesh, meshes.ROWS)
         batch = jax.lax.with_sharding_constraint(batch, rows)
-    ready = as_type(_formed(as_type(params, "float32"), plan), plan.compute.dtype)
-    still = _still(frozen, plan)
-    return token_losses(plan.graph, lora.joined(ready, still), batch, plan.compute)
+    ready = as_type(to_compute_layout(as_type(params, "float32"), spec), spec.policy.dtype)
+    still = cast_frozen(frozen, spec)
+    return token_losses(spec.graph, lora.joined(ready, still), batch, spec.policy)
 
 
 def _sums(
-    params: Params, frozen: Params | None, batch: Batch, noise: jax.Array | None, plan: Plan
+    params: Params,
+    frozen: Params | None,
+    batch: Batch,
+    dropout_key: jax.Array | None,
+    spec: StepSpec,
 ) -> _Sums:
     """Sums over a whole batch, float32."""
-    mesh = plan.mesh
+    mesh = spec.mesh
     if mesh is None:
-        return _scanned(params, frozen, batch, noise, plan)
+        return _scanned(params, frozen, batch, dropout_key, spec)
     specs, still = meshes.specs(params, mesh), meshes.specs(frozen, mesh)
 
     def on_one_device(part: Params, base: Params | None, rows: Batch) -> _Sums:
         whole = jax.tree.map(meshes.gathered, part, specs)
         base = jax.tree.map(meshes.gathered, base, still)
-        own = None if noise is None else jax.random.fold_in(noise, meshes.number(mesh))
-        grads, loss, count = _scanned(whole, base, rows, own, plan)
+        own = None if dropout_key is None else jax.random.fold_in(dropout_key, meshes.number(mesh))
+        grads, loss, count = _scanned(whole, base, rows, own, spec)
         return (
             jax.tree.map(meshes.reduced, grads, specs),
             jax.lax.psum(loss, mesh.axis_names),
@@ -162,28 +166,34 @@ def _sums(
     return sums
 
 
-def _formed(params: Params, plan: Plan) -> Params:
+def to_compute_layout(params: Params, spec: StepSpec) -> Params:
     """What is trained, as `plan.graph` wants it."""
-    formed = params if plan.fuse is None else decoder.fuse(params, plan.fuse)
-    return decoder.stack(formed) if plan.stack else formed
+    formed = params if spec.fuse is None else decoder.fuse(params, spec.fuse)
+    return decoder.stack(formed) if spec.stack else formed
 
 
-def _still(frozen: Params | None, plan: Plan) -> Params | None:
+def cast_frozen(frozen: Params | None, spec: StepSpec) -> Params | None:
     """The parameters beside adapters, as the products want them."""
-    return None if frozen is None else as_type(frozen, plan.compute.dtype)
+    return None if frozen is None else as_type(frozen, spec.policy.dtype)
 
 
 def _scanned(
-    params: Params, frozen: Params | None, batch: Batch, noise: jax.Array | None, plan: Plan
+    params: Params,
+    frozen: Params | None,
+    batch: Batch,
+    dropout_key: jax.Array | None,
+    spec: StepSpec,
 ) -> _Sums:
     """Sums over the microbatches of one device, one after the other."""
     # Once an update, not once a microbatch. Gradients go back in float32.
-    exact, back = jax.vjp(lambda params: _formed(params, plan), as_type(params, "float32"))
-    ready, still = as_type(exact, plan.compute.dtype), _still(frozen, plan)
+    exact, back = jax.vjp(
+        lambda params: to_compute_layout(params, spec), as_type(params, "float32")
+    )
+    ready, still = as_type(exact, spec.policy.dtype), cast_frozen(frozen, spec)
 
     def loss_of(params: Params, part: Batch, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        own = None if noise is None else jax.random.fold_in(noise, number)
-        return token_losses(plan.graph, lora.joined(params, still), part, plan.compute, own)
+        own = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
+        return token_losses(spec.graph, lora.joined(params, still), part, spec.policy, own)
 
     def sums(part: Batch, number: jax.Array) -> _Sums:
         (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(ready, part, number)
@@ -192,12 +202,12 @@ def _scanned(
     def add(total: _Sums, part: tuple[Batch, jax.Array]) -> tuple[_Sums, None]:
         return jax.tree.map(jnp.add, total, sums(*part)), None
 
-    if plan.microbatches == 1:
+    if spec.microbatches == 1:
         grads, loss, count = sums(batch, jnp.zeros((), jnp.int32))
     else:
-        parts = jax.tree.map(lambda x: x.reshape(plan.microbatches, -1, *x.shape[1:]), batch)
+        parts = jax.tree.map(lambda x: x.reshape(spec.microbatches, -1, *x.shape[1:]), batch)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), ready)
-        numbered = (parts, jnp.arange(plan.microbatches))
+        numbered = (parts, jnp.arange(spec.microbatches))
         start = (zeros, jnp.zeros(()), jnp.zeros(()))
         (grads, loss, count), _ = jax.lax.scan(add, start, numbered)
     (grads,) = back(grads)

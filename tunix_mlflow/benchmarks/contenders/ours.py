@@ -8,18 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunix_mlflow import huge_pages
+from tunix_mlflow.runtime import huge_pages
 
 _COMPILING = "backend_compile"  # an event of jax.monitoring, from the cache too
 
 
 def main(folder: Path, config_file: Path, packing: bool) -> None:
     """Train the task."""
-    from tunix_mlflow import bootstrap
-    from tunix_mlflow import config as configs
+    from tunix_mlflow.config.load import from_json
+    from tunix_mlflow.runtime.environment import prepare
 
-    config = configs.from_json(config_file.read_bytes(), str(config_file))
-    bootstrap.prepare(config)
+    config = from_json(config_file.read_bytes(), str(config_file))
+    prepare(config)
 
     import jax
     import numpy as np
@@ -27,9 +27,11 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
     from tunix_mlflow.benchmarks import workload
     from tunix_mlflow.benchmarks.contenders import task as tasks
     from tunix_mlflow.benchmarks.contenders.pace import Pace
-    from tunix_mlflow.data.batches import TrainBatches
-    from tunix_mlflow.models import decoder, names
-    from tunix_mlflow.training import devices, loop, setup, step
+    from tunix_mlflow.input.batches import TrainBatches
+    from tunix_mlflow.models import decoder
+    from tunix_mlflow.models.hub import names
+    from tunix_mlflow.runtime import devices
+    from tunix_mlflow.training import loop, setup, step
     from tunix_mlflow.training.checkpoint import Checkpoints, Retention
 
     task = tasks.read(folder)
@@ -41,9 +43,9 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(heard)
     device = devices.use(config.device)
-    config = setup.settle(config, task.vocab_size, device.platform)
-    plan = setup.planned(config, task.vocab_size, device)
-    compiled = setup.compile_ahead(plan, config, task.vocab_size, device)
+    config = setup.resolve_auto(config, task.vocab_size, device.platform)
+    spec = setup.step_spec(config, task.vocab_size, device)
+    compiled = setup.compile_ahead(spec, config, task.vocab_size, device)
     params = names.from_names(
         {name: array.shape for name, array in task.weights.items()},
         task.weights.pop,
@@ -52,7 +54,7 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
         "the task",
         lambda array, _: jax.device_put(array, device),
     )
-    state = setup.fresh(plan, params, device)
+    state = setup.fresh(spec, params, device)
     del params
     rows = workload.rows(task.documents, task.length, packing=packing)
     asked = 0
@@ -82,7 +84,7 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
             config,
             state,
             TrainBatches(rows, batch_size=task.batch_size, seed=config.seed),
-            plan=plan,
+            spec=spec,
             writers=[Losses()],
             checkpoints=checkpoints,
             evaluate=None,

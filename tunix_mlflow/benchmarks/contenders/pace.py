@@ -17,14 +17,14 @@ from pathlib import Path
 class Pace:
     """Counts steps, and pauses a trainer."""
 
-    def __init__(self, stops: Sequence[int], settle: Callable[[], None]) -> None:
+    def __init__(self, stops: Sequence[int], resolve_auto: Callable[[], None]) -> None:
         """Begin.
 
         Args:
             stops: numbers of updates after which to pause.
             settle: waits until the device has done what it was given.
         """
-        self._stops, self._settle = set(stops), settle
+        self._stops, self._settle = set(stops), resolve_auto
         self._useful: dict[int, int] = {}
         self._losses: dict[int, float] = {}
         self._compiling = 0.0

@@ -1,0 +1,1 @@
+"""Empty on purpose: nobody who needs the schema waits for YAML."""

@@ -1,0 +1,1 @@
+"""Empty on purpose: rows of tokens need NumPy alone."""

@@ -1,0 +1,1 @@
+"""Empty on purpose: each reader loads its own format's package."""

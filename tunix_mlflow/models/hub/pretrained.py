@@ -1,0 +1,277 @@
+"""Pretrained models in Hugging Face's layout: config.json, safetensors in one file or in shards.
+
+Read tensor by tensor, each straight into its type and place. Nothing that a folder holds is
+executed, and nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tunix_mlflow.config.schema import ModelConfig
+from tunix_mlflow.errors import ModelError
+from tunix_mlflow.models import decoder
+from tunix_mlflow.models.decoder import Params
+from tunix_mlflow.models.hub import families, names
+from tunix_mlflow.models.hub.names import Array
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SHARD_BYTES = 2 * 2**30
+_IDLE = ".rotary_emb.inv_freq"  # that old files keep, though it follows from the configuration
+_TYPES = {"F32", "F16", "BF16", "F64"}
+
+
+class Source(NamedTuple):
+    """An opened model: what it is made of, and how a tensor is read."""
+
+    where: str
+    config: ModelConfig
+    shapes: dict[str, tuple[int, ...]]  # by transformers' names
+    read: Callable[[str], Array]
+
+
+def resolve(folder: Path) -> Path:
+    """The folder that has config.json: this one, or a snapshot of a hub cache's folder.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    if (folder / CONFIG).is_file():
+        return folder
+    main = folder / "refs" / "main"
+    if main.is_file():
+        snapshot = folder / "snapshots" / main.read_text().strip()
+        if (snapshot / CONFIG).is_file():
+            return snapshot
+    snapshots = sorted(folder.glob(f"snapshots/*/{CONFIG}"))
+    if len(snapshots) == 1:
+        return snapshots[0].parent
+    if not folder.exists():
+        raise ModelError(f"there is no {folder}")
+    raise ModelError(
+        f"{folder} has no {CONFIG}: give the folder of a model in Hugging Face's layout"
+    )
+
+
+def config_of(folder: Path) -> ModelConfig:
+    """The shape that a folder's config.json describes.
+
+    Raises:
+        ModelError: if it cannot be read, or says what is not implemented.
+    """
+    path = folder / CONFIG
+    return families.read(read_json(path), str(path))
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Source]:
+    """The model in a folder.
+
+    Raises:
+        ModelError: if a file is missing, damaged, or says what is not implemented.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    config = config_of(folder)
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in _shards(folder):
+            try:
+                # Rust's reader: it checks offsets and lengths, and maps the file.
+                file = stack.enter_context(safe_open(path, framework="np"))
+                for name in file.keys():  # noqa: SIM118  it is no mapping
+                    piece = file.get_slice(name)
+                    if name in files:
+                        raise ModelError(f"{path}: {name} is in another shard as well")
+                    if piece.get_dtype() not in _TYPES:
+                        kind = piece.get_dtype()
+                        raise ModelError(f"{path}: {name} is {kind}; only floats are implemented")
+                    if not name.endswith(_IDLE):
+                        files[name], shapes[name] = file, tuple(piece.get_shape())
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} is damaged or missing: {_one_line(error)}") from error
+        _same_as_listed(folder, set(files))
+
+        def read(name: str) -> Array:
+            try:
+                return np.asarray(files[name].get_tensor(name))
+            except SafetensorError as error:
+                raise ModelError(f"{folder}: {name} is damaged: {_one_line(error)}") from error
+
+        yield Source(str(folder), config, shapes, read)
+
+
+def load(source: Source, vocab_size: int, place: Callable[[Array, Any], Any]) -> Params:
+    """The parameters of a model, float32, one after the other.
+
+    Args:
+        source: opened.
+        vocab_size: rows of its table.
+        place: puts an array, given shape and type of its leaf, where it shall be.
+
+    Raises:
+        ModelError: naming a tensor that is missing, unknown or of another shape.
+    """
+    like = decoder.shape(source.config, vocab_size)[1]
+    found = dict(source.shapes)
+    if source.config.tie_embeddings and names.OUTPUT in found:
+        if not np.array_equal(source.read(names.OUTPUT), source.read(names.TABLE)):
+            raise ModelError(
+                f"{source.where}: {names.OUTPUT} is not {names.TABLE}, though the two are tied"
+            )
+        del found[names.OUTPUT]
+    return names.from_names(found, source.read, like, source.config, source.where, place)
+
+
+def on_device(device: jax.Device) -> Callable[[Array, Any], Any]:
+    """Puts each array on a device."""
+    return lambda array, _: jax.device_put(array, device)
+
+
+def save(
+    folder: Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    carried: Mapping[str, bytes] | None = None,
+    tokens: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Write a model in Hugging Face's layout, in shards of 2 GB; the folder must not exist.
+
+    Args:
+        folder: to be made.
+        config: the model's shape.
+        params: its parameters, of the plain form, without adapters.
+        carried: files that go with it, tokenizer and template, by name.
+        tokens: `bos_token_id` and the like, for config.json.
+        dtype: of the tensors.
+
+    Raises:
+        ModelError: if the folder exists.
+    """
+    from safetensors.numpy import save_file
+
+    with appearing(folder) as scratch:
+        leaves = names.named(params, config)
+        vocab_size = leaves[names.TABLE].shape[0]
+        tree = families.write(config, vocab_size) | {"dtype": dtype} | dict(tokens or {})
+        (scratch / CONFIG).write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n")
+        shards = _divided(leaves, np.dtype(jax.numpy.dtype(dtype)).itemsize)
+        listed: dict[str, str] = {}
+        for number, group in enumerate(shards, start=1):
+            file = WEIGHTS
+            if len(shards) > 1:
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {
+                name: np.ascontiguousarray(names.turned(name, np.asarray(leaves[name])), dtype)
+                for name in group
+            }
+            save_file(tensors, scratch / file, metadata={"format": "pt"})
+            listed |= dict.fromkeys(group, file)
+        if len(shards) > 1:
+            size = sum(leaf.size for leaf in leaves.values()) * np.dtype(dtype).itemsize
+            index = {"metadata": {"total_size": size}, "weight_map": listed}
+            (scratch / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for name, content in (carried or {}).items():
+            (scratch / name).write_bytes(content)
+
+
+def refuse(folder: Path) -> None:
+    """Complain about a folder that exists.
+
+    Raises:
+        ModelError: if it does.
+    """
+    if folder.exists():
+        raise ModelError(f"{folder} exists; give a folder that does not")
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when all is written.
+
+    Raises:
+        ModelError: if there is one of that name.
+    """
+    refuse(folder)
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise ModelError(f"cannot write {folder}: {error.strerror}") from error
+    try:
+        yield scratch
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model's folder.
+
+    Raises:
+        ModelError: if it is missing or not that.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {_one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise ModelError(f"{path} holds no object")
+    return tree
+
+
+def _divided(leaves: Mapping[str, Any], item: int) -> list[list[str]]:
+    """Names by shard."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, leaf in leaves.items():
+        if groups[-1] and size + leaf.size * item > _SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += leaf.size * item
+    return groups
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        listed = sorted(set(_weight_map(folder).values()))
+        return [folder / name for name in listed]
+    if not (folder / WEIGHTS).is_file():
+        raise ModelError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
+    return [folder / WEIGHTS]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    found = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or any(Path(str(v)).name != v for v in found.values()):
+        raise ModelError(f"{folder / INDEX} has no weight_map of files beside it")
+    return found
+
+
+def _same_as_listed(folder: Path, present: set[str]) -> None:
+    """Hold the shards against their index."""
+    if not (folder / INDEX).is_file():
+        return
+    listed = {name for name in _weight_map(folder) if not name.endswith(_IDLE)}
+    for name in sorted(listed ^ present):
+        reason = "is not in its shard" if name in listed else "is not in the index"
+        raise ModelError(f"{folder}: {name} {reason}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""Empty on purpose: importing a tokenizer loads what it needs."""

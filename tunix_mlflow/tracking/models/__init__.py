@@ -1,0 +1,1 @@
+"""Empty on purpose: MLflow loads the flavor by its full name."""

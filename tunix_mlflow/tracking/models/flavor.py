@@ -1,0 +1,228 @@
+"""The MLflow flavor `tunix_mlflow`: Orbax arrays and JSON, a signature, never code or pickle.
+
+`mlflow models predict|serve --env-manager local` load it where tunix-mlflow is installed;
+a model's requirements name this version.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from mlflow import pyfunc
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.models.utils import _save_example
+from mlflow.tracking.artifact_utils import _download_artifact_from_uri
+from mlflow.types.schema import (
+    Array,
+    ColSpec,
+    DataType,
+    Object,
+    ParamSchema,
+    ParamSpec,
+    Property,
+    Schema,
+)
+
+from tunix_mlflow import __version__, paths
+from tunix_mlflow.errors import DatasetError, IntegrityError, TrackingError
+from tunix_mlflow.tracking import store
+
+if TYPE_CHECKING:
+    from tunix_mlflow.data.examples import Example
+    from tunix_mlflow.models.bundle import Bundle
+
+FLAVOR = "tunix_mlflow"
+MAX_NEW_TOKENS = 8192
+_DATA = "bundle"
+_LOADER = "tunix_mlflow.tracking.models.flavor"
+_ROWS = 64  # prompts generated at a time
+
+_MESSAGE = Object([Property("role", DataType.string), Property("content", DataType.string)])
+SIGNATURE = ModelSignature(
+    inputs=Schema(
+        [
+            ColSpec(DataType.string, "prompt", required=False),
+            ColSpec(Array(_MESSAGE), "messages", required=False),
+        ]
+    ),
+    outputs=Schema(
+        [ColSpec(DataType.string, "text"), ColSpec(DataType.string, "answer", required=False)]
+    ),
+    params=ParamSchema([ParamSpec("max_new_tokens", DataType.long, 0)]),
+)
+
+
+def save_model(
+    path: str,
+    bundle: Path,
+    weights_digest: str,
+    input_example: pd.DataFrame,
+    mlflow_model: Model | None = None,
+    validate_serving_input: bool = False,
+) -> None:
+    """Write a bundle in MLflow's model format.
+
+    Args:
+        path: a folder that does not exist.
+        bundle: the folder that `bundles.save` wrote.
+        weights_digest: of its weights.
+        input_example: a frame with the column `prompt`.
+        mlflow_model: filled in by `Model.log`.
+        validate_serving_input: read by `Model.log` alone, which hands every argument on.
+    """
+    folder = Path(path)
+    shutil.copytree(bundle, folder / _DATA)
+    extra = "[pretrained]" if (bundle / "tokenizer").is_dir() else ""
+    requirement = f"tunix-mlflow{extra}=={__version__}"
+    (folder / "requirements.txt").write_text(f"{requirement}\n")
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    (folder / "python_env.yaml").write_text(
+        f"python: {version}\ndependencies:\n- -r requirements.txt\n"
+    )
+    model = mlflow_model or Model()
+    model.signature = SIGNATURE
+    _save_example(model, input_example, path)
+    pyfunc.add_to_model(
+        model,
+        loader_module=_LOADER,
+        data=_DATA,
+        python_env="python_env.yaml",
+    )
+    model.add_flavor(
+        FLAVOR,
+        data=_DATA,
+        version=__version__,
+        weights_digest=weights_digest,
+    )
+    model.save(str(folder / MLMODEL_FILE_NAME))
+
+
+def log_model(
+    bundle: Path, *, model_id: str, run_id: str, step: int, prompts: list[str], weights_digest: str
+) -> None:
+    """Upload a bundle as the files of a logged model, and make that READY.
+
+    Args:
+        bundle: the folder that `bundles.save` wrote.
+        model_id: the logged model, PENDING.
+        run_id: the run that made it.
+        step: after how many updates.
+        prompts: an input example.
+        weights_digest: of its weights.
+    """
+    Model.log(
+        artifact_path=None,
+        name="model",
+        flavor=sys.modules[__name__],
+        flavor_name=FLAVOR,
+        model_id=model_id,
+        run_id=run_id,
+        step=step,
+        bundle=bundle,
+        weights_digest=weights_digest,
+        input_example=pd.DataFrame({"prompt": prompts}),
+        validate_serving_input=False,
+    )
+
+
+@contextmanager
+def fetched(model_uri: str) -> Iterator[Path]:
+    """A copy of a model of this flavor, below the state root, for the length of a block.
+
+    Yields:
+        Its bundle folder.
+
+    Raises:
+        TrackingError: if it cannot be fetched.
+        IntegrityError: if it is of another flavor, or would be served by other code.
+    """
+    place = paths.temporary_dir()
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
+        try:
+            folder = Path(_download_artifact_from_uri(model_uri, output_path=scratch))
+            flavors = Model.load(str(folder / MLMODEL_FILE_NAME)).flavors
+        except (MlflowException, OSError) as error:
+            raise TrackingError(f"cannot load {model_uri}: {store.one_line(error)}") from error
+        if FLAVOR not in flavors:
+            names = ", ".join(flavors)
+            raise IntegrityError(f"{model_uri} is not a tunix_mlflow model but {names}")
+        served = flavors.get("python_function", {})
+        if served.get("loader_module") != _LOADER or "code" in served:
+            raise IntegrityError(f"{model_uri} would be served by code that is not tunix_mlflow's")
+        yield folder / _DATA
+
+
+def load_model(model_uri: str) -> Bundle:
+    """Load a model of this flavor, checked file by file.
+
+    Raises:
+        TrackingError: if it cannot be fetched.
+        IntegrityError: if it is of another flavor, or damaged.
+    """
+    from tunix_mlflow.models import bundle as bundles
+
+    with fetched(model_uri) as folder:
+        return bundles.load(folder)
+
+
+class _Pyfunc:
+    """What `mlflow.pyfunc.load_model` wraps."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+
+    def predict(self, data: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Text and extracted answer for each row: of its `prompt`, or of its chat `messages`."""
+        examples = _examples(data)
+        if not examples:
+            return pd.DataFrame({"text": [], "answer": []})
+        limit = int((params or {}).get("max_new_tokens") or 0)
+        if not 0 <= limit <= MAX_NEW_TOKENS:
+            raise MlflowException.invalid_parameter_value(
+                f"max_new_tokens is {limit}; expected 0 (the model's own) to {MAX_NEW_TOKENS}"
+            )
+        made: list[tuple[str, str | None]] = []
+        for start in range(0, len(examples), _ROWS):
+            part = examples[start : start + _ROWS]
+            try:
+                made += self._bundle.complete(part, limit or None)
+            except DatasetError as error:
+                raise MlflowException.invalid_parameter_value(str(error)) from error
+        return pd.DataFrame(made, columns=["text", "answer"])
+
+
+def _examples(data: Any) -> list[Example]:
+    """What is asked, row by row."""
+    from tunix_mlflow.models import bundle as bundles
+
+    if not isinstance(data, pd.DataFrame):
+        return [bundles.prompt(text) for text in data]
+    found = []
+    for row in data.to_dict("records"):
+        messages, prompt = row.get("messages"), row.get("prompt")
+        try:
+            if messages is not None and not isinstance(messages, float):  # NaN: not given
+                found.append(bundles.conversation(list(messages)))
+            elif isinstance(prompt, str):
+                found.append(bundles.prompt(prompt))
+            else:
+                raise DatasetError("a row needs `prompt` or `messages`")
+        except DatasetError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+    return found
+
+
+def _load_pyfunc(path: str) -> _Pyfunc:
+    from tunix_mlflow.models import bundle as bundles
+
+    return _Pyfunc(bundles.load(Path(path)))

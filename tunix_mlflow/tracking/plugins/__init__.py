@@ -1,0 +1,1 @@
+"""Empty on purpose: every `import mlflow` imports this package."""

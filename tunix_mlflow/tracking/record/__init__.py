@@ -1,0 +1,1 @@
+"""Empty on purpose: what a run writes locally needs no MLflow."""

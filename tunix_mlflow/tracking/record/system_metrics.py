@@ -1,0 +1,47 @@
+"""CPU, memory, disk, network and GPU use, sampled into the journal like any other metric.
+
+MLflow's own monitor asks the server before each sample and gives up when it is away; so only its
+sensors are used.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+from tunix_mlflow.tracking.record.metrics_log import MetricsLog
+
+PREFIX = "system/"
+INTERVAL_SECONDS = 5.0
+
+
+class SystemMetrics:
+    """Samples until :meth:`finish`; the step counts samples, and goes on in a resumed run."""
+
+    def __init__(self, journal: MetricsLog) -> None:
+        self._journal = journal
+        self._step = journal.next_step(PREFIX)
+        self._sensors = SystemMetricsMonitor("").monitors
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="system-metrics", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Stop sampling."""
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            for sensor in self._sensors:
+                sensor.collect_metrics()
+            if self._done.wait(INTERVAL_SECONDS):
+                return
+            found: dict[str, float] = {}
+            for sensor in self._sensors:
+                found.update(sensor.aggregate_metrics())
+                sensor.clear_metrics()
+            scalars = {f"{PREFIX}{name}": float(value) for name, value in found.items()}
+            self._journal.write_scalars(self._step, scalars)
+            self._step += 1

@@ -1,0 +1,135 @@
+"""Who may write to a run: a tag with an owner and a time at which it ends.
+
+Two machines can hold the same run's id; the lease lets one of them write. It is renewed while a
+process lives, and ends by itself when one dies. A process on the same state root need not wait for
+that: there the kernel's lock on the run's folder tells that the one before it is dead, and the
+folder keeps the name under which that one held the lease.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from mlflow.tracking import MlflowClient
+
+from tunix_mlflow.errors import TrackingError
+from tunix_mlflow.tracking.record import event_log
+
+TAG = "tunix_mlflow.lease"
+_SETTLE_SECONDS = 0.5
+_LOOK_SECONDS = 0.5
+_FILE = "lease"
+
+
+class Lease:
+    """A run's lease, held by this process. Safe to use from several threads."""
+
+    def __init__(self, client: MlflowClient, run_id: str, owner: str, seconds: float) -> None:
+        self._client, self._run_id, self._owner = client, run_id, owner
+        self._seconds, self._renewed = seconds, 0.0
+        self._lock, self._released = threading.Lock(), False
+
+    def keep(self) -> bool:
+        """Renew it when it is time to; False when somebody else has taken it."""
+        with self._lock:
+            # By the wall clock: a machine that slept has aged too, and others can tell.
+            if self._released or abs(time.time() - self._renewed) <= self._seconds / 4:
+                return True
+            held = holder(self._client.get_run(self._run_id).data.tags)
+            if held is not None and held[0] != self._owner:
+                return False
+            self.write()
+            return True
+
+    def write(self) -> None:
+        """Hold it from now on."""
+        ends = int(1000 * (time.time() + self._seconds))
+        self._client.set_tag(self._run_id, TAG, f"{self._owner} {ends}")
+        self._renewed = time.time()
+
+    def release(self) -> None:
+        """Let it go; who held it last stays on record."""
+        with self._lock:
+            self._released = True
+            held = holder(self._client.get_run(self._run_id).data.tags)
+            if held is not None and held[0] == self._owner:
+                self._client.set_tag(self._run_id, TAG, f"{self._owner} 0")
+
+
+def provisional(seconds: float) -> dict[str, str]:
+    """The tag to make a run with: if this process dies before it holds the lease, it is seen."""
+    return {TAG: f"starting {int(1000 * (time.time() + seconds))}"}
+
+
+def holder(tags: dict[str, str]) -> tuple[str, float] | None:
+    """Owner and end (seconds since 1970) of the lease that a run's tags tell of."""
+    owner, _, ends = tags.get(TAG, "").partition(" ")
+    return (owner, int(ends) / 1000) if owner and ends.isdigit() else None
+
+
+def expired(tags: dict[str, str]) -> bool:
+    """Whether nobody holds the run."""
+    held = holder(tags)
+    return held is None or held[1] < time.time()
+
+
+def owner_of(folder: Path) -> str:
+    """The name under which this state root holds a run's lease."""
+    path = folder / _FILE
+    if not path.exists():
+        event_log.write_whole(path, uuid.uuid4().hex.encode())
+    return path.read_text()
+
+
+def acquire(
+    client: MlflowClient,
+    run_id: str,
+    folder: Path,
+    seconds: float,
+    report: Callable[[str], None],
+    *,
+    fresh: bool = False,
+) -> Lease:
+    """Take a run's lease. The caller holds the lock of the run's folder.
+
+    A lease that somebody else holds is waited for; when it is renewed meanwhile, its holder is
+    alive.
+
+    Args:
+        client: reaches MLflow.
+        run_id: the run.
+        folder: its folder on this machine.
+        seconds: for how long it is taken, each time.
+        report: told when there is something to wait for.
+        fresh: this process has just made the run.
+
+    Raises:
+        TrackingError: if another machine, or another state root, has the run open.
+    """
+    owner = owner_of(folder)
+    lease = Lease(client, run_id, owner, seconds)
+    if fresh:
+        lease.write()
+        return lease
+    held = first = holder(client.get_run(run_id).data.tags)
+    while held is not None and held[0] != owner and held[1] >= time.time():
+        if first is None or held != first:
+            raise TrackingError(
+                f"run {run_id} is open in another process, elsewhere; wait for it or end it"
+            )
+        if held is first:
+            left = held[1] - time.time()
+            report(f"run {run_id} may be open elsewhere: waiting {left:.0f} s for its lease to end")
+        time.sleep(_LOOK_SECONDS)
+        held = holder(client.get_run(run_id).data.tags)
+    lease.write()
+    if held is None or held[0] != owner:
+        time.sleep(_SETTLE_SECONDS)  # two may have found it free
+        now = holder(client.get_run(run_id).data.tags)
+        if now is None or now[0] != owner:
+            raise TrackingError(f"run {run_id} was taken up by another process at the same moment")
+    return lease
