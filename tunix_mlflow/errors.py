@@ -49,6 +49,12 @@ class BenchmarkError(TunixMlflowError):
     """Something that is measured failed; the message has its last words."""
 
 
+class UnavailableError(TunixMlflowError):
+    """The disk, memory, the network or a lock is not available now; worth a retry."""
+
+    exit_code = 4
+
+
 class Refused(TunixMlflowError):
     """A check or a gate said no; the reason is the message."""
 
