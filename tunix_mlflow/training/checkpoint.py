@@ -3,9 +3,9 @@
     checkpoints/00000100/state/           written by Orbax, in the background
     checkpoints/00000100/manifest.json    written last: size and sha256 of every file
 
-A checkpoint without its manifest does not exist. Orbax does not notice a flipped bit, so
-everything is compared with the manifest before it is restored; what does not agree is
-moved to quarantine/, and the one before it is used.
+A checkpoint without its manifest does not exist. Orbax does not notice a flipped bit, so all files
+are compared with the manifest before they are restored; a damaged checkpoint is moved to
+quarantine/, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -24,53 +24,57 @@ import jax
 import numpy as np
 
 from tunix_mlflow.config.schema import CheckpointsConfig
-from tunix_mlflow.errors import CheckpointError, IntegrityError
+from tunix_mlflow.errors import CheckpointError, IntegrityError, UnavailableError
+from tunix_mlflow.files import one_line
 from tunix_mlflow.models import arrays
 
 STATE = "state"
 QUARANTINE, SUPERSEDED = "quarantine", "superseded"
+NUMERICS_KEY = "numerics"
 _DELETING = ".deleting-"
 _ORBAX_TMP = ".orbax-checkpoint-tmp"
 _T = TypeVar("_T")
 
 
 class Retention(NamedTuple):
-    """Which checkpoints stay."""
+    """Which checkpoints are kept."""
 
     keep_last: int
     keep_best: int = 0
     metric: str = "eval/loss"
     mode: Literal["min", "max"] = "min"
-    every_steps: int = 0  # multiples of it stay for good; 0: none
+    every_steps: int = 0  # multiples of it are never deleted; 0: none
 
     @classmethod
     def of(cls, config: CheckpointsConfig) -> Retention:
-        """What a configuration asks for."""
+        """Return what a configuration asks for."""
         return cls(
             config.keep_last, config.keep_best, config.metric, config.mode, config.keep_every_steps
         )
 
 
-def to_delete(found: Sequence[tuple[int, Mapping[str, float]]], retention: Retention) -> list[int]:
-    """The steps that may go, in ascending order; never the newest.
+def to_delete(
+    checkpoints: Sequence[tuple[int, Mapping[str, float]]], retention: Retention
+) -> list[int]:
+    """Return the steps that may be deleted, in ascending order; never the newest.
 
     Args:
-        found: step and metrics of each checkpoint.
-        retention: what stays. Of equally good ones the newer counts as the better; one without
+        checkpoints: step and metrics of each.
+        retention: what is kept. Of equally good ones the newer counts as the better; one without
             the metric, or with a NaN, is none of the best.
     """
-    steps = sorted(step for step, _ in found)
-    stay = set(steps[max(0, len(steps) - max(1, retention.keep_last)) :])
+    steps = sorted(step for step, _ in checkpoints)
+    kept = set(steps[max(0, len(steps) - max(1, retention.keep_last)) :])
     if retention.every_steps:
-        stay |= {step for step in steps if step % retention.every_steps == 0}
+        kept |= {step for step in steps if step % retention.every_steps == 0}
     sign = 1 if retention.mode == "min" else -1
     scored = [
         (sign * metrics[retention.metric], -step)
-        for step, metrics in found
+        for step, metrics in checkpoints
         if not math.isnan(metrics.get(retention.metric, math.nan))
     ]
-    stay |= {-step for _, step in sorted(scored)[: retention.keep_best]}
-    return [step for step in steps if step not in stay]
+    kept |= {-step for _, step in sorted(scored)[: retention.keep_best]}
+    return [step for step in steps if step not in kept]
 
 
 class Checkpoints:
@@ -79,7 +83,7 @@ class Checkpoints:
     Args:
         folder: where they live.
         identity: digests and fingerprint; part of every manifest, compared when restoring.
-        retention: which stay; older ones are deleted once the next is sealed.
+        retention: which are kept; older ones are deleted once the next is sealed.
         on_sealed: called with folder and step, in the background, for example to upload.
         on_removed: called with the step of one that was deleted, after `on_sealed` of the next.
     """
@@ -100,23 +104,23 @@ class Checkpoints:
         self._pending: tuple[Path, Future[None]] | None = None
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Start writing; returns when the arrays are copied, before they are on disk.
+        """Start to write; return when the arrays are copied, before they are on the disk.
 
         A step that is sealed already is left as it is.
 
         Args:
             step: updates done.
-            state: the caller may give its arrays away afterwards.
+            state: the caller may donate its arrays afterwards.
             metrics: of this state, for `Retention.keep_best`.
 
         Raises:
-            CheckpointError: if the save before this one failed, for example on a full disk.
+            UnavailableError: if the save before this one failed, for example on a full disk.
         """
         self.wait()
         folder = self.folder / f"{step:08d}"
         try:
             if (folder / arrays.MANIFEST).exists():
-                return  # sealed already; what is safe is never written again
+                return
             self._sweep()
             folder.mkdir(parents=True)
             copy = jax.tree.map(lambda leaf: np.array(leaf), state)
@@ -132,10 +136,10 @@ class Checkpoints:
         self._pending = folder, self._worker.submit(self._finish, folder, content, copy)
 
     def wait(self) -> None:
-        """Return when nothing is being written any more.
+        """Wait until nothing is being written.
 
         Raises:
-            CheckpointError: if the last save failed.
+            UnavailableError: if the last save failed.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -148,10 +152,10 @@ class Checkpoints:
             raise _failed("write", folder, error) from error
 
     def close(self) -> None:
-        """Wait, and let the threads go.
+        """Wait, and end the threads.
 
         Raises:
-            CheckpointError: as :meth:`wait`.
+            UnavailableError: as :meth:`wait`.
         """
         try:
             self.wait()
@@ -160,21 +164,22 @@ class Checkpoints:
             self._close_orbax()
 
     def restore_latest(self, target: _T, report: Callable[[str], None]) -> tuple[int, _T] | None:
-        """The newest checkpoint that its manifest vouches for.
+        """Return the newest checkpoint whose files are what its manifest says.
 
         Args:
             target: a state of the right structure.
-            report: told of each checkpoint that is put into quarantine.
+            report: receives a line for each checkpoint that is moved to quarantine.
 
         Returns:
-            The step and the state, or None when there is no checkpoint to go on from.
+            The step and the state, or None when there is no checkpoint.
 
         Raises:
-            CheckpointError: if it was made of other data, another model or optimizer, or a
-                damaged one cannot be moved.
+            CheckpointError: if it was made with other data, another model, optimizer or version of
+                our numerics.
+            UnavailableError: if a damaged one cannot be moved.
             IntegrityError: if it does not hold the state that was saved.
         """
-        for folder in reversed(steps(self.folder)):
+        for folder in reversed(sealed_checkpoints(self.folder)):
             try:
                 manifest = arrays.check(folder)
             except IntegrityError as error:
@@ -185,31 +190,31 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, target: _T) -> _T:
-        """The checkpoint of one step.
+        """Return the checkpoint of one step.
 
         Raises:
-            CheckpointError: if there is none, or it was made of something else.
+            CheckpointError: if there is none, or it was made with something else.
             IntegrityError: if it is damaged.
         """
         folder = self._of(step)
         return self._read(folder, arrays.check(folder), target)
 
     def rewind(self, step: int) -> None:
-        """Put the checkpoints after `step` aside, so that training can go on from there.
+        """Move the checkpoints after `step` to superseded/, so that training resumes from there.
 
         Raises:
-            CheckpointError: if there is no checkpoint of that step, or a later one cannot be
-                moved.
+            CheckpointError: if there is no checkpoint of that step.
+            UnavailableError: if a later one cannot be moved.
         """
         self._of(step)
-        for folder in steps(self.folder):
+        for folder in sealed_checkpoints(self.folder):
             if int(folder.name) > step:
                 _quarantine(folder, SUPERSEDED)
 
     def _of(self, step: int) -> Path:
         folder = self.folder / f"{step:08d}"
-        if folder not in steps(self.folder):
-            have = ", ".join(str(int(path.name)) for path in steps(self.folder)) or "none"
+        if folder not in sealed_checkpoints(self.folder):
+            have = ", ".join(str(int(path.name)) for path in sealed_checkpoints(self.folder)) or "none"
             raise CheckpointError(f"there is no checkpoint of step {step} in {self.folder}: {have}")
         return folder
 
@@ -221,9 +226,13 @@ class Checkpoints:
                     f"{folder} was made with another {name.removesuffix('_digest')}:"
                     f" {str(stored)[:16]}, now {value[:16]}; start a new run"
                 )
+            if name == NUMERICS_KEY and stored != value:
+                raise CheckpointError(
+                    f"{folder} was made by version {stored} of our numerics, and this is version"
+                    f" {value}: the run would not be the same; begin a new run there with --fork"
+                )
         restored = arrays.read(folder / STATE, target)
-        # Manifests of before there was a digest have none.
-        if "state_digest" in manifest and manifest["state_digest"] != arrays.digest(restored):
+        if manifest["state_digest"] != arrays.digest(restored):
             raise IntegrityError(f"{folder} does not hold the state that was saved")
         return restored
 
@@ -233,7 +242,7 @@ class Checkpoints:
         if self.on_sealed is not None:
             self.on_sealed(folder, content["step"])
         for step in to_delete(
-            [(int(p.name), _metrics(p)) for p in steps(self.folder)], self.retention
+            [(int(p.name), _metrics(p)) for p in sealed_checkpoints(self.folder)], self.retention
         ):
             old = self.folder / f"{step:08d}"
             try:
@@ -245,7 +254,7 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Delete what a killed process left: torn saves, and what it was deleting."""
-        sealed = steps(self.folder)
+        sealed = sealed_checkpoints(self.folder)
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             torn = path.name.isdigit() and path not in sealed
             left = path.name.startswith(_DELETING) or _ORBAX_TMP in path.name
@@ -253,18 +262,18 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def _renew(self) -> None:
-        """Begin afresh after a failed save: Orbax would say the rest of it at the next one."""
+        """Replace Orbax's checkpointer after a failed save, whose errors it would raise at the next."""
         self._close_orbax()
         self._orbax = arrays.checkpointer()
 
     def _close_orbax(self) -> None:
         for close in (self._orbax.wait_until_finished, self._orbax.close):
-            with contextlib.suppress(OSError, ValueError):  # of a save that failed: it was said
+            with contextlib.suppress(OSError, ValueError):  # of a failed save, raised already
                 close()
 
 
-def steps(folder: Path) -> list[Path]:
-    """Sealed checkpoints, oldest first."""
+def sealed_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders of sealed checkpoints, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -276,53 +285,53 @@ def steps(folder: Path) -> list[Path]:
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint; a kill meanwhile leaves nothing that counts as one."""
-    going = folder.with_name(f"{_DELETING}{folder.name}")
-    if going.exists():  # of a kill, when the same step was deleted before
-        shutil.rmtree(going)
-    folder.rename(going)
-    shutil.rmtree(going)
+    renamed = folder.with_name(f"{_DELETING}{folder.name}")
+    if renamed.exists():  # left by a kill
+        shutil.rmtree(renamed)
+    folder.rename(renamed)
+    shutil.rmtree(renamed)
 
 
 def _metrics(folder: Path) -> Mapping[str, float]:
-    """Of a sealed checkpoint; none if its manifest is damaged, so that it is never the best."""
+    """Return the metrics of a sealed checkpoint; none if its manifest is damaged."""
     try:
-        found: Mapping[str, float] = arrays.content(folder).get("metrics", {})
+        metrics: Mapping[str, float] = arrays.content(folder).get("metrics", {})
     except IntegrityError:
         return {}
-    return found
+    return metrics
 
 
 def _quarantine(folder: Path, name: str) -> None:
-    place = folder.parent / name
-    number = 0
+    parent = folder.parent / name
+    index = 0
     try:
-        place.mkdir(exist_ok=True)
-        while (place / f"{folder.name}.{number}").exists():
-            number += 1
-        folder.rename(place / f"{folder.name}.{number}")
+        parent.mkdir(exist_ok=True)
+        while (parent / f"{folder.name}.{index}").exists():
+            index += 1
+        folder.rename(parent / f"{folder.name}.{index}")
     except OSError as error:
         raise _failed(f"move to {name}/", folder, error) from error
 
 
-def _failed(what: str, folder: Path, error: OSError | ValueError) -> CheckpointError:
-    return CheckpointError(
+def _failed(what: str, folder: Path, error: OSError | ValueError) -> UnavailableError:
+    return UnavailableError(
         f"cannot {what} the checkpoint {folder}: {_reason(error)};"
         f" {_free(folder) // 2**20} MiB are free there"
     )
 
 
 def _reason(error: OSError | ValueError) -> str:
-    """In a few words; Orbax's storage hides the number of the error in a long text."""
+    """Return the reason in a few words; Orbax's storage hides the error number in a long text."""
     text = " ".join(str(error).split())
     number = re.search(r"os_error_code='(\d+)'", text)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return os.strerror(int(number[1])) if number else text[:300]
+    return os.strerror(int(number[1])) if number else one_line(error, 300)
 
 
 def _free(folder: Path) -> int:
-    """Bytes free where a folder is, or would be."""
-    for place in (folder, *folder.absolute().parents):
+    """Return the bytes that are free where a folder is, or would be."""
+    for path in (folder, *folder.absolute().parents):
         with contextlib.suppress(OSError):
-            return shutil.disk_usage(place).free
+            return shutil.disk_usage(path).free
     return 0

@@ -15,9 +15,9 @@ from tunix_mlflow.models.decoder import Decoder, Graph, Params, segment_mask
 class PrecisionPolicy(NamedTuple):
     """How a forward and backward pass is computed."""
 
-    dtype: str = "float32"  # of the products; sums of losses and gradients are float32
-    remat: str = "none"  # what of a block is computed again in the backward pass
-    loss_chunk: int = 0  # tokens whose logits are held at a time; 0: of all
+    dtype: str = "float32"  # of matmuls; sums of losses and gradients are float32
+    remat: str = "none"  # what of a block the backward pass recomputes
+    loss_chunk: int = 0  # tokens whose logits are held at a time; 0: all
 
 
 FLOAT32 = PrecisionPolicy()
@@ -30,7 +30,7 @@ def token_losses(
     policy: PrecisionPolicy = FLOAT32,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed loss and number of trained tokens; divide once, after the last sum.
+    """Return the summed loss and the number of trained tokens; divide once, after the last sum.
 
     The shift, drawn once (a row of two examples, `.` = padding):
 
@@ -42,8 +42,8 @@ def token_losses(
         graph: the static part of the decoder.
         params: its parameters.
         batch: [B, T] arrays; `loss_mask` belongs to the target of its position.
-        compute: how; all ways give the same up to rounding.
-        noise: a key, where adapters leave out inputs at random.
+        policy: how; every policy of one type gives the same up to rounding.
+        dropout_key: of LoRA's dropout; None: no dropout.
 
     Returns:
         Sum of losses in nats, and the count, both float32 scalars.
@@ -53,7 +53,7 @@ def token_losses(
     features, _ = model.features(
         tokens, positions, segment_mask(segments), remat=policy.remat, dropout_key=dropout_key
     )
-    # As one long row: XLA's elementwise code on a CPU is slower for three axes.
+    # On two axes: XLA's elementwise code on a CPU is slower for three.
     features = features.reshape(-1, features.shape[-1])
     targets, mask = targets.reshape(-1), trained.reshape(-1).astype(jnp.float32)
     if policy.loss_chunk and policy.loss_chunk < tokens.size:
@@ -63,8 +63,9 @@ def token_losses(
 
 @jax.custom_vjp
 def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    """Summed loss in nats, float32; for the way back the logits alone are kept, where JAX keeps
-    their exponentials too.
+    """Return the summed loss in nats, float32.
+
+    Only the logits are saved for the backward pass, where JAX saves their exponentials too.
 
     Args:
         logits: [N, vocab].
@@ -74,33 +75,33 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax
     return _cross_entropy(logits, targets, mask)[0]
 
 
-_Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+_Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def _cross_entropy(
     logits: jax.Array, targets: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, _Kept]:
+) -> tuple[jax.Array, _Residuals]:
     wide = logits.astype(jnp.float32)
     total = jax.nn.logsumexp(wide, axis=-1)
     own = jnp.take_along_axis(wide, targets[:, None], axis=-1)[:, 0]
     return jnp.sum((total - own) * mask), (logits, total, targets, mask)
 
 
-def _cross_entropy_back(kept: _Kept, gradient: jax.Array) -> tuple[jax.Array, None, None]:
-    logits, total, targets, mask = kept
+def _cross_entropy_backward(residuals: _Residuals, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    logits, total, targets, mask = residuals
     probabilities = jnp.exp(logits.astype(jnp.float32) - total[:, None])
     is_target = jax.lax.broadcasted_iota(jnp.int32, probabilities.shape, 1) == targets[:, None]
     back = jnp.where(is_target, probabilities - 1, probabilities) * (gradient * mask)[:, None]
     return back.astype(logits.dtype), None, None
 
 
-cross_entropy.defvjp(_cross_entropy, _cross_entropy_back)
+cross_entropy.defvjp(_cross_entropy, _cross_entropy_backward)
 
 
 def _in_chunks(
     model: Decoder, features: jax.Array, targets: jax.Array, mask: jax.Array, size: int
 ) -> jax.Array:
-    """Of features; the logits of a chunk are made, used, and made again in the backward pass."""
+    """Return the summed loss; the logits of each chunk are recomputed in the backward pass."""
     count = targets.size
     chunks = -(-count // size)
 

@@ -1,7 +1,7 @@
-"""Several devices as one: each takes rows of the batch, and may keep a part of the parameters.
+"""The device mesh: axis `data` replicates the parameters, axis `fsdp` shards them.
 
-Axis `data` copies the parameters, axis `fsdp` spreads them, with gradients and optimizer state
-(Rajbhandari et al. 2020, ZeRO). Both split the batch.
+With the parameters, gradients and optimizer state are sharded (Rajbhandari et al. 2020, ZeRO). Both
+axes split the batch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tunix_mlflow.config.schema import MeshConfig
 
 ROWS = PartitionSpec(("data", "fsdp"))
-"""How a batch is split."""
+"""The partition of a batch."""
 _T = TypeVar("_T")
 
 
 def build(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh | None:
-    """A mesh of the first devices; None for one device, which needs no mesh."""
+    """Return a mesh of the first devices; None for one device, which needs no mesh."""
     if config.size == 1:
         return None
     grid = np.asarray(devices[: config.size]).reshape(config.data, config.fsdp)
@@ -29,28 +29,28 @@ def build(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh | None:
 
 
 def specs(tree: _T, mesh: Mesh) -> _T:
-    """How each array of a tree is spread: along its longest axis that `fsdp` divides.
+    """Return the partition of each array of a tree: along its longest axis that `fsdp` divides.
 
-    By its shape alone, so parameters, gradients and moments of one shape lie alike.
+    It depends on the shape alone, so parameters, gradients and moments are partitioned alike.
     """
-    found: _T = jax.tree.map(lambda leaf: _spec(leaf.shape, mesh.shape["fsdp"]), tree)
-    return found
+    partitions: _T = jax.tree.map(lambda leaf: _spec(leaf.shape, mesh.shape["fsdp"]), tree)
+    return partitions
 
 
 def shardings(tree: _T, mesh: Mesh) -> _T:
-    """The same for jit and device_put."""
-    found: _T = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh))
-    return found
+    """Return the same as shardings, for jit and device_put."""
+    named: _T = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh))
+    return named
 
 
-def number(mesh: Mesh) -> jax.Array:
-    """Inside shard_map: which device this is, from 0."""
-    own: jax.Array = jax.lax.axis_index("data") * mesh.shape["fsdp"] + jax.lax.axis_index("fsdp")
-    return own
+def device_index(mesh: Mesh) -> jax.Array:
+    """Return, inside shard_map, the index of this device, from 0."""
+    index: jax.Array = jax.lax.axis_index("data") * mesh.shape["fsdp"] + jax.lax.axis_index("fsdp")
+    return index
 
 
 def gathered(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Inside shard_map: the whole array from this device's part."""
+    """Return, inside shard_map, the whole array from this device's shard."""
     axis = _axis(spec)
     if axis is not None:
         leaf = jax.lax.all_gather(leaf, "fsdp", axis=axis, tiled=True)
@@ -58,7 +58,7 @@ def gathered(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def reduced(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Inside shard_map: this device's part of the sum over all devices."""
+    """Return, inside shard_map, this device's shard of the sum over all devices."""
     axis = _axis(spec)
     if axis is None:
         leaf = jax.lax.psum(leaf, ("data", "fsdp"))

@@ -14,7 +14,7 @@ from tunix_mlflow.models.decoder import Params
 
 
 def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
-    """Linear from 0 to `peak` over the warm-up, then cosine to `final_fraction` of it."""
+    """Return a linear warm-up from 0 to `peak`, then a cosine to `final_fraction` of it."""
     warmup = min(config.warmup_steps, max(steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else peak,
@@ -26,13 +26,13 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
 
 
 def learning_rates(config: OptimizerConfig, steps: int) -> npt.NDArray[np.float32]:
-    """The main learning rate of every update, [steps]."""
+    """Return the main learning rate of every update, [steps]."""
     rates = jax.jit(schedule(config, config.learning_rate, steps))(np.arange(steps))
     return np.asarray(rates, np.float32)
 
 
 def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update rule.
+    """Return the gradient transformation.
 
     Muon (Jordan 2024, `optax.contrib.muon`) takes the hidden matrices; embeddings, norms
     and the output projection go to AdamW (Loshchilov and Hutter 2019). Weight decay is on

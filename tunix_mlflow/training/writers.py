@@ -1,4 +1,4 @@
-"""What the loop knows about tracking: somewhere to write scalars."""
+"""What the loop knows about tracking: somewhere to write metrics."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Protocol
 
 
 class MetricWriter(Protocol):
-    """Receives every metric of the loop, as plain floats, in the order of steps."""
+    """Receive every metric of the loop, as plain floats, in the order of steps."""
 
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record the scalars of one step; must not block."""
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record the metrics of one step; must not block."""
 
     def flush(self) -> None:
-        """Make what was written durable; called before each checkpoint."""
+        """Make what was recorded durable; called before each checkpoint."""
