@@ -12,10 +12,12 @@ from tunix_mlflow.data.examples import Example
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import DatasetError
 from tunix_mlflow.evaluation import scoring
-from tunix_mlflow.input import batches
-from tunix_mlflow.input.batches import TokenRows, TrainBatches
+from tunix_mlflow.input.batches import TrainBatches
+from tunix_mlflow.input.packing import TokenRows, lay_out_rows, longest_completion
+from tunix_mlflow.input.tokens import encode_examples, longest
 from tunix_mlflow.models.hub.base import Base
-from tunix_mlflow.text.tokenizer import ByteTokenizer, Tokenizer
+from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
+from tunix_mlflow.text.tokenizer import Tokenizer
 from tunix_mlflow.training.resolve import resolve_auto, with_base_shape, with_length
 
 _PROMPTS = 3

@@ -10,7 +10,7 @@ import msgspec
 
 from tunix_mlflow.config.schema import Config, ModelConfig
 from tunix_mlflow.errors import ConfigError, DatasetError
-from tunix_mlflow.input import batches
+from tunix_mlflow.input import packing
 
 _CPU_TOKENS, _CPU_LORA_TOKENS = 512, 256
 """Tokens of a microbatch on a CPU: its activations stay in the cache. With LoRA, activations are most
@@ -45,13 +45,13 @@ def with_length(config: Config, needed: int) -> Config:
     """
     length = config.data.sequence_length
     if length is None:
-        if needed > batches.LONGEST_FIT:
+        if needed > packing.LONGEST_FIT:
             raise DatasetError(
                 f"the longest example of {config.dataset} needs {needed} tokens; attention takes"
                 " memory by the square of that. Set data.sequence_length, and if need be"
                 " data.overlong=truncate or drop"
             )
-        length = batches.fit_length(needed)
+        length = packing.fit_length(needed)
     positions = config.model.max_positions
     if positions is not None and length > positions:
         raise DatasetError(

@@ -126,6 +126,11 @@ class Trainer:
         """Return whether every parameter is finite."""
         return bool(steps.is_finite(self.state.params))
 
+    def fingerprint(self) -> dict[str, str]:
+        """Return what the bits of a training depend on besides data and configuration."""
+        microbatch = {"microbatch_size": str(self.config.training.microbatch_size)}
+        return devices.fingerprint(self.device, self.config.mesh) | microbatch
+
     @property
     def graph(self) -> Graph:
         """The model's plain form, in which it is logged and generates."""

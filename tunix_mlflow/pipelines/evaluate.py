@@ -1,0 +1,147 @@
+"""Score a logged model on one split of a dataset."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+from mlflow.tracking import MlflowClient
+
+from tunix_mlflow.config.schema import Config
+from tunix_mlflow.data import datasets, snapshot
+from tunix_mlflow.errors import ConfigError, DatasetError
+from tunix_mlflow.evaluation import scoring
+from tunix_mlflow.pipelines import notes
+from tunix_mlflow.runtime import devices, environment
+from tunix_mlflow.runtime.report import SILENT, Reporter
+from tunix_mlflow.tracking import store
+from tunix_mlflow.tracking.models import flavor, registry
+from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
+from tunix_mlflow.tracking.run import open_run
+
+
+class EvaluationResult(NamedTuple):
+    """What evaluation returns."""
+
+    run_id: str
+    link: str
+    model_id: str
+    dataset: str
+    exact_match: float  # 0..1
+    low: float  # of the 95 % interval
+    high: float
+    examples: int
+
+
+def evaluate(
+    model: str,
+    *,
+    dataset: str | None = None,
+    config: Config | None = None,
+    reporter: Reporter = SILENT,
+) -> EvaluationResult:
+    """Generate an answer for every example of a split, and compare it with the expected one.
+
+    Args:
+        model: a run id, a model id or a models:/ URI.
+        dataset: the dataset's key or digest; None: `config.dataset`.
+        config: `evaluation`, `device` and `tracking` are read; None: the defaults.
+        reporter: receives messages and progress.
+
+    Raises:
+        InputError: for a dataset, split or model that cannot be used.
+        IntegrityError: if the model's files are not what was logged.
+    """
+    config = config or Config()
+    key = dataset or config.dataset
+    if key is None:
+        raise ConfigError("dataset is missing; give --dataset KEY")
+    config = msgspec.structs.replace(config, dataset=key)
+    environment.require(config)
+    client = store.connect(config.tracking)
+    manifest = datasets.ready(key, reporter.info)
+    chosen, split = config.evaluation, config.evaluation.split
+    examples = scoring.scorable(snapshot.read(manifest.digest, split), chosen.limit)
+    if not examples:
+        raise DatasetError(
+            f"dataset {manifest.key} has no example with an answer in split {split!r};"
+            f" its splits: {', '.join(manifest.splits)}. Set evaluation.split"
+        )
+    devices.use(config.device)
+    logged = registry.resolve(client, model)
+    bundle = flavor.load_model(f"models:/{logged.model_id}")
+    with open_run(
+        stage="evaluate",
+        tracking=config.tracking,
+        name=config.tracking.run_name or f"evaluate {manifest.key}",
+        tags={
+            "tunix_mlflow.dataset": manifest.key,
+            "tunix_mlflow.dataset_digest": manifest.digest,
+            **registry.training_run_tag(logged),
+        },
+        report=reporter.info,
+    ) as run:
+        given = TunixMlflowDataset(manifest, split)
+        run.log_params(
+            {
+                "model": logged.model_id,
+                "dataset": manifest.key,
+                "evaluation.split": split,
+                "evaluation.limit": chosen.limit,
+                "evaluation.batch_size": chosen.batch_size,
+                "evaluation.max_new_tokens": chosen.max_new_tokens or bundle.max_new_tokens,
+            }
+        )
+        run.log_input(given, context="evaluation")
+        run.log_model_input(logged.model_id)
+        link = registry.training_run_link(client, logged)
+        run.set_note(notes.of_model("Evaluation", logged.model_id, link))
+        scores = scoring.score(
+            examples,
+            lambda part: bundle.complete(part, chosen.max_new_tokens),
+            chosen.batch_size,
+            progress=lambda done: reporter.progress("evaluate", done, len(examples), {}),
+        )
+        share = scoring.exact_match(scores)
+        reason = _not_the_whole_split(config, bundle.max_new_tokens) or _trained_on(
+            client, logged.source_run_id, given
+        )
+        if reason is not None:
+            reporter.info(f"{reason}: the figure is on this run only, and counts for no gate")
+        run.log_metrics(
+            {
+                "eval/exact_match": share.value,
+                "eval/exact_match_low": share.low,
+                "eval/exact_match_high": share.high,
+                "eval/examples": float(share.examples),
+            },
+            model_id=None if reason else logged.model_id,
+            dataset=None if reason else given,
+        )
+        run.log_table(scoring.table(scores), "examples.json")
+    reporter.info(
+        f"held-out exact match {share.value:.4f}, 95 % interval {share.low:.4f} to"
+        f" {share.high:.4f}, {share.examples} examples of {manifest.key}/{split}"
+    )
+    return EvaluationResult(run.run_id, run.link, logged.model_id, manifest.key, *share)
+
+
+def _not_the_whole_split(config: Config, max_new_tokens: int) -> str | None:
+    """Return why a figure is not that of the whole split, as the model is served."""
+    if config.evaluation.limit is not None:
+        return "evaluation.limit is set"
+    if config.evaluation.max_new_tokens not in (None, max_new_tokens):
+        return f"evaluation.max_new_tokens is not the model's own {max_new_tokens}"
+    return None
+
+
+def _trained_on(
+    client: MlflowClient, run_id: str | None, dataset: TunixMlflowDataset
+) -> str | None:
+    """Return whether the split is one that the model was trained on, as a reason."""
+    inputs = client.get_run(run_id).inputs if run_id else None
+    for given in inputs.dataset_inputs if inputs else []:
+        context = {tag.key: tag.value for tag in given.tags}.get("mlflow.data.context")
+        if context == "training" and given.dataset.digest == dataset.digest:
+            return f"the model was trained on {dataset.name}"
+    return None

@@ -1,0 +1,99 @@
+"""All stages: seed, train, evaluate, register and promote, as one run with linked children."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tunix_mlflow.config.schema import Config
+from tunix_mlflow.data import seeds
+from tunix_mlflow.errors import UnavailableError
+from tunix_mlflow.pipelines import notes
+from tunix_mlflow.pipelines.evaluate import evaluate
+from tunix_mlflow.pipelines.promote import promote
+from tunix_mlflow.pipelines.seed import seed
+from tunix_mlflow.pipelines.train import train
+from tunix_mlflow.runtime.report import SILENT, Reporter
+from tunix_mlflow.tracking import store
+from tunix_mlflow.tracking.run import open_run
+
+
+class MainResult(NamedTuple):
+    """What all stages together return."""
+
+    dataset: str
+    examples: int
+    steps: int
+    tokens_per_sec: float
+    final_loss: float
+    exact_match: float
+    exact_match_interval: tuple[float, float]
+    model: str
+    version: str
+    verdict: str
+    run_id: str
+    train_run_id: str
+    link: str  # of the experiment
+    ui: str | None  # the command that starts the UI on a local store
+
+
+def run_all(config: Config, *, reporter: Reporter = SILENT) -> MainResult:
+    """Run the stages in order, each in a child run, in this process.
+
+    Raises:
+        TunixMlflowError: whatever a stage raises; the parent run fails with it.
+    """
+    with open_run(
+        stage="main",
+        tracking=config.tracking,
+        name=config.tracking.run_name or f"main {config.dataset or ''}".rstrip(),
+        report=reporter.info,
+    ) as run:
+        run.log_params({"dataset": config.dataset, "training.steps": config.training.steps})
+        if config.dataset is not None and seeds.find(config.dataset) is not None:
+            seed(config.dataset, config=config, reporter=reporter)
+        trained = train(config, reporter=reporter)
+        if trained.model_id is None:
+            raise UnavailableError(
+                f"MLflow went away, so the model of run {trained.run_id} is not logged yet: when it"
+                f" is back, run tunix-mlflow sync {trained.run_id}, then evaluate and promote it"
+            )
+        scored = evaluate(trained.model_id, config=config, reporter=reporter)
+        promotion = promote(trained.model_id, config=config, reporter=reporter)
+        figures = {
+            "eval/exact_match": scored.exact_match,
+            "eval/exact_match_low": scored.low,
+            "eval/exact_match_high": scored.high,
+            **{
+                name: trained.figures[name]
+                for name in ("final_loss", "best_loss", "best_eval_loss", "avg_throughput")
+                if name in trained.figures
+            },
+        }
+        run.log_metrics(figures)
+        run.set_tags(
+            {
+                "tunix_mlflow.model": promotion.name,
+                "tunix_mlflow.model_version": promotion.version,
+                "tunix_mlflow.training_run": trained.run_id,
+            }
+        )
+        shown = {name: f"{value:,.4f}" for name, value in figures.items()}
+        shown["registered version"] = f"{promotion.name} {promotion.version}: {promotion.verdict}"
+        run.set_note(notes.main(shown, {"training": trained.link, "evaluation": scored.link}))
+        link = store.run_link(run.experiment_id or "")
+    return MainResult(
+        dataset=trained.manifest.key,
+        examples=trained.manifest.count,
+        steps=int(trained.figures["total_steps"]),
+        tokens_per_sec=round(trained.figures["avg_throughput"]),
+        final_loss=trained.figures["final_loss"],
+        exact_match=scored.exact_match,
+        exact_match_interval=(scored.low, scored.high),
+        model=promotion.name,
+        version=promotion.version,
+        verdict=promotion.verdict,
+        run_id=run.run_id,
+        train_run_id=trained.run_id,
+        link=link,
+        ui=store.ui_command(),
+    )

@@ -1,0 +1,31 @@
+"""Which of a configuration's keys a run shows as MLflow params; `config.json` holds all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunix_mlflow.config.identity import flatten, non_defaults
+from tunix_mlflow.config.schema import Config
+
+LIMIT = 30
+"""Params of ours on one run: what a table of runs can show."""
+ALWAYS = (
+    *("dataset", "base", "seed", "data.sequence_length", "model.layers", "model.width"),
+    *("lora.rank", "optimizer.name", "optimizer.learning_rate"),
+    *("training.steps", "training.batch_size", "training.microbatch_size"),
+)
+"""Keys that every training run shows, whether they were set or not."""
+_OF_OTHERS = ("tracking.", "benchmark.", "promotion.", "limits.")
+
+
+def training_params(given: Config, resolved: Config) -> dict[str, Any]:
+    """Return the params of a training run: the keys of ALWAYS, and what was set, at most LIMIT.
+
+    Args:
+        given: what the preset and the user set.
+        resolved: what the run computes with; the values are taken from here.
+    """
+    values = flatten(resolved)
+    chosen = [key for key in non_defaults(given) if not key.startswith(_OF_OTHERS)]
+    keys = list(dict.fromkeys([*ALWAYS, *chosen]))[:LIMIT]
+    return {key: values[key] for key in keys if key in values}

@@ -1,0 +1,72 @@
+"""Register a logged model as `challenger`, and make it `champion` if it passes the gate."""
+
+from __future__ import annotations
+
+from tunix_mlflow.config.schema import Config
+from tunix_mlflow.errors import ConfigError
+from tunix_mlflow.pipelines import notes
+from tunix_mlflow.runtime.report import SILENT, Reporter
+from tunix_mlflow.tracking import store
+from tunix_mlflow.tracking.models import gate, registry
+from tunix_mlflow.tracking.models.gate import Promotion
+from tunix_mlflow.tracking.run import open_run
+
+
+def promote(
+    model: str,
+    name: str | None = None,
+    *,
+    dataset: str | None = None,
+    config: Config | None = None,
+    reporter: Reporter = SILENT,
+) -> Promotion:
+    """Put a model through the gate.
+
+    Args:
+        model: a run id, a model id or a models:/ URI.
+        name: the registered model; None: `promotion.model`, else the name of the dataset that the
+            model was trained on.
+        dataset: key of the dataset to judge on; None: `config.dataset`, else the one that the model
+            was last evaluated on.
+        config: `promotion` and `tracking` are read; None: the defaults.
+        reporter: receives messages.
+
+    Raises:
+        TrackingError: if there is no such model.
+        Refused: with the reason, which the run and the registered version record.
+    """
+    config = config or Config()
+    key = dataset or config.dataset
+    client = store.connect(config.tracking)
+    logged = registry.resolve(client, model)
+    name = name or config.promotion.model or _name(key or logged.tags.get("tunix_mlflow.dataset"))
+    with open_run(
+        stage="promote",
+        tracking=config.tracking,
+        name=config.tracking.run_name or f"promote {name}",
+        tags={"tunix_mlflow.model": name, **registry.training_run_tag(logged)},
+        report=reporter.info,
+    ) as run:
+        params = {"model": logged.model_id, "promotion.model": name, "dataset": key}
+        thresholds = config.promotion.thresholds
+        run.log_params(
+            params | {f"promotion.thresholds.{metric}": v for metric, v in thresholds.items()}
+        )
+        run.log_model_input(logged.model_id)
+        link = registry.training_run_link(client, logged)
+        run.set_note(notes.of_model(f"Promotion to `{name}`", logged.model_id, link))
+        promotion = gate.promote(client, logged, name, thresholds=thresholds, dataset=key)
+        run.set_tags(
+            {
+                gate.VERDICT_TAG: promotion.verdict,
+                "tunix_mlflow.model_version": promotion.version,
+            }
+        )
+    reporter.info(f"{promotion.name} version {promotion.version}: {promotion.verdict}")
+    return promotion
+
+
+def _name(key: str | None) -> str:
+    if key is None:
+        raise ConfigError("the name of the registered model is missing; give MODEL NAME")
+    return key.rpartition("-")[0] or key

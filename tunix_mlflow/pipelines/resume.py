@@ -1,0 +1,72 @@
+"""Which run a training continues, and with which configuration. Loads MLflow, not jax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from tunix_mlflow.config.load import apply_overrides, inherit_auto
+from tunix_mlflow.config.schema import Config
+from tunix_mlflow.errors import ConfigError
+from tunix_mlflow.tracking.runs import lookup
+from tunix_mlflow.tracking.runs import resume as resuming
+
+
+class ResumePoint(NamedTuple):
+    """Where a training begins, when not at step 0 of a new run."""
+
+    run_id: str
+    step: int | None = None  # None: the newest checkpoint
+    fork: bool = False  # a new run begins there
+
+
+class Resumption(NamedTuple):
+    """How a run is continued."""
+
+    config: Config
+    environment: Mapping[str, str]  # of the run; it must be exported before jax is loaded
+    point: ResumePoint | None  # None: there is no such run yet
+    finished: bool = False  # there is nothing left to do
+
+
+def resume_run(
+    run_id: str, overrides: Mapping[str, Any], *, step: int | None = None, fork: bool = False
+) -> Resumption:
+    """Return how the training run `run_id` is continued.
+
+    Args:
+        run_id: MLflow's, or the name of a local folder that MLflow does not know yet.
+        overrides: dotted keys to change; which may change is `config.identity.FREE`.
+        step: begin at the checkpoint of this step; None: at the newest.
+        fork: begin a new run there; anything may change.
+
+    Raises:
+        TrackingError: if there is no such run, it has finished, or a key that may not change does.
+        ConfigError: if an override is wrong.
+    """
+    if step is not None and step < 0:
+        raise ConfigError(f"step: expected a number of updates, got {step}")
+    run = resuming.to_resume(run_id, lambda before: apply_overrides(before, overrides), fork=fork)
+    return Resumption(run.config, run.environment, ResumePoint(run.run_id, step, fork))
+
+
+def resume_by_key(config: Config) -> Resumption:
+    """Return how the newest run with `tracking.key` is continued, or begun if there is none.
+
+    Raises:
+        ConfigError: without a key.
+        TrackingError: if the run was made with another configuration.
+    """
+    if not config.tracking.key:
+        raise ConfigError("resume=auto needs tracking.key=NAME, by which the run is found again")
+    keyed = lookup.of_key(config.tracking)
+    if keyed is None:
+        return Resumption(config, {}, None)
+    if keyed.finished:
+        lookup.tag_launcher(keyed.run_id)
+        return Resumption(config, {}, ResumePoint(keyed.run_id), finished=True)
+    try:
+        run = resuming.to_resume(keyed.run_id, lambda before: inherit_auto(config, before))
+    except lookup.NotDescribed:  # killed in its first moments
+        return Resumption(config, {}, ResumePoint(keyed.run_id))
+    return Resumption(run.config, run.environment, ResumePoint(run.run_id))
