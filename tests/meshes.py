@@ -19,7 +19,7 @@ from tunix_mlflow.data.examples import reasoning_trace
 from tunix_mlflow.input import batches
 from tunix_mlflow.models import arrays, decoder, lora
 from tunix_mlflow.runtime import devices
-from tunix_mlflow.text.tokenizer import ByteTokenizer
+from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 from tunix_mlflow.training import mesh as meshes
 from tunix_mlflow.training import setup
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention

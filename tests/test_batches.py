@@ -16,7 +16,7 @@ from tunix_mlflow.evaluation import scorers
 from tunix_mlflow.input import batches
 from tunix_mlflow.input.packing import pack
 from tunix_mlflow.text import byte_template
-from tunix_mlflow.text.tokenizer import MARKERS, ByteTokenizer
+from tunix_mlflow.text.byte_tokenizer import MARKERS, ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 
@@ -213,7 +213,7 @@ def ids_of(*pieces: str) -> list[int]:
 )
 def test_answers_are_what_follows_the_last_marker(pieces: list[str], answer: str | None) -> None:
     """And nothing else is ever an answer; text that spells a marker is text."""
-    assert TOKENIZER.answer(ids_of(*pieces)) == answer
+    assert TOKENIZER.read_answer(ids_of(*pieces)) == answer
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tunix_mlflow.data.examples import reasoning_trace
 from tunix_mlflow.input import batches
 from tunix_mlflow.input.batches import Batch
 from tunix_mlflow.models import decoder, generation, layers
-from tunix_mlflow.text.tokenizer import ByteTokenizer
+from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 from tunix_mlflow.training import optimizer as optimizers
 from tunix_mlflow.training import step
 from tunix_mlflow.training.losses import FLOAT32, PrecisionPolicy, cross_entropy, token_losses

@@ -23,7 +23,7 @@ from tunix_mlflow.input.batches import Batch
 from tunix_mlflow.models import decoder
 from tunix_mlflow.runtime import devices
 from tunix_mlflow.runtime.signals import StopRequest
-from tunix_mlflow.text.tokenizer import ByteTokenizer
+from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 from tunix_mlflow.training import loop, optimizer, setup, step
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention, steps
 

@@ -555,7 +555,7 @@ def _readable(example: Example) -> str:
 
 def _tokenizer(base: str | None) -> Tokenizer:
     """That of a pretrained model, or the byte tokenizer."""
-    from tunix_mlflow.text.tokenizer import ByteTokenizer
+    from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 
     if base is None:
         return ByteTokenizer()
@@ -585,12 +585,13 @@ def _stats_of(key: str, base: str, as_json: bool) -> None:
 def _masked(example: Example, answer_only: bool, tokenizer: Tokenizer) -> str:
     from itertools import groupby
 
-    ids, trained = tokenizer.example(example, include_steps=not answer_only)
+    ids, trained = tokenizer.encode_example(example, include_steps=not answer_only)
     lines = []
     for is_trained, part in groupby(zip(ids, trained, strict=True), key=lambda pair: bool(pair[1])):
         tokens = [int(token) for token, _ in part]
         kind = "trained" if is_trained else "ignored"
-        lines.append(f"{kind} {len(tokens):>4} tokens  {tokenizer.spell(tokens)!r}")
+        text = tokenizer.decode(tokens, skip_special_tokens=False)
+        lines.append(f"{kind} {len(tokens):>4} tokens  {text!r}")
     return "\n".join(lines)
 
 

@@ -25,7 +25,8 @@ from tunix_mlflow.models.hub import names
 from tunix_mlflow.models.hub.base import Base
 from tunix_mlflow.runtime import devices
 from tunix_mlflow.runtime.process import COMPILING
-from tunix_mlflow.text.tokenizer import ByteTokenizer, Tokenizer
+from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
+from tunix_mlflow.text.tokenizer import Tokenizer
 from tunix_mlflow.training import loop, optimizer, step
 from tunix_mlflow.training import mesh as meshes
 from tunix_mlflow.training.losses import PrecisionPolicy
