@@ -570,10 +570,11 @@ def _stats_of(key: str, base: str, as_json: bool) -> None:
     """Token lengths under a pretrained model's tokenizer."""
     from tunix_mlflow.data import datasets as operations
     from tunix_mlflow.data import snapshot
-    from tunix_mlflow.input import batches
+    from tunix_mlflow.input import tokens
 
     manifest = operations.ready(key, lambda message: click.echo(message, err=True))
-    figures = batches.lengths(snapshot.read(manifest.digest), _tokenizer(base), True)
+    examples = snapshot.read(manifest.digest)
+    figures = tokens.statistics(tokens.encode_examples(examples, _tokenizer(base), True))
     if as_json:
         _print({"key": key, "count": manifest.count, "base": base, **figures})
         return

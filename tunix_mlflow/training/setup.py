@@ -17,8 +17,9 @@ from tunix_mlflow.config.schema import Config, ModelConfig
 from tunix_mlflow.data.examples import Example
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import ConfigError, DatasetError
-from tunix_mlflow.input import batches
-from tunix_mlflow.input.batches import TokenRows, TrainBatches
+from tunix_mlflow.input import batches, packing, tokens
+from tunix_mlflow.input.batches import TrainBatches
+from tunix_mlflow.input.packing import TokenRows
 from tunix_mlflow.models import decoder, lora
 from tunix_mlflow.models.hub import base as bases
 from tunix_mlflow.models.hub import names
@@ -179,11 +180,13 @@ def read(
     tokenizer: Tokenizer = ByteTokenizer()
     if base is not None:
         tokenizer, config = base.tokenizer, of_base(config, base)
-    examples = snapshot.read(manifest.digest, train)
-    held_out = snapshot.read(manifest.digest, wanted)
-    if config.data.sequence_length is None:  # all is tokenized for it
-        include = config.data.include_steps
-        config = _with_length(config, batches.longest([*examples, *held_out], tokenizer, include))
+    splits = snapshot.read_splits(manifest.digest, [train, wanted])
+    examples, held_out = splits[train], splits[wanted]
+    include = config.data.include_steps
+    tokenized = tokens.encode_examples(examples, tokenizer, include)
+    tokenized_held_out = tokens.encode_examples(held_out, tokenizer, include)
+    if config.data.sequence_length is None:
+        config = _with_length(config, tokens.longest(tokenized, tokenized_held_out))
     length = config.data.sequence_length or 0
     longest = config.model.max_positions
     if longest is not None and length > longest:
@@ -193,8 +196,10 @@ def read(
         )
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     config = resolve_auto(config, vocab_size, device.platform)
-    rows = batches.tokenize(examples, tokenizer, config.data, length)
-    held_out_rows = batches.tokenize(held_out, tokenizer, config.data, length) if held_out else None
+    rows = packing.lay_out_rows(tokenized, config.data, length)
+    held_out_rows = None
+    if held_out:
+        held_out_rows = packing.lay_out_rows(tokenized_held_out, config.data, length)
     return Inputs(
         config=config,
         manifest=manifest,
@@ -203,7 +208,7 @@ def read(
         held_out=held_out,
         rows=rows,
         held_out_rows=held_out_rows,
-        max_new_tokens=config.evaluation.max_new_tokens or batches.longest_completion(rows),
+        max_new_tokens=config.evaluation.max_new_tokens or packing.longest_completion(rows),
         device=device,
         spec=step_spec(config, vocab_size, device),
     )
@@ -394,11 +399,11 @@ def microbatch(batch_size: int, length: int, platform: str, tokens: int = _CPU_T
 
 
 def _with_length(config: Config, needed: int) -> Config:
-    if needed > batches.LONGEST_FIT:
+    if needed > packing.LONGEST_FIT:
         raise DatasetError(
             f"the longest example of {config.dataset} needs {needed} tokens; attention takes"
             " memory by the square of that. Set data.sequence_length, and if need be"
             " data.overlong=truncate or drop"
         )
-    data = msgspec.structs.replace(config.data, sequence_length=batches.fit_length(needed))
+    data = msgspec.structs.replace(config.data, sequence_length=packing.fit_length(needed))
     return msgspec.structs.replace(config, data=data)
