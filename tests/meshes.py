@@ -16,10 +16,10 @@ import numpy as np
 from tunix_mlflow.config.load import resolve
 from tunix_mlflow.config.schema import Config, LoraConfig
 from tunix_mlflow.data.examples import reasoning_trace
-from tunix_mlflow.input import batches
+from tunix_mlflow.input import batches, packing, tokens
 from tunix_mlflow.models import arrays, decoder, lora
 from tunix_mlflow.runtime import devices
-from tunix_mlflow.text.tokenizer import ByteTokenizer
+from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 from tunix_mlflow.training import mesh as meshes
 from tunix_mlflow.training import setup
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention
@@ -28,6 +28,7 @@ from tunix_mlflow.training.step import TrainState, train_step
 STEPS = 4
 # Rows of unequal token counts, so that a mean over devices would show.
 EXAMPLES = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 30)]
+TOKENIZED = tokens.encode_examples(EXAMPLES, ByteTokenizer(), True)
 
 
 def configured(data: int, fsdp: int, optimizer: str) -> Config:
@@ -51,7 +52,7 @@ def begin(config: Config) -> tuple[setup.StepSpec, TrainState]:
 def trained(config: Config, state: TrainState | None = None) -> tuple[TrainState, list[float]]:
     spec, fresh = begin(config)
     at = state or fresh
-    rows = batches.tokenize(EXAMPLES, ByteTokenizer(), config.data, 64)
+    rows = packing.lay_out_rows(TOKENIZED, config.data, 64)
     stream = batches.TrainBatches(rows, batch_size=8, seed=0)
     losses = []
     for step in range(int(at.step), STEPS):
@@ -69,7 +70,7 @@ def moved(optimizer: str) -> dict[str, float]:
     """Trained on a mesh, saved, restored on another, trained on there."""
     here, there = configured(2, 2, optimizer), configured(1, 4, optimizer)
     spec, state = begin(here)
-    rows = batches.tokenize(EXAMPLES, ByteTokenizer(), here.data, 64)
+    rows = packing.lay_out_rows(TOKENIZED, here.data, 64)
     stream = batches.TrainBatches(rows, batch_size=8, seed=0)
     for step in range(STEPS // 2):
         state, _ = train_step(state, stream.at(step), spec=spec)
@@ -107,7 +108,7 @@ def adapted(data: int, fsdp: int, *, scanned: bool = False) -> TrainState:
     if spec.mesh is not None:
         frozen = jax.device_put(frozen, meshes.shardings(frozen, spec.mesh))
     state = setup.fresh(spec, lora.init(config.model, vocabulary, config.lora, 0), device)
-    rows = batches.tokenize(EXAMPLES, ByteTokenizer(), config.data, 64)
+    rows = packing.lay_out_rows(TOKENIZED, config.data, 64)
     stream = batches.TrainBatches(rows, batch_size=8, seed=0)
     for step in range(STEPS):
         state, _ = train_step(state, stream.at(step), frozen, spec=spec)

@@ -13,10 +13,11 @@ from tunix_mlflow.config.schema import DataConfig
 from tunix_mlflow.data.examples import Example, Message, reasoning_trace
 from tunix_mlflow.errors import DatasetError
 from tunix_mlflow.evaluation import scorers
-from tunix_mlflow.input import batches
-from tunix_mlflow.input.packing import pack
+from tunix_mlflow.input import batches, tokens
+from tunix_mlflow.input.packing import TokenRows, lay_out_rows, pack
 from tunix_mlflow.text import byte_template
-from tunix_mlflow.text.tokenizer import MARKERS, ByteTokenizer
+from tunix_mlflow.text.byte_tokenizer import MARKERS, ByteTokenizer
+from tunix_mlflow.text.tokenizer import Ids, Mask
 
 TOKENIZER = ByteTokenizer()
 
@@ -28,9 +29,13 @@ def examples(count: int) -> list[Example]:
     ]
 
 
-def rows(count: int = 30, length: int = 64, **data: object) -> batches.TokenRows:
+def tokenized(*found: Example) -> tokens.TokenizedExamples:
+    return tokens.encode_examples(found, TOKENIZER, True)
+
+
+def rows(count: int = 30, length: int = 64, **data: object) -> TokenRows:
     config = DataConfig(**data)  # type: ignore[arg-type]
-    return batches.tokenize(examples(count), TOKENIZER, config, length)
+    return lay_out_rows(tokenized(*examples(count)), config, length)
 
 
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 80))
@@ -116,7 +121,7 @@ def test_a_row_is_its_examples_shifted_by_one() -> None:
         batch = batches.assemble(data, [numbers])
         for segment, number in enumerate(numbers, start=1):
             here = batch.segments[0] == segment
-            ids, trained = data.ids[number], data.trained[number]
+            ids, trained = data.example(number)
             assert np.array_equal(batch.tokens[0][here], ids[:-1])
             assert np.array_equal(batch.targets[0][here], ids[1:])
             assert np.array_equal(batch.positions[0][here], np.arange(len(ids) - 1))
@@ -154,6 +159,43 @@ def test_an_epoch_has_every_row_once() -> None:
         assert len(seen) == count
 
 
+def test_every_epoch_has_another_order() -> None:
+    """The same rows in each, another permutation each time, and the same ones for the same seed."""
+    data = rows(packing=False)
+
+    def epochs(seed: int) -> list[tuple[int, ...]]:
+        stream = batches.TrainBatches(data, batch_size=1, seed=seed)
+        count = len(data.rows)
+        order = [stream.rows_at(step)[0][0] for step in range(5 * count)]
+        return [tuple(order[i * count : (i + 1) * count]) for i in range(5)]
+
+    found = epochs(3)
+    assert all(sorted(epoch) == list(range(30)) for epoch in found)
+    assert len({*found, tuple(range(30))}) == 6
+    assert epochs(3) == found
+    assert not {*epochs(4)} & {*found}
+
+
+def test_an_example_is_tokenized_once() -> None:
+    """Finding the row length and laying out rows both use the arrays, which hold every token."""
+    calls = []
+
+    class Counting(ByteTokenizer):
+        def encode_example(self, example: Example, *, include_steps: bool) -> tuple[Ids, Mask]:
+            calls.append(example)
+            return super().encode_example(example, include_steps=include_steps)
+
+    made = examples(30)
+    found = tokens.encode_examples(iter(made), Counting(), True)
+    data = lay_out_rows(found, DataConfig(), tokens.longest(found))
+    assert calls == made
+    assert (found.ids.dtype, found.trained.dtype) == (np.int32, np.bool_)
+    for index, example in enumerate(made):
+        ids, trained = TOKENIZER.encode_example(example, include_steps=True)
+        assert np.array_equal(data.example(index)[0], ids)
+        assert np.array_equal(data.example(index)[1], trained)
+
+
 def test_eval_batches_have_every_row_once() -> None:
     """The last one is filled up with rows that count nothing."""
     data = rows()
@@ -167,7 +209,7 @@ def test_overlong_examples_are_the_users_choice() -> None:
     with pytest.raises(DatasetError, match=r"30 of 30 .* the longest needs \d+"):
         rows(length=16)
     assert rows(length=16, overlong="truncate").truncated == 30
-    needed = batches.longest(examples(30), TOKENIZER, True)
+    needed = tokens.longest(tokenized(*examples(30)))
     assert rows(length=needed - 1, overlong="drop").dropped >= 1
     assert rows(length=needed).dropped == 0
 
@@ -181,8 +223,8 @@ def test_nothing_to_train_on_is_an_error() -> None:
         )
     )
     with pytest.raises(DatasetError, match="none of the 1 examples has a token to train on"):
-        batches.tokenize([silent], TOKENIZER, DataConfig(), 64)
-    mixed = batches.tokenize([silent, *examples(1)], TOKENIZER, DataConfig(packing=False), 64)
+        lay_out_rows(tokenized(silent), DataConfig(), 64)
+    mixed = lay_out_rows(tokenized(silent, *examples(1)), DataConfig(packing=False), 64)
     stream = batches.TrainBatches(mixed, batch_size=1, seed=0)
     with pytest.raises(DatasetError, match="the batch of step"):
         [stream.at(step) for step in range(2)]
@@ -213,7 +255,7 @@ def ids_of(*pieces: str) -> list[int]:
 )
 def test_answers_are_what_follows_the_last_marker(pieces: list[str], answer: str | None) -> None:
     """And nothing else is ever an answer; text that spells a marker is text."""
-    assert TOKENIZER.answer(ids_of(*pieces)) == answer
+    assert TOKENIZER.read_answer(ids_of(*pieces)) == answer
 
 
 @pytest.mark.parametrize(

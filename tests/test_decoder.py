@@ -13,10 +13,11 @@ from flax import nnx
 
 from tunix_mlflow.config.schema import DataConfig, ModelConfig, OptimizerConfig
 from tunix_mlflow.data.examples import reasoning_trace
-from tunix_mlflow.input import batches
+from tunix_mlflow.input import batches, tokens
 from tunix_mlflow.input.batches import Batch
+from tunix_mlflow.input.packing import TokenRows, lay_out_rows
 from tunix_mlflow.models import decoder, generation, layers
-from tunix_mlflow.text.tokenizer import ByteTokenizer
+from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 from tunix_mlflow.training import optimizer as optimizers
 from tunix_mlflow.training import step
 from tunix_mlflow.training.losses import FLOAT32, PrecisionPolicy, cross_entropy, token_losses
@@ -297,29 +298,31 @@ def test_the_seed_makes_the_parameters() -> None:
 
 
 @pytest.fixture
-def data() -> batches.TokenRows:
+def data() -> TokenRows:
     examples = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 9)]
-    return batches.tokenize(examples, ByteTokenizer(), DataConfig(), 64)
+    tokenized = tokens.encode_examples(examples, ByteTokenizer(), True)
+    return lay_out_rows(tokenized, DataConfig(), 64)
 
 
-def test_loss_is_that_of_the_trained_tokens(data: batches.TokenRows) -> None:
+def test_loss_is_that_of_the_trained_tokens(data: TokenRows) -> None:
     """The masked mean equals one computed token by token without packing."""
     graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
     spec = step.StepSpec(graph, optax.identity())
     total, count = step.eval_step(params, batches.assemble(data, data.rows), spec=spec)
-    expected, tokens = 0.0, 0
-    for ids, trained in zip(data.ids, data.trained, strict=True):
+    expected, trained_tokens = 0.0, 0
+    for index in range(data.examples.count):
+        ids, trained = data.example(index)
         raw = logits(graph, params, ids[:-1]).astype(np.float64)
         found = raw - np.log(np.sum(np.exp(raw), axis=-1, keepdims=True))
         for place in np.flatnonzero(trained[1:]):
             expected -= float(found[place, ids[1:][place]])
-            tokens += 1
-    assert int(count) == tokens
+            trained_tokens += 1
+    assert int(count) == trained_tokens
     assert float(total) == pytest.approx(expected, rel=1e-5)
 
 
 def gradients(
-    data: batches.TokenRows, rows: list[list[int]], compute: PrecisionPolicy = FLOAT32
+    data: TokenRows, rows: list[list[int]], compute: PrecisionPolicy = FLOAT32
 ) -> decoder.Params:
     graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
 
@@ -330,9 +333,9 @@ def gradients(
     return jax.jit(jax.grad(mean))(params)
 
 
-def test_packing_changes_no_gradient(data: batches.TokenRows) -> None:
+def test_packing_changes_no_gradient(data: TokenRows) -> None:
     """The gradient of packed rows is that of the same examples one a row."""
-    one_each = [[i] for i in range(len(data.ids))]
+    one_each = [[i] for i in range(data.examples.count)]
     pairs = zip(
         jax.tree.leaves(gradients(data, data.rows)),
         jax.tree.leaves(gradients(data, one_each)),
@@ -351,9 +354,7 @@ def test_packing_changes_no_gradient(data: batches.TokenRows) -> None:
         PrecisionPolicy(remat="block", loss_chunk=100_000),
     ],
 )
-def test_saving_memory_changes_no_gradient(
-    data: batches.TokenRows, compute: PrecisionPolicy
-) -> None:
+def test_saving_memory_changes_no_gradient(data: TokenRows, compute: PrecisionPolicy) -> None:
     """What is computed again, or a chunk at a time, is the same up to rounding."""
     for a, b in zip(
         jax.tree.leaves(gradients(data, data.rows, compute)),
@@ -363,7 +364,7 @@ def test_saving_memory_changes_no_gradient(
         assert np.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_bfloat16_is_near(data: batches.TokenRows) -> None:
+def test_bfloat16_is_near(data: TokenRows) -> None:
     """Parameters keep their type, and the update is that of float32 but for few bits."""
 
     def after(dtype: str) -> tuple[step.TrainState, step.StepMetrics]:
@@ -381,7 +382,7 @@ def test_bfloat16_is_near(data: batches.TokenRows) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_bfloat16_parameters_keep_their_type(data: batches.TokenRows, name: str) -> None:
+def test_bfloat16_parameters_keep_their_type(data: TokenRows, name: str) -> None:
     """Two updates of the fused form, of parameters and optimizer state; losses near float32's."""
     config = SHAPES["grouped, tied"]
     vocabulary = ByteTokenizer.vocab_size
@@ -402,9 +403,7 @@ def test_bfloat16_parameters_keep_their_type(data: batches.TokenRows, name: str)
 
 
 @pytest.mark.parametrize(("name", "microbatches"), [("adamw", 2), ("muon", 4)])
-def test_microbatches_change_no_update(
-    data: batches.TokenRows, name: str, microbatches: int
-) -> None:
+def test_microbatches_change_no_update(data: TokenRows, name: str, microbatches: int) -> None:
     """Parts of unequal token counts give the update of the whole batch."""
 
     def after(parts: int) -> tuple[step.TrainState, step.StepMetrics]:
@@ -421,7 +420,7 @@ def test_microbatches_change_no_update(
         assert np.allclose(a, b, atol=2e-3 if name == "muon" else 1e-4)
 
 
-def test_a_step_is_compiled_once(data: batches.TokenRows) -> None:
+def test_a_step_is_compiled_once(data: TokenRows) -> None:
     """After compile_step neither the first step nor those after it, nor a last partial batch,
     compile anything."""
     graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)

@@ -29,7 +29,7 @@ from tunix_mlflow.data.examples import (
 from tunix_mlflow.data.manifest import Selection
 from tunix_mlflow.errors import DatasetError
 from tunix_mlflow.text import byte_template
-from tunix_mlflow.text.tokenizer import ByteTokenizer
+from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 
 
 def lines(path: Path, *records: Any) -> Path:

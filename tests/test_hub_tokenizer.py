@@ -71,7 +71,7 @@ def tokenizer(template: str | None, **more: Any) -> HubTokenizer:
 
 def spelled(made: HubTokenizer, example: Example, steps: bool = True) -> list[str]:
     """The stretches that are trained on, as text with special tokens."""
-    ids, trained = made.example(example, include_steps=steps)
+    ids, trained = made.encode_example(example, include_steps=steps)
     found: list[str] = []
     for place, token in enumerate(ids):
         if trained[place]:
@@ -102,9 +102,11 @@ def test_all_turns_of_the_assistant_are_trained_on(template: str) -> None:
     before = " " if template == INST else ""
     wanted = [f"{before}hello\n\nyou<|im_end|>", f"{before}it is<|im_end|>"]
     assert spelled(made, CHAT) == wanted
-    ids, _ = made.example(CHAT, include_steps=True)
+    ids, _ = made.encode_example(CHAT, include_steps=True)
     text = made._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-    assert text == made._render([{"role": m.role, "content": m.content} for m in CHAT.messages])
+    assert text == made.template.render(
+        [{"role": m.role, "content": m.content} for m in CHAT.messages]
+    )
     untrained = turns(*((m.role, m.content) for m in CHAT.messages), m1=False)
     assert spelled(made, untrained) == wanted[1:]
 
@@ -114,8 +116,8 @@ def test_a_prompt_is_the_beginning_of_its_example(template: str) -> None:
     """Token by token, so that a model is asked as it was trained."""
     made = tokenizer(template)
     asked = turns(*((m.role, m.content) for m in CHAT.messages[:1]), ("assistant", "as the"))
-    ids, trained = made.example(asked, include_steps=True)
-    prompt = made.prompt(asked)
+    ids, trained = made.encode_example(asked, include_steps=True)
+    prompt = made.encode_prompt(asked)
     assert np.array_equal(ids[: len(prompt)], prompt)
     assert not trained[: len(prompt)].any()
     assert trained[len(prompt)]
@@ -127,8 +129,8 @@ def test_a_template_that_forgets() -> None:
     wanted = ["hello\n\nyou<|im_end|>", "<think>\n\n</think>\n\nit is<|im_end|>"]
     assert spelled(made, CHAT) == wanted
     unsaid = tokenizer(FORGETS.replace("{{ m.content }}", "{% if loop.last %}z{% endif %}"))
-    with pytest.raises(ModelError, match="message 2 otherwise once more"):
-        unsaid.example(CHAT, include_steps=True)
+    with pytest.raises(ModelError, match="message 2 differently when more"):
+        unsaid.encode_example(CHAT, include_steps=True)
     last = turns(*((m.role, m.content) for m in CHAT.messages), m1=False)
     assert spelled(made, last) == ["<think>\n\n</think>\n\nit is<|im_end|>"]
 
@@ -150,7 +152,7 @@ def test_reasoning_and_answer() -> None:
         "": None,
         "####": None,
     }.items():
-        assert made.answer(made._tokenizer.encode(text).ids) == answer
+        assert made.read_answer(made._tokenizer.encode(text).ids) == answer
 
 
 def test_nobody_can_say_special_tokens_for_the_template() -> None:
@@ -188,7 +190,7 @@ def test_ends_come_from_generation_config_too() -> None:
 def test_a_template_can_only_write_text(template: str, message: str) -> None:
     """It runs in a sandbox, and what it refuses is one line."""
     with pytest.raises(DatasetError, match=message) as caught:
-        tokenizer(template).prompt(CHAT)
+        tokenizer(template).encode_prompt(CHAT)
     assert "\n" not in str(caught.value)
 
 
@@ -204,9 +206,9 @@ def test_a_token_that_the_model_lacks() -> None:
     """A tokenizer may have more tokens than the model, and no text may use them."""
     whole = tokenizer(CHATML)
     made = HubTokenizer(files(CHATML), "the model", whole.vocab_size - 1)  # <start_of_turn>
-    assert np.array_equal(made.prompt(CHAT), whole.prompt(CHAT))
+    assert np.array_equal(made.encode_prompt(CHAT), whole.encode_prompt(CHAT))
     with pytest.raises(DatasetError, match="does not know the token '<start_of_turn>'"):
-        made.prompt(turns(("user", "a <start_of_turn>"), ("assistant", "b")))
+        made.encode_prompt(turns(("user", "a <start_of_turn>"), ("assistant", "b")))
 
 
 def test_what_is_missing_or_damaged_is_named() -> None:
@@ -217,11 +219,11 @@ def test_what_is_missing_or_damaged_is_named() -> None:
         (good | {"tokenizer.json": b"{}"}, "damaged"),
         (good | {"tokenizer_config.json": b"["}, "tokenizer_config.json is damaged"),
         (files(None), "no chat template"),
-        (files("{{ messages }}", eos_token=None), "what ends"),
+        (files("{{ messages }}", eos_token=None), "end-of-sequence"),
         (good | {"generation_config.json": b'{"eos_token_id": "x"}'}, "eos_token_id"),
         (good | {"chat_template.jinja": b"\xff"}, "not UTF-8"),
     ):
         with pytest.raises(ModelError, match=message):
             HubTokenizer(broken, "the model")
     with pytest.raises(ModelError, match="the chat template is damaged"):
-        tokenizer("{% for %}").prompt(CHAT)
+        tokenizer("{% for %}").encode_prompt(CHAT)

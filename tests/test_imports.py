@@ -42,7 +42,7 @@ OWNED = {
     "orbax": {"models", "training"},
     "safetensors": {"models", "benchmarks"},
     "tokenizers": {"text.hub_tokenizer", "models.hub.gguf_file", "benchmarks"},
-    "jinja2": {"text.hub_tokenizer"},
+    "jinja2": {"text.chat_template"},
     "gguf": {"models.hub.gguf_file"},
 }
 # In these, not even inside a function, except in the last resort of runtime/process.py.

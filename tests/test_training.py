@@ -18,23 +18,21 @@ from tunix_mlflow.config.load import load_config
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data.examples import reasoning_trace
 from tunix_mlflow.errors import DeviceError, Interrupted, TrainingStopped
-from tunix_mlflow.input import batches
+from tunix_mlflow.input import batches, packing, tokens
 from tunix_mlflow.input.batches import Batch
 from tunix_mlflow.models import decoder
 from tunix_mlflow.runtime import devices
 from tunix_mlflow.runtime.signals import StopRequest
-from tunix_mlflow.text.tokenizer import ByteTokenizer
+from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 from tunix_mlflow.training import loop, optimizer, setup, step
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention, steps
 
 CONFIG = load_config(
     None, tiny(training__steps="8", optimizer__name="muon"), ROOT / "projects" / "configs"
 )
-ROWS = batches.tokenize(
-    [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 20)],
-    ByteTokenizer(),
-    CONFIG.data,
-    64,
+EXAMPLES = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 20)]
+ROWS = packing.lay_out_rows(
+    tokens.encode_examples(EXAMPLES, ByteTokenizer(), True), CONFIG.data, 64
 )
 RULE = optimizer.build(CONFIG.optimizer, CONFIG.training.steps)
 PLAN = step.StepSpec(decoder.shape(CONFIG.model, ByteTokenizer.vocab_size)[0], RULE)

@@ -51,7 +51,7 @@ def folder(
 def test_the_tokenizer_is_transformers(base: bases.Base) -> None:
     """Text, and a conversation by the model's own template."""
     asked = Example(messages=(Message(role="user", content="What is 12 + 30?"),), answer="42")
-    assert base.tokenizer.prompt(asked).tolist() == GOLDEN["chat_ids"]
+    assert base.tokenizer.encode_prompt(asked).tolist() == GOLDEN["chat_ids"]
 
 
 def test_perplexity_and_greedy_text_are_transformers(
@@ -85,7 +85,7 @@ def test_there_and_back(base: bases.Base, params: decoder.Params, folder: Path) 
     assert again.config == base.config
     assert again.tokenizer.template == base.tokenizer.template
     asked = Example(messages=(Message(role="user", content="Hi 2024!"),), answer="")
-    assert np.array_equal(again.tokenizer.prompt(asked), base.tokenizer.prompt(asked))
+    assert np.array_equal(again.tokenizer.encode_prompt(asked), base.tokenizer.encode_prompt(asked))
     back, _ = bases.load(again, lambda array, _: array)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

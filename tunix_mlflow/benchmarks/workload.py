@@ -9,10 +9,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from tunix_mlflow.config.schema import Config
+from tunix_mlflow.config.schema import Config, DataConfig
 from tunix_mlflow.data.manifest import Manifest
-from tunix_mlflow.input import batches
-from tunix_mlflow.input.batches import TokenRows, TrainBatches
+from tunix_mlflow.input import tokens
+from tunix_mlflow.input.batches import TrainBatches
+from tunix_mlflow.input.packing import TokenRows, lay_out_rows
 from tunix_mlflow.models.decoder import Params
 from tunix_mlflow.models.hub.base import Base
 from tunix_mlflow.runtime import devices
@@ -46,8 +47,8 @@ def documents(data: str, count: int, length: int, vocab_size: int) -> list[npt.N
 
 def rows(made: list[npt.NDArray[np.int32]], length: int, *, packing: bool) -> TokenRows:
     """Rows of documents whose every token is trained on."""
-    trained = [np.ones(len(document), np.bool_) for document in made]
-    return TokenRows(made, trained, batches.lay_out(made, length, packing=packing), length)
+    tokenized = tokens.from_arrays((ids, np.ones(len(ids), np.bool_)) for ids in made)
+    return lay_out_rows(tokenized, DataConfig(packing=packing), length)
 
 
 class Work(NamedTuple):

@@ -555,7 +555,7 @@ def _readable(example: Example) -> str:
 
 def _tokenizer(base: str | None) -> Tokenizer:
     """That of a pretrained model, or the byte tokenizer."""
-    from tunix_mlflow.text.tokenizer import ByteTokenizer
+    from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 
     if base is None:
         return ByteTokenizer()
@@ -570,10 +570,11 @@ def _stats_of(key: str, base: str, as_json: bool) -> None:
     """Token lengths under a pretrained model's tokenizer."""
     from tunix_mlflow.data import datasets as operations
     from tunix_mlflow.data import snapshot
-    from tunix_mlflow.input import batches
+    from tunix_mlflow.input import tokens
 
     manifest = operations.ready(key, lambda message: click.echo(message, err=True))
-    figures = batches.lengths(snapshot.read(manifest.digest), _tokenizer(base), True)
+    examples = snapshot.read(manifest.digest)
+    figures = tokens.statistics(tokens.encode_examples(examples, _tokenizer(base), True))
     if as_json:
         _print({"key": key, "count": manifest.count, "base": base, **figures})
         return
@@ -585,12 +586,13 @@ def _stats_of(key: str, base: str, as_json: bool) -> None:
 def _masked(example: Example, answer_only: bool, tokenizer: Tokenizer) -> str:
     from itertools import groupby
 
-    ids, trained = tokenizer.example(example, include_steps=not answer_only)
+    ids, trained = tokenizer.encode_example(example, include_steps=not answer_only)
     lines = []
     for is_trained, part in groupby(zip(ids, trained, strict=True), key=lambda pair: bool(pair[1])):
         tokens = [int(token) for token, _ in part]
         kind = "trained" if is_trained else "ignored"
-        lines.append(f"{kind} {len(tokens):>4} tokens  {tokenizer.spell(tokens)!r}")
+        text = tokenizer.decode(tokens, skip_special_tokens=False)
+        lines.append(f"{kind} {len(tokens):>4} tokens  {text!r}")
     return "\n".join(lines)
 
 

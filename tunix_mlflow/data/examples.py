@@ -134,14 +134,40 @@ def from_canonical(text: str | bytes) -> Example:
 _DECODER = msgspec.json.Decoder(Example)
 
 
+def expected_answer(example: Example) -> str | None:
+    """Return the answer that a completion is compared with; None if the example has none.
+
+    This is the only place that decides it. An example with an expected answer has a completion
+    made of steps and answer; without one, the last message is the completion.
+    """
+    return example.answer
+
+
+def prompt_messages(example: Example) -> tuple[Message, ...]:
+    """Return the messages before the completion; none of a plain text."""
+    return example.messages if expected_answer(example) is not None else example.messages[:-1]
+
+
+def completion(example: Example) -> Message:
+    """Return the message to learn: the answer after its steps, or the last message."""
+    answer = expected_answer(example)
+    if answer is None:
+        return example.messages[-1]
+    reasoning = "\n".join(step.content for step in example.steps) if example.steps else None
+    return Message(role="assistant", content=answer, reasoning=reasoning)
+
+
+def to_answer(messages: tuple[Message, ...]) -> Example:
+    """Return an example whose messages are all prompt, for a model to answer."""
+    return Example(messages=messages, answer="")
+
+
 def prompt_digest(example: Example) -> str:
-    """sha256 of what the model is asked; examples that share it share a split.
+    """Return the sha256 of the prompt; examples that share it share a split.
 
     Over `role:bytes:content` of every message before the completion; over the text itself
-    where nothing is asked. The catalog derives the same in SQL.
+    where nothing comes before it. The catalog derives the same in SQL.
     """
-    turns = example.messages
-    if example.answer is None and len(turns) > 1:
-        turns = turns[:-1]
-    parts = (f"{m.role}:{len(m.content.encode())}:{m.content}" for m in turns)
+    messages = prompt_messages(example) or example.messages
+    parts = (f"{m.role}:{len(m.content.encode())}:{m.content}" for m in messages)
     return canonical.digest("".join(parts).encode("utf-8"))

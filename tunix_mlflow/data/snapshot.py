@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,26 @@ def read(digest: str, split: str | None = None) -> list[Example]:
     found = [(d, text) for d, s, text in _checked(digest) if split is None or s == split]
     found.sort()
     return [from_canonical(text) for _, text in found]
+
+
+def read_splits(digest: str, names: Collection[str]) -> dict[str, list[Example]]:
+    """Return the examples of several splits, by one pass over the files.
+
+    Args:
+        digest: the dataset's.
+        names: the splits; the list of one that the dataset does not have is empty.
+
+    Raises:
+        DatasetError: if there is no such snapshot.
+        IntegrityError: if its content is not what the digest says.
+    """
+    texts: dict[str, list[tuple[str, bytes]]] = {name: [] for name in names}
+    for member, split, text in _checked(digest):
+        if split in texts:
+            texts[split].append((member, text))
+    return {
+        name: [from_canonical(text) for _, text in sorted(part)] for name, part in texts.items()
+    }
 
 
 def _checked(digest: str) -> Iterator[tuple[str, str, bytes]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tunix_mlflow.data.examples import Example
+from tunix_mlflow.data.examples import Example, expected_answer
 from tunix_mlflow.evaluation import scorers
 
 Z_95 = 1.959963984540054
@@ -51,7 +51,7 @@ def wilson(successes: int, count: int) -> Proportion:
 
 def scorable(examples: Sequence[Example], limit: int | None) -> list[Example]:
     """Those with an expected answer, the first `limit` of them."""
-    return [e for e in examples if e.answer is not None][:limit]
+    return [e for e in examples if expected_answer(e) is not None][:limit]
 
 
 def score(
@@ -72,7 +72,7 @@ def score(
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         for example, (text, answer) in zip(part, generate(part), strict=True):
-            expected = example.answer or ""
+            expected = expected_answer(example) or ""
             correct = scorers.exact_match(answer, expected)
             judged.append(ExampleScore(example.prompt, expected, answer, correct, text))
         progress(len(judged))

@@ -19,11 +19,12 @@ import msgspec
 
 from tunix_mlflow.config.schema import LoraConfig, ModelConfig
 from tunix_mlflow.data import canonical
-from tunix_mlflow.data.examples import Example, Message
+from tunix_mlflow.data.examples import Example, Message, to_answer
 from tunix_mlflow.errors import DatasetError, IntegrityError
 from tunix_mlflow.models import arrays, decoder, generation, lora
 from tunix_mlflow.models.decoder import Graph, Params
-from tunix_mlflow.text.tokenizer import ByteTokenizer, Tokenizer
+from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
+from tunix_mlflow.text.tokenizer import Tokenizer
 
 _INFO = "bundle.json"
 _PARAMS = "params"
@@ -60,7 +61,7 @@ class Bundle(NamedTuple):
         Raises:
             DatasetError: if a prompt leaves no room for a completion.
         """
-        prompts = [self.tokenizer.prompt(e) for e in examples]
+        prompts = [self.tokenizer.encode_prompt(e) for e in examples]
         limit = max_new_tokens or self.max_new_tokens
         if self.config.max_positions is not None:
             longest = max(len(prompt) for prompt in prompts)
@@ -78,12 +79,12 @@ class Bundle(NamedTuple):
             eos_ids=self.tokenizer.eos_ids,
             pad_id=self.tokenizer.pad_id,
         )
-        return [(self.tokenizer.decode(ids), self.tokenizer.answer(ids)) for ids in made]
+        return [(self.tokenizer.decode(ids), self.tokenizer.read_answer(ids)) for ids in made]
 
 
 def prompt(text: str) -> Example:
     """A bare prompt as an example without a known answer."""
-    return Example(messages=(Message(role="user", content=text),), answer="")
+    return to_answer((Message(role="user", content=text),))
 
 
 def conversation(messages: Sequence[Mapping[str, str]]) -> Example:
@@ -98,7 +99,7 @@ def conversation(messages: Sequence[Mapping[str, str]]) -> Example:
         raise DatasetError(f"messages must have role and content: {error}") from error
     if not turns or turns[-1].role == "assistant":
         raise DatasetError("the last message must be one to answer")
-    return Example(messages=turns, answer="")
+    return to_answer(turns)
 
 
 def weights_digest(params: Params) -> str:

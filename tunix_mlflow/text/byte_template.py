@@ -1,9 +1,9 @@
-"""How an example is written out for a model: the chat template, before any tokenizer.
+"""The chat template of models trained from scratch, for the byte tokenizer.
 
     <bos><user>What is 2+2?<assistant>2+2=4<answer>4<eos>
 
-Everything after ``<assistant>`` is trained on, the end of sequence included. A marker is a
-token of its own and never a piece of text.
+Everything after ``<assistant>`` is trained on, including the end of the sequence. A marker is a
+token of its own, never text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-from tunix_mlflow.data.examples import Example, Message
+from tunix_mlflow.data.examples import (
+    Example,
+    Message,
+    completion,
+    expected_answer,
+    prompt_messages,
+)
+from tunix_mlflow.text.mask import is_trained
 
 BOS, EOS, ANSWER = "<bos>", "<eos>", "<answer>"
 ROLE_MARKERS = {
@@ -24,58 +31,51 @@ _NAME = "chat-v1"
 
 
 class Segment(NamedTuple):
-    """A piece of a rendered example."""
+    """A marker or a text of a rendered example."""
 
     text: str
-    marker: bool
+    is_marker: bool
     trained: bool
 
 
 def template_digest(include_steps: bool) -> str:
-    """sha256 (64 hex) of what decides the rendering."""
+    """Return the sha256 (64 hex) of what decides the rendering."""
     markers = ",".join((BOS, EOS, ANSWER, *ROLE_MARKERS.values()))
     return hashlib.sha256(f"{_NAME}:{markers}:steps={include_steps}".encode()).hexdigest()
 
 
 def render_prompt(example: Example, *, include_steps: bool = True) -> list[Segment]:
-    """The part that a model is given: everything before the completion."""
+    """Render what a model is given: everything before the completion."""
     segments = [Segment(BOS, True, False)]
-    messages = example.messages
-    if not _has_answer(example):
-        messages = messages[:-1]
-    for message in messages:
+    for message in prompt_messages(example):
         segments.append(Segment(ROLE_MARKERS[message.role], True, False))
-        segments += _turn(message, include_steps)
+        segments += _render_message(message, include_steps)
     segments.append(Segment(ROLE_MARKERS["assistant"], True, False))
     return segments
 
 
 def render(example: Example, *, include_steps: bool) -> list[Segment]:
-    """The whole example: prompt and completion."""
+    """Render the whole example: prompt and completion."""
     segments = render_prompt(example, include_steps=include_steps)
-    if _has_answer(example):
-        if include_steps and example.steps:
-            text = "\n".join(step.content for step in example.steps)
-            segments.append(Segment(text, False, True))
-        segments.append(Segment(ANSWER, True, True))
-        segments.append(Segment(example.answer or "", False, True))
-        segments.append(Segment(EOS, True, True))
-    else:
-        segments += _turn(example.messages[-1], include_steps)
+    last = completion(example)
+    if expected_answer(example) is None:
+        return segments + _render_message(last, include_steps)
+    # The marker is written even without reasoning: an answer is what follows it.
+    if include_steps and last.reasoning is not None:
+        segments.append(Segment(last.reasoning, False, True))
+    segments.append(Segment(ANSWER, True, True))
+    segments.append(Segment(last.content, False, True))
+    segments.append(Segment(EOS, True, True))
     return segments
 
 
-def _turn(message: Message, include_steps: bool) -> list[Segment]:
-    said = message.content + (message.tool_calls or "")
+def _render_message(message: Message, include_steps: bool) -> list[Segment]:
+    content = message.content + (message.tool_calls or "")
     if message.role != "assistant":
-        return [Segment(said, False, False)]
-    trained = message.trained is not False
-    segments = [Segment(said, False, trained), Segment(EOS, True, trained)]
+        return [Segment(content, False, False)]
+    trained = is_trained(message)
+    segments = [Segment(content, False, trained), Segment(EOS, True, trained)]
     if message.reasoning is not None and include_steps:
-        thought = [Segment(message.reasoning, False, trained), Segment(ANSWER, True, trained)]
-        return thought + segments
+        reasoning = Segment(message.reasoning, False, trained)
+        return [reasoning, Segment(ANSWER, True, trained), *segments]
     return segments
-
-
-def _has_answer(example: Example) -> bool:
-    return example.answer is not None

@@ -19,7 +19,7 @@ from tunix_mlflow.errors import ModelError
 from tunix_mlflow.models.hub import families, names
 from tunix_mlflow.models.hub.names import Array
 from tunix_mlflow.models.hub.pretrained import Source
-from tunix_mlflow.text import hub_tokenizer
+from tunix_mlflow.text import chat_template, hub_tokenizer
 
 _BLOCK = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -121,12 +121,12 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     template = _value(reader, "tokenizer.chat_template", path, optional=True)
     files = {
         hub_tokenizer.TOKENIZER: made.to_str().encode(),
-        hub_tokenizer.SETTINGS: json.dumps(
+        chat_template.SETTINGS: json.dumps(
             settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, sort_keys=True
         ).encode(),
     }
     if template is not None:
-        files[hub_tokenizer.TEMPLATE] = template.encode()
+        files[chat_template.TEMPLATE] = template.encode()
     return files
 
 

@@ -1,0 +1,83 @@
+"""The tokenizer of models trained from scratch: one id per UTF-8 byte, and one per marker."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from tunix_mlflow.data.examples import Example
+from tunix_mlflow.text import answers, byte_template
+from tunix_mlflow.text.byte_template import ANSWER, BOS, EOS, ROLE_MARKERS, Segment
+from tunix_mlflow.text.tokenizer import Ids, Mask
+
+PAD = "<pad>"
+MARKERS = (PAD, BOS, EOS, ANSWER, *ROLE_MARKERS.values())
+_FIRST_BYTE = 16  # smaller ids are reserved for markers
+
+
+class ByteTokenizer:
+    """A tokenizer that round-trips every text. Markers are ids, so no text can imitate one."""
+
+    name = "bytes-v1"
+    vocab_size = _FIRST_BYTE + 256
+    pad_id = 0
+    eos_id = MARKERS.index(EOS)
+    eos_ids = (eos_id,)
+    files: Mapping[str, bytes] = {}
+
+    def __init__(self) -> None:
+        self._ids = {marker: index for index, marker in enumerate(MARKERS)}
+
+    @property
+    def digest(self) -> str:
+        """sha256 (64 hex) of everything that decides an encoding."""
+        return hashlib.sha256(f"{self.name}:{_FIRST_BYTE}:{','.join(MARKERS)}".encode()).hexdigest()
+
+    def template_digest(self, include_steps: bool) -> str:
+        """Return the sha256 (64 hex) of what decides the rendering."""
+        return byte_template.template_digest(include_steps)
+
+    def encode_example(self, example: Example, *, include_steps: bool) -> tuple[Ids, Mask]:
+        """Return the ids [n] of a whole example and the mask [n] of those that are trained on."""
+        return self.encode(byte_template.render(example, include_steps=include_steps))
+
+    def encode_prompt(self, example: Example) -> Ids:
+        """Return the ids of everything before the completion."""
+        return self.encode(byte_template.render_prompt(example))[0]
+
+    def encode(self, segments: Iterable[Segment]) -> tuple[Ids, Mask]:
+        """Return the ids [n] of segments and the mask [n] of those that are trained on."""
+        ids: list[int] = []
+        trained: list[bool] = []
+        for segment in segments:
+            if segment.is_marker:
+                part = [self._ids[segment.text]]
+            else:
+                part = [_FIRST_BYTE + byte for byte in segment.text.encode("utf-8")]
+            ids.extend(part)
+            trained.extend([segment.trained] * len(part))
+        return np.array(ids, np.int32), np.array(trained, np.bool_)
+
+    def read_answer(self, ids: Sequence[int] | Ids) -> str | None:
+        """Return what follows the last answer marker, stripped; None if there is no marker."""
+        answer = answers.answer_ids([int(i) for i in ids], self._ids[ANSWER], self.eos_id)
+        return None if answer is None else self.decode(answer).strip()
+
+    def decode(self, ids: Sequence[int] | Ids, *, skip_special_tokens: bool = True) -> str:
+        """Return the text, with markers spelled out and invalid UTF-8 replaced by U+FFFD.
+
+        Markers are never skipped: they tell a reader what a completion did.
+        """
+        parts: list[str] = []
+        pending = bytearray()
+        for token in (int(i) for i in ids):
+            if token >= _FIRST_BYTE:
+                pending.append(token - _FIRST_BYTE)
+                continue
+            parts.append(pending.decode("utf-8", errors="replace"))
+            pending.clear()
+            parts.append(MARKERS[token] if token < len(MARKERS) else f"<{token}>")
+        parts.append(pending.decode("utf-8", errors="replace"))
+        return "".join(parts)
