@@ -70,8 +70,8 @@ class RopeScaling(_Section, frozen=True):
     """Rotary position scaling for a longer context."""
 
     kind: Literal["linear", "llama3"]
-    """Scale all frequencies, or as Llama 3.1 does: low ones by `factor`, high ones not, those between
-    in part."""
+    """Scale all frequencies, or as Llama 3.1 does: low ones by `factor`, high ones not, and those
+    between in part."""
     factor: Above0
     """Context length divided by the original one."""
     low_freq_factor: Above0 = 1.0
@@ -365,8 +365,9 @@ class Config(_Section, frozen=True):
     data: DataConfig = DataConfig()
     limits: LimitsConfig = LimitsConfig()
     base: str | None = None
-    """A pretrained model to fine-tune: a folder in Hugging Face's layout, a GGUF file, or a runs:/ or
-    models:/ URI of such a folder, which has the shape and the tokenizer. null: train from scratch."""
+    """A pretrained model to fine-tune: a folder in Hugging Face's layout, a GGUF file, or a runs:/
+    or models:/ URI of such a folder. It determines the shape and the tokenizer. null: train from
+    scratch."""
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
