@@ -1,5 +1,7 @@
-"""The configuration's schema: strict, frozen sections, a docstring with unit and range under each
-key.
+"""The configuration's schema: strict, frozen sections; a docstring under each key has its unit.
+
+A new key with a default needs nothing else: no digest changes. A changed default changes what an
+existing digest means, so it needs a new SCHEMA_VERSION; tests/golden/ has each version's defaults.
 """
 
 from __future__ import annotations
@@ -8,6 +10,10 @@ from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
+
+SCHEMA_VERSION = 1
+"""Part of every configuration digest and of config.json. Raise it when a default changes, or when a
+key gets another meaning."""
 
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
@@ -33,58 +39,62 @@ class DataConfig(_Section, frozen=True):
     """Put several examples into one row, kept apart by segment ids."""
     train_split: str = "train"
     """The split that is trained on."""
+    validation_split: str = "validation"
+    """The split by which training evaluates and chooses the best checkpoint."""
     leakage: Literal["refuse", "record"] = "refuse"
-    """When a prompt that is evaluated on is trained on: do not train, or say so on the run."""
+    """When an evaluation prompt is in the training split: refuse to train, or record it on the
+    run."""
     evaluation_sets: tuple[str, ...] = ()
-    """Datasets to look for in the training split, by prompts and by 8-grams; see
+    """Keys of datasets to look for in the training split, by prompts and by 8-grams; see
     `tunix-mlflow datasets check-leakage`."""
 
 
 class LimitsConfig(_Section, frozen=True):
-    """What ingest takes; an example beyond a limit is a bad line."""
+    """The largest example that ingest accepts; one beyond a limit is a bad row."""
 
     prompt_characters: Positive = 50_000
-    """Longest prompt, and longest message that is not the assistant's."""
+    """Characters of a prompt, and of a message that is not the assistant's."""
     answer_characters: Positive = 50_000
-    """Longest answer, completion or text."""
+    """Characters of an answer, completion or text."""
     steps: Positive = 1_000
-    """Most reasoning steps."""
+    """Number of reasoning steps."""
     step_characters: Positive = 20_000
-    """Longest reasoning step."""
+    """Characters of a reasoning step."""
     type_characters: Positive = 64
-    """Longest type of a step."""
+    """Characters of a step's type."""
     body_bytes: Positive = 1_000_000
-    """Longest line, or row as JSON."""
+    """Bytes of a line, or of a row as JSON."""
 
 
 class RopeScaling(_Section, frozen=True):
-    """Rotary positions that are stretched for a longer context."""
+    """Rotary position scaling for a longer context."""
 
     kind: Literal["linear", "llama3"]
-    """All alike, or as Llama 3.1: long waves by `factor`, short ones not, between them in part."""
+    """Scale all frequencies, or as Llama 3.1 does: low ones by `factor`, high ones not, and those
+    between in part."""
     factor: Above0
-    """How far."""
+    """Context length divided by the original one."""
     low_freq_factor: Above0 = 1.0
-    """llama3: a wave that turns fewer times than this in the first context is long."""
+    """llama3: fewer turns than this in the original context is a low frequency."""
     high_freq_factor: Above0 = 4.0
-    """llama3: a wave that turns more often is short."""
+    """llama3: more turns than this in the original context is a high frequency."""
     original_positions: Positive = 8192
-    """llama3: the first context."""
+    """llama3: tokens of the original context."""
 
 
 class ModelConfig(_Section, frozen=True):
     """The decoder's shape."""
 
     family: Literal["llama", "qwen2", "qwen3", "gemma2", "gemma3_text"] = "llama"
-    """What it is made of: as llama; with biases of queries, keys and values (qwen2); with norms of
-    queries and keys (qwen3); with a gated GELU, norms of what is added, norms that scale by
-    1 + weight and embeddings times sqrt(width) (gemma2); all but the biases (gemma3_text)."""
+    """The architecture: llama; with biases on queries, keys and values (qwen2); with query and key
+    norms (qwen3); with a gated GELU, post-norms, norms that scale by 1 + weight, and embeddings
+    multiplied by sqrt(width) (gemma2); the same with query and key norms (gemma3_text)."""
     layers: Positive = 2
     """Number of blocks."""
     width: Positive = 128
     """Width of the residual stream."""
     heads: Positive = 4
-    """Query heads; must divide by kv_heads."""
+    """Query heads; a multiple of kv_heads."""
     kv_heads: Positive = 2
     """Key/value heads (grouped-query attention)."""
     head_dim: Positive | None = None
@@ -94,27 +104,27 @@ class ModelConfig(_Section, frozen=True):
     rope_theta: Above0 = 10_000.0
     """Base of the rotary position frequencies."""
     rope_scaling: RopeScaling | None = None
-    """Stretched positions; null: as they are."""
+    """Rotary position scaling; null: none."""
     tie_embeddings: bool = True
     """Use the embedding table as the output projection."""
     norm_epsilon: Above0 = 1e-6
     """Added to the mean square in RMSNorm."""
     window: Positive | None = None
-    """Tokens that a windowed layer sees, the query's own among them."""
+    """Tokens that a sliding-window layer attends to, including the query's own."""
     windowed_layers: tuple[NonNegative, ...] = ()
-    """Layers with that window, from 0."""
+    """Indices of the sliding-window layers, from 0."""
     window_rope_theta: Above0 | None = None
-    """rope_theta of those layers, which are never stretched; null: as the others."""
+    """rope_theta of the sliding-window layers, which use no rope_scaling; null: rope_theta."""
     query_scale: Above0 | None = None
-    """Scores are divided by its square root; null: the width of a head."""
+    """Attention scores are divided by its square root; null: the width of a head."""
     attention_softcap: Above0 | None = None
-    """Scores are bent into minus this to this; null: they are not."""
+    """Attention scores are soft-capped to this magnitude; null: no cap."""
     logit_softcap: Above0 | None = None
-    """The same of the logits."""
+    """Logits are soft-capped to this magnitude; null: no cap."""
     vocab_size: Positive | None = None
     """Rows of the embedding table; null: as many as the tokenizer needs."""
     max_positions: Positive | None = None
-    """Longest text that it was made for, in tokens; null: not known."""
+    """Longest sequence the model was trained for, in tokens; null: not known."""
 
     @property
     def head_width(self) -> int:
@@ -133,7 +143,7 @@ class ModelConfig(_Section, frozen=True):
 
     @property
     def post_norms(self) -> bool:
-        """Whether what a part adds to the stream is normalised."""
+        """Whether the output of attention and of the feed-forward is normalised."""
         return self.family in GEMMA
 
     @property
@@ -143,32 +153,32 @@ class ModelConfig(_Section, frozen=True):
 
     @property
     def norm_offset(self) -> float:
-        """What norms add to their weight to scale by."""
+        """Number added to a norm's weight before scaling."""
         return 1.0 if self.family in GEMMA else 0.0
 
     @property
     def activation(self) -> Literal["silu", "gelu"]:
-        """Of the gate; gelu is the one by tanh."""
+        """Activation of the gate; gelu is the tanh approximation."""
         return "gelu" if self.family in GEMMA else "silu"
 
 
 GEMMA = ("gemma2", "gemma3_text")
-"""Families of Gemma's kind."""
+"""The Gemma families."""
 
 
 class LoraConfig(_Section, frozen=True):
-    """Low-rank adapters, which are trained in place of the model (Hu et al. 2021)."""
+    """Low-rank adapters (LoRA), which are trained in place of the model (Hu et al. 2021)."""
 
     rank: NonNegative = 0
-    """Their rank; 0: none, the whole model is trained."""
+    """Rank of the adapters; 0: full fine-tuning."""
     alpha: Above0 = 16.0
-    """What they add is multiplied by alpha / rank."""
+    """The adapters' output is multiplied by alpha / rank."""
     dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
-    """Share of their inputs that is left out at random, in training."""
+    """Dropout rate of the adapters' inputs, in training."""
     targets: tuple[
         Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...
     ] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """The products that have one."""
+    """The linear layers that have an adapter."""
 
 
 class OptimizerConfig(_Section, frozen=True):
@@ -203,51 +213,52 @@ class TrainingConfig(_Section, frozen=True):
     """Rows in one update."""
     microbatch_size: Positive | None = None
     """Rows in one forward and backward pass, a divisor of batch_size; null: on a CPU as many as
-    hold at most 512 tokens, 256 beside adapters, elsewhere all of them. What was chosen is in the
+    hold at most 512 tokens (256 with LoRA), elsewhere all. The value that was chosen is in the
     run's config.json."""
     eval_every_steps: NonNegative = 100
-    """Held-out loss every so many steps, and after the last; 0: never."""
+    """Steps between evaluations on the validation split; also after the last step. 0: never."""
     save_every_steps: NonNegative = 100
-    """A checkpoint every so many steps, and after the last; 0: only after the last."""
+    """Steps between checkpoints; also after the last step. 0: only after the last."""
     save_every_minutes: Above0 | None = None
-    """A checkpoint also when so many minutes have passed since the last; null: by steps alone."""
+    """Minutes after which a checkpoint is saved as well; null: by steps only."""
     deterministic: bool = False
-    """On a GPU: ask XLA for deterministic kernels. A CPU is deterministic as it is."""
+    """On a GPU: use XLA's deterministic kernels. A CPU is always deterministic."""
 
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters and the optimizer's state; beside adapters, which are float32, of the
-    model's parameters."""
+    """Type of the parameters and the optimizer state; with LoRA, of the frozen model: adapters are
+    float32."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the products. Losses, and sums of gradients, are float32 always."""
+    """Type of the matmuls. Losses, and sums of gradients, are always float32."""
     remat: Literal["none", "dots", "block"] = "none"
-    """What the backward pass computes again to save memory: nothing, all of a block but its
-    products with parameters, or all of it."""
+    """Rematerialization: what the backward pass recomputes to save memory; nothing, all of a block
+    except its matmuls with parameters, or the whole block."""
     scan_layers: bool | None = None
-    """Compute the blocks in a loop, of which one is compiled: on a CPU slower by a tenth, but
-    without it XLA undoes `remat` there. null: with `remat`, and of more than 16 blocks off a CPU.
-    What was chosen is in the run's config.json."""
+    """Scan over the blocks and compile one of them. A tenth slower on a CPU, where XLA would
+    otherwise undo `remat`. null: with `remat`, and for more than 16 blocks on an accelerator. The
+    value that was chosen is in the run's config.json."""
     loss_chunk: NonNegative | None = None
-    """Tokens whose logits are held at a time, 0: of all; null: so many as take 256 MB. What was
-    chosen is in the run's config.json."""
+    """Tokens whose logits are held at a time; 0: all; null: as many as take 256 MB. The value that
+    was chosen is in the run's config.json."""
     fused: bool | None = None
-    """Compute with products that stand side by side, made anew for each update; null: on a CPU,
-    where an update has at least 2048 tokens on a device. What was chosen is in the run's
-    config.json."""
+    """Concatenate weights that multiply the same input into one matmul, once per update; null: on a
+    CPU, if an update has at least 2048 tokens on a device. The value that was chosen is in the
+    run's config.json."""
     fast_math: bool = False
-    """On a CPU: let XLA change the order of sums and leave out NaN and signed zeros. Other bits."""
+    """On a CPU: let XLA reorder sums and ignore NaN and signed zeros. Results differ in the last
+    bits."""
 
 
 class MeshConfig(_Section, frozen=True):
-    """The devices of one run. On a CPU they are virtual: parts of the same cores."""
+    """The device mesh of one run. On a CPU the devices are virtual and share the cores."""
 
     data: Positive = 1
-    """Groups of devices; each has the parameters and takes a part of the batch."""
+    """Data-parallel groups; each holds the parameters and takes a part of the batch."""
     fsdp: Positive = 1
-    """Devices in a group; parameters, gradients and optimizer state are spread over them."""
+    """Devices in a group; parameters, gradients and optimizer state are sharded over them."""
 
     @property
     def size(self) -> int:
-        """Devices in all."""
+        """Number of devices."""
         return self.data * self.fsdp
 
 
@@ -255,32 +266,32 @@ class EvaluationConfig(_Section, frozen=True):
     """Scoring generated answers."""
 
     split: str = "test"
-    """The held-out split."""
+    """The split that `evaluate` and the gate read. Training never reads it."""
     limit: Positive | None = None
-    """Score only the first so many examples; null: all."""
+    """Number of examples to score, the first ones; null: all."""
     batch_size: Positive = 64
-    """Prompts generated at a time."""
+    """Prompts in one generated batch."""
     max_new_tokens: Positive | None = None
-    """Longest completion; null: the longest trained on plus a quarter, as the model keeps it."""
+    """Longest completion; null: the model's own limit, a quarter above the longest trained on."""
     samples: NonNegative = 100
-    """Held-out examples that training answers at its end, for its table and exact match."""
+    """Validation examples that training answers at its end, for its table and exact match."""
 
 
 class CheckpointsConfig(_Section, frozen=True):
-    """What to keep in order to resume."""
+    """Which checkpoints to keep."""
 
     keep_last: Positive = 3
-    """The newest so many stay; older ones go once the next is safe."""
+    """Number of newest checkpoints to keep; older ones are deleted once the next is safe."""
     keep_best: NonNegative = 0
-    """So many stay besides, the best by `metric`."""
+    """Number of best checkpoints to keep besides, by `metric`."""
     metric: str = "eval/loss"
-    """What is best; of a checkpoint that was evaluated at its step."""
+    """Metric of `keep_best`; a checkpoint counts if it was evaluated at its step."""
     mode: Literal["min", "max"] = "min"
-    """Whether less of it is better, or more."""
+    """Whether a smaller or a larger `metric` is better."""
     keep_every_steps: NonNegative = 0
-    """Multiples of so many steps stay for good; 0: none."""
+    """Keep checkpoints at multiples of this many steps; 0: none."""
     upload: bool = True
-    """Copy each checkpoint to the run's artifacts, in the background."""
+    """Upload each checkpoint to the run's artifacts, in the background."""
 
 
 class TrackingConfig(_Section, frozen=True):
@@ -289,53 +300,53 @@ class TrackingConfig(_Section, frozen=True):
     experiment: str | None = None
     """MLflow experiment; null: MLFLOW_EXPERIMENT_NAME, else tunix-mlflow."""
     run_name: str | None = None
-    """Name of the run; null: dataset and configuration."""
+    """Name of the run; null: made from the dataset and the stage."""
     key: str | None = None
-    """A name of your choice by which `resume=auto` finds the run again, on any machine."""
+    """A name of your choice by which `--resume auto` finds the run again, on any machine."""
     lease_seconds: Annotated[int, Meta(ge=2, le=3600)] = 60
-    """How long a run stays this process's after its last sign of life."""
+    """Seconds without a renewal after which another process may take over a run."""
     offline: bool = False
-    """Record in a private store below the state root, and touch no server."""
+    """Record in a private store below the state root, and contact no server."""
     system_metrics: bool = True
-    """Sample CPU, memory and GPU use into the run."""
+    """Log CPU, memory and GPU use."""
 
 
 class PromotionConfig(_Section, frozen=True):
     """The gate to the alias `champion`."""
 
     model: str | None = None
-    """Registered model name; null: the dataset's name."""
+    """Name of the registered model; null: the dataset's name without its version."""
     thresholds: dict[Annotated[str, Meta(pattern="^[a-z0-9_]{1,100}$")], float] = msgspec.field(
         default_factory=lambda: {"exact_match": 0.5}
     )
-    """Metric -> the least value that passes, on the evaluated dataset; replaces the default."""
+    """Metric -> the smallest value that passes, on the evaluated dataset; replaces the default."""
 
 
 class BenchmarkConfig(_Section, frozen=True):
-    """The bench entry point."""
+    """What `bench` measures."""
 
     suite: Literal["train", "data", "peers", "tracking", "checkpoint", "startup", "scale"] = "train"
-    """What is measured: the training step, the catalog, other trainers beside ours, what recording
-    and saving cost a step, the time to the first step, or what several devices would need."""
+    """What is measured: the training step, the catalog, other trainers beside ours, the cost of
+    recording and of saving, the time to the first step, or the needs of several devices."""
     delay_ms: NonNegative = 0
-    """tracking: how much later the tracking server is to answer."""
+    """tracking: latency added to the tracking server, in milliseconds."""
     traces: Positive = 1_000_000
-    """data: generated traces."""
+    """data: number of generated traces."""
     peer_traces: Positive = 100_000
-    """data: traces for the seed system's logic, which is scaled by their number."""
+    """data: number of traces for the seed system's logic, whose figures are scaled up."""
     vocabulary: Annotated[int, Meta(ge=16)] = 512
-    """Tokens that made-up documents are made of, where no dataset is given."""
+    """Distinct tokens of synthetic documents, which are used when no dataset is given."""
     data: Literal["all", "full", "mix"] = "all"
-    """Made-up documents: as long as a row, of mixed lengths, or (peers) both; all is full
-    elsewhere."""
+    """Synthetic documents: of a row's length, of mixed lengths, or (peers) both; in other suites
+    all means full."""
     cpu_fast: bool = True
-    """peers: ours with the preset cpu-fast besides."""
+    """peers: also measure ours with the preset cpu-fast."""
     peers_python: str | None = None
-    """peers: interpreter of their environment; null: that of `make peers`."""
+    """peers: interpreter of their environment; null: the one that `make peers` builds."""
     profile: bool = False
-    """train: keep a trace of jax.profiler among the run's artifacts."""
+    """train: log a trace of jax.profiler as artifacts."""
     warmup_steps: Positive = 3
-    """Steps that are not counted, at the beginning; peers: of every turn."""
+    """Steps at the beginning that are not counted; peers: at the beginning of each repeat."""
     steps: Positive = 20
     """Steps in one repeat."""
     repeats: Positive = 3
@@ -346,16 +357,16 @@ class Config(_Section, frozen=True):
     """One run's whole configuration."""
 
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
-    """Seeds the parameters and the order of batches."""
+    """Seed of the initial parameters and of the order of batches."""
     dataset: str | None = None
-    """Key of a manifest, name-version."""
+    """Key of a dataset, NAME-vN, or its digest."""
     device: str = "auto"
     """auto, cpu, gpu or tpu, with an optional index: gpu:1."""
     data: DataConfig = DataConfig()
     limits: LimitsConfig = LimitsConfig()
     base: str | None = None
-    """A pretrained model to begin with: a folder as Hugging Face lays it out, a GGUF file, or
-    models:/ or runs:/ of such a folder. The shape and the tokenizer are its own. null: from
+    """A pretrained model to fine-tune: a folder in Hugging Face's layout, a GGUF file, or a runs:/
+    or models:/ URI of such a folder. It determines the shape and the tokenizer. null: train from
     scratch."""
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
@@ -370,6 +381,6 @@ class Config(_Section, frozen=True):
 
     @property
     def microbatches(self) -> int:
-        """Forward and backward passes of a device in one update."""
+        """Forward and backward passes of one device in one update."""
         rows = self.training.batch_size // self.mesh.size
         return rows // (self.training.microbatch_size or rows)

@@ -1,1 +1,1 @@
-"""Empty on purpose: its modules load before jax, but for devices."""
+"""Empty on purpose: its modules load before jax, except devices."""

@@ -1,4 +1,4 @@
-"""Huge pages for the large buffers of a process that trains. It begins twice: no package here."""
+"""Huge pages for the large buffers of a process that trains. Imports no package: it runs twice."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import sys
 from pathlib import Path
 
 TUNABLE = "glibc.malloc.hugetlb"
-_RESTARTED = "_TUNIX_MLFLOW_RESTARTED"  # by whom
+_RESTARTED = "_TUNIX_MLFLOW_RESTARTED"  # the process that did
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def restart(setting: Path = _SETTING) -> None:
-    """Begin this very process again, its large buffers on huge pages.
+    """Restart this process with its large buffers on huge pages, where that is possible.
 
-    XLA takes its buffers from the C library, and Linux gives huge pages to those who ask, in its
-    usual setting. glibc reads whether to ask (`glibc.malloc.hugetlb`, 2.35 and later) before
-    Python begins. On a CPU a step of a 135M model takes 15 % less with them. Does nothing where
-    GLIBC_TUNABLES says something of it, nor where Linux wants not to be asked.
+    XLA allocates its buffers through the C library, and Linux, in its usual setting, gives huge
+    pages to a program that asks. glibc (2.35 and later) reads whether to ask
+    (`glibc.malloc.hugetlb`) before Python starts. On a CPU a step of a 135M model takes 15 % less
+    with them. Does nothing where GLIBC_TUNABLES has that setting, or where Linux does not need to
+    be asked.
 
     Args:
-        setting: Linux's file of it.
+        setting: Linux's file of this setting.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     try:

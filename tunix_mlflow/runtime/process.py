@@ -1,7 +1,8 @@
-"""Be a process of ours: signals, quiet libraries, exit codes. The library uses none of this."""
+"""The process of a command: signals, quiet libraries, exit codes. The library uses none of this."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -13,43 +14,43 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from tunix_mlflow.errors import Interrupted, TunixMlflowError
+from tunix_mlflow.errors import Interrupted, TunixMlflowError, UnavailableError
+from tunix_mlflow.files import one_line
 from tunix_mlflow.runtime import huge_pages
+from tunix_mlflow.runtime.report import printable
 
 COMPILING = "compile"  # name of the thread that compiles ahead
-_LOOK_SECONDS = 0.5
+_PARENT_CHECK_SECONDS = 0.5
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_DEFAULTS = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for the result
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # it writes into the user's home, and calls out
+    # The worker retries for as long as it takes; MLflow's own retries would hide an outage.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+"""Environment of libraries that read it when they are imported; what the user set stays."""
 
 
-def _calm() -> None:
-    """Defaults for libraries that read them when they are imported."""
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "MLFLOW_LOGGING_LEVEL": "WARNING"}
-    quiet["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is for the result
-    quiet["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-    quiet["MLFLOW_DISABLE_TELEMETRY"] = "true"  # it writes into the user's home, and calls out
-    # The outbox tries again for as long as it takes; MLflow's own retries would hide an outage.
-    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line a retry
-    for name in ("absl", "asyncio"):  # Orbax: hundreds of lines for a disk that is full
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    for name, value in {**quiet, **patience}.items():
-        os.environ.setdefault(name, value)
-
-
-def run(main: Callable[[Sequence[str]], None], *, computes: bool = True) -> NoReturn:
-    """Be a process: :func:`execute`, and end.
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, compute: bool) -> NoReturn:
+    """Run a command in this process, and exit with its code.
 
     Args:
-        main: of the process.
-        computes: whether it is worth :func:`huge_pages.restart`.
+        main: of the command.
+        argv: its arguments.
+        compute: whether it computes, so that :func:`huge_pages.restart` is worth its time.
     """
-    if computes:
+    if compute:
         huge_pages.restart()
     try:
-        code: Any = execute(main, sys.argv[1:])
+        code: Any = execute(main, argv)
     except SystemExit as stop:
         code = stop.code
     if isinstance(code, int) and any(t.name == COMPILING for t in threading.enumerate()):
-        # What nobody waits for any more would take its time, and a signal meanwhile abort us.
+        # Do not wait for XLA in its thread; a signal meanwhile would abort the process.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -57,17 +58,18 @@ def run(main: Callable[[Sequence[str]], None], *, computes: bool = True) -> NoRe
 
 
 def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    """Run a stage and turn what happens into an exit code.
+    """Run a command and return its exit code.
 
-    0; 2 for the user's mistake; 3 for a refusal; 130 and 143 for signals; 1 for anything
-    else, with a traceback unless it is MLflow that failed. A run that `mlflow run` made for this
-    process and that no session took over gets the message in its tag `tunix_mlflow.error`.
+    0; 2: a user's mistake; 3: refused by a gate or a check; 4: disk, memory, network or a lock is
+    not available, worth a retry; 130 and 143: signals; 1: anything else, with a traceback unless
+    MLflow failed. A run that `mlflow run` created for this process, and that nothing took over,
+    gets the message as its tag `tunix_mlflow.error`.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     if "MLFLOW_RUN_ID" in os.environ:
         _follow_parent()
-    _calm()
-    _anchor_store()
+    _set_defaults()
+    _resolve_relative_store()
     try:
         main(argv)
         return 0
@@ -76,35 +78,60 @@ def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     except TunixMlflowError as error:
         return _report(error)
     except BrokenPipeError:
-        # Whoever read has seen enough; do not complain again when stdout is closed.
+        # The reader of stdout has closed it; do not complain again when stdout is flushed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("mlflow", "requests"):
-            # A server that went away; its client's traceback helps nobody.
-            return _report(TunixMlflowError(f"MLflow failed: {error}"))
+        known = _classify(error)
+        if known is not None:
+            return _report(known)
         traceback.print_exc()
-        _tag_launched(f"{type(error).__name__}: {error}")
+        _tag_launched_run(f"{type(error).__name__}: {error}")
         return 1
 
 
+def _classify(error: Exception) -> TunixMlflowError | None:
+    """Return the named error of a failure of the environment or of MLflow, None for a defect."""
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        place = f" at {error.filename}" if error.filename else ""
+        return UnavailableError(f"{one_line(error)}{place}; free some space and try again")
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:
+        return UnavailableError(f"out of memory: {one_line(error)}")
+    package = type(error).__module__.partition(".")[0]
+    if package == "requests":
+        return UnavailableError(f"MLflow cannot be reached: {one_line(error)}")
+    if package == "mlflow":  # its client's traceback helps nobody
+        status = getattr(error, "get_http_status_code", lambda: 500)()
+        kind = UnavailableError if status >= 500 else TunixMlflowError
+        return kind(f"MLflow failed: {one_line(error)}")
+    return None
+
+
+def _set_defaults() -> None:
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
+    for name in ("absl", "asyncio"):  # Orbax: hundreds of lines when the disk is full
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
 def _follow_parent() -> None:
-    """End as by SIGTERM when `mlflow run` is gone: it hands on no signal that ends it."""
+    """End as by SIGTERM when `mlflow run` has ended: it does not forward a signal that ends it."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_LOOK_SECONDS)
-        print("tunix-mlflow: `mlflow run` is gone; ending too", file=sys.stderr, flush=True)
+            time.sleep(_PARENT_CHECK_SECONDS)
+        print("tunix-mlflow: `mlflow run` has ended; stopping", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _anchor_store() -> None:
-    """Read a relative `sqlite:///mlflow.db` as the launcher meant it.
+def _resolve_relative_store() -> None:
+    """Resolve a relative `sqlite:///mlflow.db` against the folder of `mlflow run`.
 
-    `mlflow run` hands the address on as it is, and starts us in the project's folder.
+    It passes the URI on as it is, and starts this process in the project's folder.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     path = uri.removeprefix("sqlite:///")
@@ -117,9 +144,9 @@ def _anchor_store() -> None:
 
 
 def _report(error: TunixMlflowError) -> int:
-    message = " ".join(str(error).split())
+    message = printable(" ".join(str(error).split()))
     print(f"tunix-mlflow: error: {message}", file=sys.stderr, flush=True)
-    _tag_launched(message)
+    _tag_launched_run(message)
     return error.exit_code
 
 
@@ -127,7 +154,8 @@ def _interrupt(signum: int, _: FrameType | None) -> None:
     raise Interrupted(signum)
 
 
-def _tag_launched(message: str) -> None:
+def _tag_launched_run(message: str) -> None:
+    """Mark the run that `mlflow run` created for this process as failed."""
     run_id = os.environ.pop("MLFLOW_RUN_ID", None)
     if run_id is None:
         return

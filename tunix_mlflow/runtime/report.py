@@ -27,3 +27,8 @@ class Silent:
 
 
 SILENT = Silent()
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters escaped, for a terminal, a log or a page."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
