@@ -16,19 +16,27 @@ import numpy as np
 from tunix_mlflow.config.load import resolve
 from tunix_mlflow.config.schema import Config, LoraConfig
 from tunix_mlflow.data.examples import reasoning_trace
-from tunix_mlflow.input import batches, packing, tokens
+from tunix_mlflow.input.batches import TrainBatches
+from tunix_mlflow.input.packing import lay_out_rows
+from tunix_mlflow.input.tokens import encode_examples
 from tunix_mlflow.models import arrays, decoder, lora
 from tunix_mlflow.runtime import devices
 from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 from tunix_mlflow.training import mesh as meshes
-from tunix_mlflow.training import setup
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention
-from tunix_mlflow.training.step import TrainState, train_step
+from tunix_mlflow.training.resolve import resolve_auto
+from tunix_mlflow.training.spec import step_spec
+from tunix_mlflow.training.state import InitialState, TrainState, init_state
+from tunix_mlflow.training.trainer import Trainer
 
 STEPS = 4
 # Rows of unequal token counts, so that a mean over devices would show.
 EXAMPLES = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 30)]
 TOKENIZED = tokens.encode_examples(EXAMPLES, ByteTokenizer(), True)
+
+
+TOKENIZED = encode_examples(EXAMPLES, ByteTokenizer(), True)
+VOCABULARY = ByteTokenizer.vocab_size
 
 
 def configured(data: int, fsdp: int, optimizer: str) -> Config:
@@ -39,26 +47,24 @@ def configured(data: int, fsdp: int, optimizer: str) -> Config:
         "optimizer": {"name": optimizer, "warmup_steps": 0},
         "mesh": {"data": data, "fsdp": fsdp},
     }
-    vocabulary = ByteTokenizer.vocab_size
-    return setup.resolve_auto(resolve(tree, "the test"), vocabulary, "cpu")
+    return resolve_auto(resolve(tree, "the test"), VOCABULARY, "cpu")
 
 
-def begin(config: Config) -> tuple[setup.StepSpec, TrainState]:
-    vocabulary, device = ByteTokenizer.vocab_size, devices.use("cpu")
-    spec = setup.step_spec(config, vocabulary, device)
-    return spec, setup.start(spec, config, vocabulary, device, None)[0]
+def new_trainer(config: Config) -> Trainer:
+    return Trainer.create(config, VOCABULARY, devices.use("cpu"))
 
 
-def trained(config: Config, state: TrainState | None = None) -> tuple[TrainState, list[float]]:
-    spec, fresh = begin(config)
-    at = state or fresh
-    rows = packing.lay_out_rows(TOKENIZED, config.data, 64)
-    stream = batches.TrainBatches(rows, batch_size=8, seed=0)
-    losses = []
-    for step in range(int(at.step), STEPS):
-        at, metrics = train_step(at, stream.at(step), spec=spec)
-        losses.append(float(metrics.loss))
-    return at, losses
+def train(trainer: Trainer, steps: int = STEPS) -> list[float]:
+    """The losses of the updates up to `steps`."""
+    rows = lay_out_rows(TOKENIZED, trainer.config.data, 64)
+    stream = TrainBatches(rows, batch_size=8, seed=0)
+    return [float(trainer.step(stream.at(step)).loss) for step in range(trainer.updates, steps)]
+
+
+def trained(config: Config) -> tuple[TrainState, list[float]]:
+    trainer = new_trainer(config)
+    losses = train(trainer)
+    return trainer.state, losses
 
 
 def distance(a: TrainState, b: TrainState) -> float:
@@ -69,30 +75,29 @@ def distance(a: TrainState, b: TrainState) -> float:
 def moved(optimizer: str) -> dict[str, float]:
     """Trained on a mesh, saved, restored on another, trained on there."""
     here, there = configured(2, 2, optimizer), configured(1, 4, optimizer)
-    spec, state = begin(here)
-    rows = packing.lay_out_rows(TOKENIZED, here.data, 64)
-    stream = batches.TrainBatches(rows, batch_size=8, seed=0)
-    for step in range(STEPS // 2):
-        state, _ = train_step(state, stream.at(step), spec=spec)
+    trainer, other = new_trainer(here), new_trainer(there)
+    train(trainer, STEPS // 2)
+    target = jax.tree.leaves(other.state)
     with tempfile.TemporaryDirectory() as folder:
-        kept = Checkpoints(Path(folder), {}, retention=Retention(1))
-        kept.save(STEPS // 2, state, {})
-        kept.wait()
-        target = begin(there)[1]
-        restored = kept.restore(STEPS // 2, target)
-        kept.close()
-    same_place = all(
-        a.sharding == b.sharding
-        for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True)
-    )
-    exact = arrays.digest(restored) == arrays.digest(state)
-    end, _ = trained(there, restored)
-    whole, _ = trained(here)
-    return {"exact": exact, "same_place": same_place, "distance": distance(end, whole)}
+        checkpoints = Checkpoints(Path(folder), {}, retention=Retention(1))
+        checkpoints.save(STEPS // 2, trainer.state, {})
+        checkpoints.wait()
+        other.state = checkpoints.restore(STEPS // 2, other.state)
+        checkpoints.close()
+    restored = jax.tree.leaves(other.state)
+    same_place = all(a.sharding == b.sharding for a, b in zip(restored, target, strict=True))
+    exact = arrays.digest(other.state) == arrays.digest(trainer.state)
+    train(other)
+    uninterrupted, _ = trained(here)
+    return {
+        "exact": exact,
+        "same_place": same_place,
+        "distance": distance(other.state, uninterrupted),
+    }
 
 
 def adapted(data: int, fsdp: int, *, scanned: bool = False) -> TrainState:
-    """Adapters trained beside parameters that are spread and stay as they are."""
+    """Adapters trained beside frozen parameters that are sharded."""
     config = configured(data, fsdp, "adamw")
     config = msgspec.structs.replace(
         config,
@@ -100,19 +105,18 @@ def adapted(data: int, fsdp: int, *, scanned: bool = False) -> TrainState:
         lora=LoraConfig(rank=2),
         training=msgspec.structs.replace(config.training, fused=False, scan_layers=scanned),
     )
-    vocabulary, device = ByteTokenizer.vocab_size, devices.use("cpu")
-    spec = setup.step_spec(config, vocabulary, device)
-    frozen = decoder.init(config.model, vocabulary, 0)
+    device = devices.use("cpu")
+    spec = step_spec(config, VOCABULARY, device)
+    frozen = decoder.init(config.model, VOCABULARY, 0)
     if scanned:
         frozen = decoder.stack(frozen)
     if spec.mesh is not None:
         frozen = jax.device_put(frozen, meshes.shardings(frozen, spec.mesh))
-    state = setup.fresh(spec, lora.init(config.model, vocabulary, config.lora, 0), device)
-    rows = packing.lay_out_rows(TOKENIZED, config.data, 64)
-    stream = batches.TrainBatches(rows, batch_size=8, seed=0)
-    for step in range(STEPS):
-        state, _ = train_step(state, stream.at(step), frozen, spec=spec)
-    return state
+    adapters = lora.init(config.model, VOCABULARY, config.lora, 0)
+    initial = InitialState(init_state(spec, adapters, device), frozen, None)
+    trainer = Trainer(config, VOCABULARY, device, spec, initial)
+    train(trainer)
+    return trainer.state
 
 
 def main() -> None:

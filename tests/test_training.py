@@ -9,33 +9,40 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import msgspec
 import numpy as np
-import optax
 import pytest
 
-from tests.conftest import ROOT, tiny
+from tests.conftest import tiny
 from tunix_mlflow.config.load import load_config
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data.examples import reasoning_trace
 from tunix_mlflow.errors import DeviceError, Interrupted, TrainingStopped
-from tunix_mlflow.input import batches, packing, tokens
-from tunix_mlflow.input.batches import Batch
-from tunix_mlflow.models import decoder
+from tunix_mlflow.input.batches import Batch, TrainBatches, eval_batches
+from tunix_mlflow.input.packing import lay_out_rows
+from tunix_mlflow.input.tokens import encode_examples
 from tunix_mlflow.runtime import devices
 from tunix_mlflow.runtime.signals import StopRequest
 from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
-from tunix_mlflow.training import loop, optimizer, setup, step
-from tunix_mlflow.training.checkpoint import Checkpoints, Retention, steps
+from tunix_mlflow.training import callbacks
+from tunix_mlflow.training.checkpoint import Checkpoints, Retention, sealed_checkpoints
+from tunix_mlflow.training.loop import Callback, Loop, fit
+from tunix_mlflow.training.resolve import microbatch_rows, resolve_auto
+from tunix_mlflow.training.state import TrainState
+from tunix_mlflow.training.trainer import Trainer
 
-CONFIG = load_config(
-    None, tiny(training__steps="8", optimizer__name="muon"), ROOT / "projects" / "configs"
+VOCABULARY = ByteTokenizer.vocab_size
+GIVEN = load_config(
+    None,
+    tiny(training__steps="8", optimizer__name="muon", data__sequence_length="64"),
 )
-EXAMPLES = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 20)]
-ROWS = packing.lay_out_rows(
-    tokens.encode_examples(EXAMPLES, ByteTokenizer(), True), CONFIG.data, 64
+CONFIG = resolve_auto(GIVEN, VOCABULARY, "cpu")
+TOKENIZED = encode_examples(
+    [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 20)],
+    ByteTokenizer(),
+    True,
 )
-RULE = optimizer.build(CONFIG.optimizer, CONFIG.training.steps)
-PLAN = step.StepSpec(decoder.shape(CONFIG.model, ByteTokenizer.vocab_size)[0], RULE)
+ROWS = lay_out_rows(TOKENIZED, CONFIG.data, 64)
 
 
 @pytest.mark.parametrize(
@@ -52,18 +59,18 @@ PLAN = step.StepSpec(decoder.shape(CONFIG.model, ByteTokenizer.vocab_size)[0], R
 )
 def test_a_microbatch_fits_the_cache(batch: int, length: int, platform: str, expected: int) -> None:
     """On a CPU rows of at most 512 tokens, or one; elsewhere the whole batch."""
-    assert setup.microbatch(batch, length, platform) == expected
+    assert microbatch_rows(batch, length, platform) == expected
 
 
 class Recorder:
-    """A MetricWriter for the tests; `at` may act on a step."""
+    """A MetricWriter for the tests."""
 
     def __init__(self) -> None:
         self.points: dict[tuple[str, int], float] = {}
         self.flushed: list[int] = []
 
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        for key, value in scalars.items():
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        for key, value in metrics.items():
             assert (key, step) not in self.points
             self.points[key, step] = value
 
@@ -72,75 +79,59 @@ class Recorder:
 
 
 class SignalAt(Recorder):
-    """Sends this process a signal when it is told of a step."""
+    """Sends this process a signal when it is given the loss of a step."""
 
     def __init__(self, at: int, signum: int) -> None:
         super().__init__()
         self.at, self.signum = at, signum
 
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        super().write_scalars(step, scalars)
-        if step == self.at and "train/loss" in scalars:
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        super().log_metrics(metrics, step)
+        if step == self.at and "train/loss" in metrics:
             os.kill(os.getpid(), self.signum)
 
 
-def fresh() -> step.TrainState:
-    _, params = decoder.build(CONFIG.model, ByteTokenizer.vocab_size, 0)
-    return step.init_state(params, RULE)
+def new_trainer(config: Config = CONFIG) -> Trainer:
+    return Trainer.create(config, VOCABULARY, devices.use("cpu"))
 
 
-def fit(
-    folder: Path,
-    recorder: Recorder,
-    *,
-    config: Config = CONFIG,
-    stream: batches.TrainBatches | None = None,
-) -> step.TrainState:
-    """One part of a run: restore what is there, go on to the end."""
+def train(folder: Path, recorder: Recorder, stream: TrainBatches | None = None) -> TrainState:
+    """One part of a run: restore what is there, train to the end."""
+    trainer = new_trainer()
     checkpoints = Checkpoints(folder, {}, retention=Retention(3))
-    restored = checkpoints.restore_latest(fresh(), print)
+    restored = checkpoints.restore_latest(trainer.state, print)
+    if restored is not None:
+        trainer.state = restored[1]
+    save = callbacks.Save(checkpoints, CONFIG.training)
+    acting: list[Callback] = [callbacks.Log([recorder])]
+    acting += [callbacks.Evaluate(lambda: eval_batches(ROWS, 4), 2), save, callbacks.Stop(save)]
     try:
-        return loop.fit(
-            config,
-            fresh() if restored is None else restored[1],
-            stream or batches.TrainBatches(ROWS, batch_size=4, seed=0),
-            spec=PLAN,
-            writers=[recorder],
-            checkpoints=checkpoints,
-            evaluate=lambda s: loop.held_out_loss(PLAN, s.params, batches.eval_batches(ROWS, 4)),
-        )
+        fit(trainer, stream or TrainBatches(ROWS, batch_size=4, seed=0), acting)
     finally:
         checkpoints.close()
+    return trainer.state
 
 
-def bare(
-    state: step.TrainState,
-    checkpoints: Checkpoints,
-    config: Config = CONFIG,
-    rule: optax.GradientTransformation = RULE,
-) -> step.TrainState:
-    """The loop with nobody watching."""
-    return loop.fit(
-        config,
-        state,
-        batches.TrainBatches(ROWS, batch_size=4, seed=0),
-        spec=PLAN._replace(optimizer=rule),
-        writers=[],
-        checkpoints=checkpoints,
-        evaluate=None,
+def train_unrecorded(trainer: Trainer, checkpoints: Checkpoints) -> TrainState:
+    """Nothing but saving around the updates."""
+    fit(
+        trainer,
+        TrainBatches(ROWS, batch_size=4, seed=0),
+        [callbacks.Save(checkpoints, trainer.config.training)],
     )
+    return trainer.state
 
 
-def same(a: step.TrainState, b: step.TrainState) -> bool:
+def same(a: TrainState, b: TrainState) -> bool:
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.array_equal(x, y) for x, y in pairs)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[step.TrainState, Recorder]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, Recorder]:
     """A run without an interruption."""
     recorder = Recorder()
-    return fit(tmp_path_factory.mktemp("whole"), recorder), recorder
+    return train(tmp_path_factory.mktemp("whole"), recorder), recorder
 
 
 def deterministic(*recorders: Recorder) -> dict[tuple[str, int], float]:
@@ -152,7 +143,7 @@ def deterministic(*recorders: Recorder) -> dict[tuple[str, int], float]:
 
 
 def test_loss_falls_and_everything_is_recorded(
-    whole: tuple[step.TrainState, Recorder],
+    whole: tuple[TrainState, Recorder],
 ) -> None:
     """Each step once, evaluation where configured, metrics on disk before each checkpoint."""
     state, recorder = whole
@@ -168,66 +159,68 @@ def test_loss_falls_and_everything_is_recorded(
 @pytest.mark.parametrize("at", [1, 2, 5])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_resumed_run_is_the_same(
-    whole: tuple[step.TrainState, Recorder], tmp_path: Path, at: int, signum: int
+    whole: tuple[TrainState, Recorder], tmp_path: Path, at: int, signum: int
 ) -> None:
     """Interrupted after any step, the end is bit-identical: parameters, optimizer, metrics."""
     first, second = SignalAt(at, signum), Recorder()
     before = signal.getsignal(signum)
     with pytest.raises(Interrupted) as caught:
-        fit(tmp_path, first)
+        train(tmp_path, first)
     assert caught.value.exit_code == 128 + signum
     assert signal.getsignal(signum) is before
-    saved = int(steps(tmp_path)[-1].name)
+    saved = int(sealed_checkpoints(tmp_path)[-1].name)
     assert at <= saved <= at + 1
-    state = fit(tmp_path, second)
+    state = train(tmp_path, second)
     assert min(s for _, s in second.points) == saved + 1
     assert same(state, whole[0])
     assert deterministic(first, second) == deterministic(whole[1])
 
 
 def test_resuming_at_another_position_is_noticed(
-    whole: tuple[step.TrainState, Recorder], tmp_path: Path
+    whole: tuple[TrainState, Recorder], tmp_path: Path
 ) -> None:
     """The negative test: with the data position left out, the result differs."""
 
-    class Restarted(batches.TrainBatches):
+    class Restarted(TrainBatches):
         def at(self, step: int) -> Batch:
             return super().at(step - 4)
 
     with pytest.raises(Interrupted):
-        fit(tmp_path, SignalAt(3, signal.SIGTERM))
+        train(tmp_path, SignalAt(3, signal.SIGTERM))
     stream = Restarted(ROWS, batch_size=4, seed=0)
-    assert not same(fit(tmp_path, Recorder(), stream=stream), whole[0])
+    assert not same(train(tmp_path, Recorder(), stream), whole[0])
 
 
 def test_resuming_without_the_optimizer_is_noticed(
-    whole: tuple[step.TrainState, Recorder], tmp_path: Path
+    whole: tuple[TrainState, Recorder], tmp_path: Path
 ) -> None:
     """The other negative test: parameters alone are not the state."""
     with pytest.raises(Interrupted):
-        fit(tmp_path, SignalAt(3, signal.SIGTERM))
+        train(tmp_path, SignalAt(3, signal.SIGTERM))
     checkpoints = Checkpoints(tmp_path, {}, retention=Retention(3))
-    restored = checkpoints.restore_latest(fresh(), print)
+    trainer = new_trainer()
+    restored = checkpoints.restore_latest(trainer.state, print)
     assert restored is not None
-    lost = restored[1]._replace(opt_state=fresh().opt_state)
-    state = bare(lost, checkpoints)
+    trainer.state = restored[1]._replace(opt_state=trainer.state.opt_state)
+    state = train_unrecorded(trainer, checkpoints)
     checkpoints.close()
     assert not same(state, whole[0])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    """The step is named, and no checkpoint is poisoned."""
-    state = fresh()
-    params = jax.tree.map(lambda x: x * np.nan, state.params)
+    """The step is named, and no checkpoint holds the state."""
+    trainer = new_trainer()
+    params = jax.tree.map(lambda x: x * np.nan, trainer.state.params)
+    trainer.state = trainer.state._replace(params=params)
     checkpoints = Checkpoints(tmp_path, {}, retention=Retention(3))
     with pytest.raises(TrainingStopped, match="step 1: train/loss is nan"):
-        bare(state._replace(params=params), checkpoints)
+        train_unrecorded(trainer, checkpoints)
     checkpoints.close()
-    assert steps(tmp_path) == []
+    assert sealed_checkpoints(tmp_path) == []
 
 
 def test_an_update_that_breaks_the_model_is_never_saved(tmp_path: Path) -> None:
-    """The loss before the update was fine; the parameters after it are looked at too."""
+    """The loss before the update was finite; the parameters after it are checked too."""
     config = load_config(
         None,
         tiny(
@@ -235,16 +228,51 @@ def test_an_update_that_breaks_the_model_is_never_saved(tmp_path: Path) -> None:
             optimizer__name="adamw",
             optimizer__warmup_steps="0",
             optimizer__learning_rate="1e38",
+            data__sequence_length="64",
         ),
-        ROOT / "projects" / "configs",
     )
-    rule = optimizer.build(config.optimizer, 1)
-    _, params = decoder.build(config.model, ByteTokenizer.vocab_size, 0)
     checkpoints = Checkpoints(tmp_path, {}, retention=Retention(3))
     with pytest.raises(TrainingStopped, match="step 1: a parameter is not finite"):
-        bare(step.init_state(params, optimizer=rule), checkpoints, config, rule)
+        train_unrecorded(new_trainer(resolve_auto(config, VOCABULARY, "cpu")), checkpoints)
     checkpoints.close()
-    assert steps(tmp_path) == []
+    assert sealed_checkpoints(tmp_path) == []
+
+
+def test_callbacks_act_in_their_order() -> None:
+    """Around every update each acts in the order of the list; all clean up, in reverse."""
+    calls: list[str] = []
+
+    class Named(Callback):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def before_step(self, loop: Loop, batch: Batch) -> None:
+            calls.append(f"{self.name} before {loop.step + 1}")
+
+        def after_step(self, loop: Loop) -> None:
+            calls.append(f"{self.name} after {loop.step}")
+
+        def on_end(self, loop: Loop) -> None:
+            calls.append(f"{self.name} end")
+
+    trainer = new_trainer()
+    trainer.config = msgspec.structs.replace(
+        CONFIG, training=msgspec.structs.replace(CONFIG.training, steps=2)
+    )
+    fit(trainer, TrainBatches(ROWS, batch_size=4, seed=0), [Named("a"), Named("b")])
+    steps = [
+        f"{name} {when} {step}" for step in (1, 2) for when in ("before", "after") for name in "ab"
+    ]
+    assert calls == [*steps, "b end", "a end"]
+
+
+def test_a_profile_is_a_trace_of_some_updates(tmp_path: Path) -> None:
+    """The trace is written, and stopped when the loop ends before it."""
+    for updates in (2, 100):
+        folder = tmp_path / str(updates)
+        profile = callbacks.Profile(folder, updates)
+        fit(new_trainer(), TrainBatches(ROWS, batch_size=4, seed=0), [profile])
+        assert list(folder.rglob("*.xplane.pb"))
 
 
 def test_a_second_signal_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:

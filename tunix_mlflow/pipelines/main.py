@@ -63,12 +63,10 @@ def run_all(config: Config, *, reporter: Reporter = SILENT) -> MainResult:
             "eval/exact_match": scored.exact_match,
             "eval/exact_match_low": scored.low,
             "eval/exact_match_high": scored.high,
-            **{
-                name: trained.figures[name]
-                for name in ("final_loss", "best_loss", "best_eval_loss", "avg_throughput")
-                if name in trained.figures
-            },
         }
+        for name in ("final_loss", "best_loss", "best_eval_loss", "avg_throughput"):
+            if name in trained.figures:
+                figures[name] = trained.figures[name]
         run.log_metrics(figures)
         run.set_tags(
             {

@@ -40,6 +40,9 @@ from tunix_mlflow.training.loop import Callback, Loop, fit
 from tunix_mlflow.training.memory import MemoryReport, check_memory
 from tunix_mlflow.training.trainer import Trainer
 
+_SHOWN = {"train/loss": "loss", "perf/tokens_per_sec": "tok/s", "eval/loss": "validation loss"}
+"""Metrics that progress shows, and how it calls them."""
+
 
 class TrainResult(NamedTuple):
     """What training returns."""
@@ -260,8 +263,6 @@ def _callbacks(
 class _Progress(Callback):
     """Report loss, validation loss and tokens a second."""
 
-    _NAMES = {"train/loss": "loss", "perf/tokens_per_sec": "tok/s", "eval/loss": "validation loss"}
-
     def __init__(self, reporter: Reporter) -> None:
         self._reporter, self._last = reporter, 0
 
@@ -270,7 +271,7 @@ class _Progress(Callback):
         self._reporter.progress("train", loop.first, loop.last, {})
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        figures = {self._NAMES[key]: metrics[key] for key in self._NAMES if key in metrics}
+        figures = {name: metrics[key] for key, name in _SHOWN.items() if key in metrics}
         self._reporter.progress("train", step, self._last, figures)
 
 
@@ -361,7 +362,7 @@ def _log_results(run: Run, inputs: TrainingInputs, trainer: Trainer) -> dict[str
         measured["eval/exact_match"] = scoring.exact_match(scores).value
         run.log_metrics({"eval/exact_match": measured["eval/exact_match"]}, step)
         run.log_table(scoring.table(scores), f"generations/step-{step:08d}.json")
-    summary = run.log_summary(step)
+    summary: dict[str, float] = run.log_summary(step)
     folder, digest = _save_bundle(run.folder / "models", step, bundle)
     validation = config.data.validation_split if inputs.validation is not None else None
     run.log_model(

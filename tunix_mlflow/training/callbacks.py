@@ -1,4 +1,7 @@
-"""What happens around the updates of a training: log, evaluate, save, stop, profile; in that order."""
+"""What happens around the updates of a training, in this order.
+
+Log, evaluate, save, stop, profile; `loop.fit` says why.
+"""
 
 from __future__ import annotations
 

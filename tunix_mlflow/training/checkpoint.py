@@ -214,7 +214,9 @@ class Checkpoints:
     def _of(self, step: int) -> Path:
         folder = self.folder / f"{step:08d}"
         if folder not in sealed_checkpoints(self.folder):
-            have = ", ".join(str(int(path.name)) for path in sealed_checkpoints(self.folder)) or "none"
+            have = (
+                ", ".join(str(int(path.name)) for path in sealed_checkpoints(self.folder)) or "none"
+            )
             raise CheckpointError(f"there is no checkpoint of step {step} in {self.folder}: {have}")
         return folder
 
@@ -262,7 +264,7 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def _renew(self) -> None:
-        """Replace Orbax's checkpointer after a failed save, whose errors it would raise at the next."""
+        """Replace the checkpointer after a failed save: it would raise the rest at the next one."""
         self._close_orbax()
         self._orbax = arrays.checkpointer()
 

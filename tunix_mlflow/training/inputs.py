@@ -1,4 +1,4 @@
-"""What a run trains on: the splits of a dataset as rows of tokens, and the resolved configuration."""
+"""What a run trains on: splits of a dataset as rows of tokens, and the resolved configuration."""
 
 from __future__ import annotations
 
@@ -113,7 +113,6 @@ def read_inputs(
         prompts=[example.prompt for example in (held_out or examples[train])[:_PROMPTS]],
         train_examples=len(examples[train]),
         validation_examples=len(held_out),
-        max_new_tokens=config.evaluation.max_new_tokens
-        or longest_completion(rows[train]),
+        max_new_tokens=config.evaluation.max_new_tokens or longest_completion(rows[train]),
         device=device,
     )

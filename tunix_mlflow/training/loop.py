@@ -77,7 +77,7 @@ class Loop:
         return self.step == self.last
 
     def is_due(self, every: int) -> bool:
-        """Return whether something that happens every so many updates, and after the last, is due."""
+        """Return whether what happens every so many updates, and after the last, is due."""
         return every > 0 and (self.step % every == 0 or self.is_last)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:

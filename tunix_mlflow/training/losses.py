@@ -87,7 +87,9 @@ def _cross_entropy(
     return jnp.sum((total - own) * mask), (logits, total, targets, mask)
 
 
-def _cross_entropy_backward(residuals: _Residuals, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+def _cross_entropy_backward(
+    residuals: _Residuals, gradient: jax.Array
+) -> tuple[jax.Array, None, None]:
     logits, total, targets, mask = residuals
     probabilities = jnp.exp(logits.astype(jnp.float32) - total[:, None])
     is_target = jax.lax.broadcasted_iota(jnp.int32, probabilities.shape, 1) == targets[:, None]

@@ -1,7 +1,7 @@
 """From the configuration that a user wrote to the one that a run computes with.
 
-What is left open (`null`) is decided by rules, never by a measurement: it decides the order of sums,
-and so the bits of a run. These are the only functions of the room that return another Config.
+What is left open (`null`) is decided by rules, never by a measurement: it decides the order of
+sums, and so the bits of a run. These are the only functions of the room that return another Config.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from tunix_mlflow.errors import ConfigError, DatasetError
 from tunix_mlflow.input import packing
 
 _CPU_TOKENS, _CPU_LORA_TOKENS = 512, 256
-"""Tokens of a microbatch on a CPU: its activations stay in the cache. With LoRA, activations are most
-of what memory is needed for, so there are fewer."""
+"""Tokens of a microbatch on a CPU: its activations stay in the cache. With LoRA, activations are
+most of what memory is needed for, so there are fewer."""
 _FUSED_TOKENS = 2048
 """Tokens of an update on a CPU from which on fused projections are faster."""
 _UNROLLED_LAYERS = 16

@@ -87,7 +87,7 @@ def eval_step(
 
 
 def to_compute_layout(params: Params, spec: StepSpec) -> Params:
-    """Return the trained parameters in the layout of `spec.graph`: fused, stacked, or as they are."""
+    """Return trained parameters in the layout of `spec.graph`: fused, stacked, or as they are."""
     params = params if spec.fuse is None else decoder.fuse(params, spec.fuse)
     return decoder.stack(params) if spec.stack else params
 
