@@ -32,7 +32,7 @@ from tunix_mlflow.training.trainer import Trainer
 STEPS = 4
 # Rows of unequal token counts, so that a mean over devices would show.
 EXAMPLES = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 30)]
-TOKENIZED = tokens.encode_examples(EXAMPLES, ByteTokenizer(), True)
+TOKENIZED = encode_examples(EXAMPLES, ByteTokenizer(), True)
 
 
 TOKENIZED = encode_examples(EXAMPLES, ByteTokenizer(), True)

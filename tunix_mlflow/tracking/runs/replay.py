@@ -1,7 +1,7 @@
-"""Proving a run: train its last segment again, and compare.
+"""Verify a run: train its last segment again, and compare.
 
-From the checkpoint before the last to the last one, every update is done once more. The state
-must have the digest that the last checkpoint's manifest names, and each loss its recorded value.
+From the checkpoint before the last to the last one, every update is computed again. The state must
+have the digest that the last checkpoint's manifest names, and each loss its recorded value.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from mlflow.tracking import MlflowClient
 from tunix_mlflow import paths
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data.manifest import Manifest
-from tunix_mlflow.errors import CheckpointError, IntegrityError
+from tunix_mlflow.errors import CheckpointError
+from tunix_mlflow.input.batches import eval_batches
 from tunix_mlflow.models import arrays
 from tunix_mlflow.runtime import devices
 from tunix_mlflow.tracking import artifacts
 from tunix_mlflow.tracking.record import metrics_log
 from tunix_mlflow.tracking.runs import lookup
-from tunix_mlflow.training import checkpoint, setup, step
-from tunix_mlflow.training.step import TrainState
+from tunix_mlflow.training.checkpoint import Checkpoints, Retention, sealed_checkpoints
+from tunix_mlflow.training.inputs import TrainingInputs, read_inputs
+from tunix_mlflow.training.trainer import Trainer
 
 VERDICT_TAG = "tunix_mlflow.verified"
 _COMPARED = ("train/loss", "train/grad_norm", "eval/loss")
 
 
 class ReplayReport(NamedTuple):
-    """What a replay found."""
+    """What a replay showed."""
 
     first: int  # updates done before the segment
     last: int
@@ -39,11 +41,11 @@ class ReplayReport(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether everything came out the same."""
+        """Whether everything is the same."""
         return not self.differences
 
     def summary(self) -> str:
-        """One line, for people and for the run's tag."""
+        """Return one line, for people and for the run's tag."""
         span = f"steps {self.first + 1} to {self.last} trained again"
         if self.ok:
             return f"ok: {span}, state and {self.points} values the same to the bit"
@@ -58,10 +60,10 @@ def verify(
     manifest: Manifest,
     report: Callable[[str], None],
 ) -> ReplayReport:
-    """Train the last segment of a run again.
+    """Train the last segment of a run again, and compare.
 
     Args:
-        client: reaches MLflow; None: by what is on this machine alone.
+        client: reaches MLflow; None: use what is on this machine alone.
         run_id: the run.
         config: its configuration.
         manifest: of its dataset, verified.
@@ -73,69 +75,67 @@ def verify(
         IntegrityError: if a checkpoint is damaged.
     """
     with artifacts.base(config) as base:
-        made = setup.assemble(config, manifest, devices.use(config.device), base)
+        inputs = read_inputs(config, manifest, devices.use(config.device, config.mesh.size), base)
+        trainer = Trainer.create(inputs.config, inputs.vocab_size, inputs.device, base)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _checkpoints(client, run_id, Path(scratch))
-        sealed = checkpoint.steps(folder)
+        sealed = sealed_checkpoints(folder)
         if not sealed:
             raise CheckpointError(f"run {run_id} has no checkpoint, here or in MLflow")
         target = arrays.check(sealed[-1])
-        kept = checkpoint.Checkpoints(
-            folder, made.identity(), retention=checkpoint.Retention.of(config.checkpoints)
-        )
+        last = int(target["step"])
+        identity = inputs.identity(trainer.base_digest)
+        checkpoints = Checkpoints(folder, identity, retention=Retention.of(config.checkpoints))
         try:
-            kept.restore(int(target["step"]), made.state)  # made of this very configuration
-            first, begin = 0, made.state
-            if len(sealed) == 1 and lookup.forked(paths.run_dir(run_id), client, run_id):
-                raise CheckpointError(f"run {run_id} began as a fork and has one checkpoint only")
+            checkpoints.restore(last, trainer.state)  # fails if it is another configuration's
             if len(sealed) > 1:
-                first = int(sealed[-2].name)
-                begin = kept.restore(first, made.state)
+                trainer.state = checkpoints.restore(int(sealed[-2].name), trainer.state)
+            elif lookup.forked(paths.run_dir(run_id), client, run_id):
+                raise CheckpointError(f"run {run_id} began as a fork and has one checkpoint only")
         finally:
-            kept.close()
-    if "state_digest" not in target:
-        raise IntegrityError(f"{sealed[-1]} does not say what state it holds")
-    last = int(target["step"])
+            checkpoints.close()
+    first = trainer.updates
     report(f"run {run_id}: training steps {first + 1} to {last} again")
     recorded = {
         (p.key, p.step): p.value
         for p in _points(client, run_id)
         if p.key in _COMPARED and first < p.step <= last
     }
-    values, reached = _again(made, begin, first, last, {s for k, s in recorded if k == "eval/loss"})
+    values = _train_again(trainer, inputs, last, {s for k, s in recorded if k == "eval/loss"})
     differences = [
-        f"{key} at step {at}: recorded {value!r}, now {values.get((key, at))!r}"
-        for (key, at), value in sorted(recorded.items())
-        if values.get((key, at)) != value
+        f"{key} at step {step}: recorded {value!r}, now {values.get((key, step))!r}"
+        for (key, step), value in sorted(recorded.items())
+        if values.get((key, step)) != value
     ]
-    digest = arrays.digest(reached)
+    digest = arrays.digest(trainer.state)
     if digest != target["state_digest"]:
         differences.insert(0, f"the state is {digest[:16]}, not {target['state_digest'][:16]}")
     return ReplayReport(first, last, len(recorded), differences)
 
 
-def _again(
-    made: setup.Setup, begin: TrainState, first: int, last: int, evaluated: set[int]
-) -> tuple[dict[tuple[str, int], float], TrainState]:
-    """The values of each step, and the state after the last."""
-    at, values = begin, {}
-    data = made.train_batches()
-    for done in range(first, last):
-        at, metrics = step.train_step(at, data.at(done), made.frozen, spec=made.spec)
-        values["train/loss", done + 1] = float(metrics.loss)
-        values["train/grad_norm", done + 1] = float(metrics.grad_norm)
-        if done + 1 in evaluated:
-            values["eval/loss", done + 1] = made.held_out_loss(at)["eval/loss"]
-    return values, at
+def _train_again(
+    trainer: Trainer, inputs: TrainingInputs, last: int, evaluated: set[int]
+) -> dict[tuple[str, int], float]:
+    """Train to step `last`; return the values of each step."""
+    values: dict[tuple[str, int], float] = {}
+    stream, batch_size = inputs.train_batches(), inputs.config.training.batch_size
+    for index in range(trainer.updates, last):
+        metrics = trainer.step(stream.at(index))
+        values["train/loss", index + 1] = float(metrics.loss)
+        values["train/grad_norm", index + 1] = float(metrics.grad_norm)
+        if index + 1 in evaluated and inputs.validation is not None:
+            loss = trainer.evaluate(eval_batches(inputs.validation, batch_size))["eval/loss"]
+            values["eval/loss", index + 1] = loss
+    return values
 
 
 def _checkpoints(client: MlflowClient | None, run_id: str, scratch: Path) -> Path:
     """The run's own checkpoints, else copies of the two newest that were uploaded."""
     here = paths.run_dir(run_id) / lookup.CHECKPOINTS
-    if len(checkpoint.steps(here)) > 1 or client is None:
+    if len(sealed_checkpoints(here)) > 1 or client is None:
         return here
     uploaded = lookup.uploaded_steps(client, run_id)
-    if len(uploaded) <= len(checkpoint.steps(here)):
+    if len(uploaded) <= len(sealed_checkpoints(here)):
         return here
     fetched = [
         Path(client.download_artifacts(run_id, uploaded[number], str(scratch)))
