@@ -15,23 +15,27 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from projects import train as training
-from projects.train import Start
-from tests.conftest import ROOT, run_here, tiny, write_traces
-from tunix_mlflow import paths, session
+from tests.conftest import run_here, tiny, write_traces
+from tunix_mlflow import paths
 from tunix_mlflow.config.identity import to_json
 from tunix_mlflow.config.load import load_config
 from tunix_mlflow.config.schema import Config, TrackingConfig
 from tunix_mlflow.data import datasets
 from tunix_mlflow.errors import CheckpointError, Interrupted, TrackingError
+from tunix_mlflow.input.batches import Batch
+from tunix_mlflow.pipelines.resume import ResumePoint
+from tunix_mlflow.pipelines.train import train
+from tunix_mlflow.tracking.run import open_run
 from tunix_mlflow.tracking.runs import lookup
 from tunix_mlflow.tracking.sync import lease
-from tunix_mlflow.training import checkpoint, loop
+from tunix_mlflow.training import checkpoint
+from tunix_mlflow.training.step import StepMetrics
+from tunix_mlflow.training.trainer import Trainer
 
 
 def config(**more: str) -> Config:
     small = {"dataset": "doubles-v1", "training__steps": "8", "evaluation__samples": "0"}
-    return load_config(None, tiny(**(small | more)), ROOT / "projects" / "configs")
+    return load_config(None, tiny(**(small | more)))
 
 
 @pytest.fixture
@@ -42,20 +46,20 @@ def doubles(tmp_path: Path, store: str) -> str:
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, **more: str) -> str:
     """The id of a run that a SIGTERM ended after so many steps."""
-    real = loop.train_step
+    real = Trainer.step
     calls = 0
 
-    def step(*words: Any, **named: Any) -> Any:
+    def step(self: Trainer, batch: Batch) -> StepMetrics:
         nonlocal calls
         calls += 1
         if calls == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*words, **named)
+        return real(self, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "train_step", step)
+        patched.setattr(Trainer, "step", step)
         with pytest.raises(Interrupted):
-            training.train(config(**more))
+            train(config(**more))
     client = MlflowClient()
     experiments = [e.experiment_id for e in client.search_experiments()]
     (run, *_) = client.search_runs(experiments, order_by=["attributes.start_time DESC"])
@@ -79,9 +83,9 @@ def stamps(run_id: str) -> set[tuple[int, int]]:
 
 def test_from_an_earlier_step(doubles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Later checkpoints are put aside and made anew; the run ends as if nothing had been."""
-    whole = training.train(config())
+    whole = train(config())
     run_id = interrupted(monkeypatch, 7)
-    done = training.train(config(), start=Start(run_id, step=4))
+    done = train(config(), resume=ResumePoint(run_id, step=4))
     assert done.run_id == run_id
     assert weights(run_id) == weights(whole.run_id)
     assert losses(run_id) == losses(whole.run_id)
@@ -91,7 +95,7 @@ def test_from_an_earlier_step(doubles: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_more_steps(doubles: str) -> None:
     """A finished run goes on when it is given more steps, and only then."""
-    run_id = training.train(config()).run_id
+    run_id = train(config()).run_id
     assert run_here("resume", run_id) == 2
     assert run_here("resume", run_id, "training.steps=12", "training.eval_every_steps=3") == 0
     assert [step for step, _ in losses(run_id)] == list(range(1, 13))
@@ -104,7 +108,7 @@ def test_more_steps(doubles: str) -> None:
 
 def test_a_fork_is_a_run_of_its_own(doubles: str) -> None:
     """It begins where the other was, may change anything, and leaves the other as it was."""
-    first = training.train(config()).run_id
+    first = train(config()).run_id
     before = losses(first)
     words = ("resume", first, "--step", "4", "--fork", "optimizer.learning_rate=0.01")
     assert run_here(*words) == 0
@@ -118,7 +122,7 @@ def test_a_fork_is_a_run_of_its_own(doubles: str) -> None:
 
 def test_elsewhere(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With nothing but the id: configuration, history and checkpoint come from MLflow."""
-    whole = training.train(config())
+    whole = train(config())
     run_id = interrupted(monkeypatch, 5)
     points = {
         (m.step, m.timestamp) for m in MlflowClient().get_metric_history(run_id, "train/loss")
@@ -137,7 +141,7 @@ def test_a_damaged_upload_is_not_used(
     doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
     """The one before it is."""
-    whole = training.train(config())
+    whole = train(config())
     run_id = interrupted(monkeypatch, 5)
     client = MlflowClient()
     place = Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://"))
@@ -194,7 +198,7 @@ def targets(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> di
     client = MlflowClient()
     run_id = interrupted(monkeypatch, 5)
     experiment = client.get_run(run_id).info.experiment_id
-    found = {"RUN": run_id, "FINISHED": training.train(config()).run_id}
+    found = {"RUN": run_id, "FINISHED": train(config()).run_id}
     datasets.ingest(write_traces(tmp_path / "other.jsonl", 70), "other-v1")
     for name in ("OTHER", "SEED", "LAUNCHER", "DELETED", "TOKENIZER"):
         found[name] = client.create_run(experiment).info.run_id
@@ -258,31 +262,31 @@ def test_a_run_that_is_open_elsewhere(doubles: str, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patched:
         patched.setattr(lease.time, "sleep", look)
         with pytest.raises(TrackingError, match="open in another process, elsewhere"):
-            training.train(config(), start=Start(run_id))
+            train(config(), resume=ResumePoint(run_id))
     client.set_tag(run_id, lease.TAG, f"somebody {int(1000 * (time.time() + 1))}")
-    assert training.train(config(), start=Start(run_id)).run_id == run_id
+    assert train(config(), resume=ResumePoint(run_id)).run_id == run_id
 
 
 def test_a_run_that_was_taken_over_stops_writing(store: str) -> None:
     """Silent for too long, and another process has it: this one stops, and its status is not
     put over the other's."""
-    quiet = Config(tracking=TrackingConfig(system_metrics=False, lease_seconds=2))
+    quiet = TrackingConfig(system_metrics=False, lease_seconds=2)
     client = MlflowClient()
     with (
-        pytest.raises(TrackingError, match="taken up by another process"),
-        session(quiet, stage="train", report=lambda _: None) as run,
+        pytest.raises(TrackingError, match="lease lost to another process"),
+        open_run(stage="train", tracking=quiet, report=lambda _: None) as run,
     ):
         run.sync()
         client.set_tag(run.run_id, lease.TAG, f"somebody {int(1000 * (time.time() + 60))}")
         for step in range(400):
-            run.write_scalars(step, {"train/loss": 1.0})
+            run.log_metrics({"train/loss": 1.0}, step)
             time.sleep(0.02)
     assert client.get_run(run.run_id).info.status == "RUNNING"
 
 
 def test_a_long_upload_keeps_the_lease(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one thread is busy with a file, another one renews."""
-    quiet = Config(tracking=TrackingConfig(system_metrics=False, lease_seconds=2))
+    quiet = TrackingConfig(system_metrics=False, lease_seconds=2)
     client, entered, uploaded = MlflowClient(), threading.Event(), threading.Event()
     send = MlflowClient.log_artifact
 
@@ -293,7 +297,7 @@ def test_a_long_upload_keeps_the_lease(store: str, monkeypatch: pytest.MonkeyPat
         send(self, run_id, path, *rest)
 
     monkeypatch.setattr(MlflowClient, "log_artifact", slowly)
-    with session(quiet, stage="train", report=lambda _: None) as run:
+    with open_run(stage="train", tracking=quiet, report=lambda _: None) as run:
         run.log_text("much", "large")
         assert entered.wait(60)
         begun = time.time()
@@ -308,11 +312,11 @@ def test_a_long_upload_keeps_the_lease(store: str, monkeypatch: pytest.MonkeyPat
 def test_a_death_without_a_word_is_marked(doubles: str) -> None:
     """The next training in the experiment finds the run, and gives it its status."""
     client = MlflowClient()
-    dead = training.train(config()).run_id
+    dead = train(config()).run_id
     client.update_run(dead, status="RUNNING")
     client.set_tag(dead, lease.TAG, f"somebody {int(1000 * (time.time() - 1))}")
     alive = client.create_run(client.get_run(dead).info.experiment_id).info.run_id
-    training.train(config(seed="5"))
+    train(config(seed="5"))
     found = client.get_run(dead)
     assert found.info.status == "KILLED"
     assert f"tunix-mlflow resume {dead}" in found.data.tags["tunix_mlflow.error"]
@@ -328,7 +332,7 @@ def test_the_launcher_of_a_resume_is_no_ghost(
     client = MlflowClient()
     launcher = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", launcher)
-    training.train(config(), start=Start(run_id))
+    train(config(), resume=ResumePoint(run_id))
     found = client.get_run(launcher)
     assert found.info.status == client.get_run(run_id).info.status == "FINISHED"
     assert found.data.tags["tunix_mlflow.launcher_of"] == run_id
@@ -340,7 +344,7 @@ def test_the_launcher_of_a_resume_is_no_ghost(
 
 def test_verify_proves_a_run(doubles: str, capsys: Any) -> None:
     """The last segment is trained again; a value that was changed is found; the verdict stays."""
-    run_id = training.train(config()).run_id
+    run_id = train(config()).run_id
     client = MlflowClient()
     assert run_here("runs", "verify", run_id) == 0
     tag = client.get_run(run_id).data.tags["tunix_mlflow.verified"]
@@ -358,10 +362,10 @@ def test_verify_notices_another_state(doubles: str) -> None:
     """A checkpoint that holds something else than training would give."""
     from tunix_mlflow.models import arrays
 
-    run_id = training.train(config()).run_id
-    folder = checkpoint.steps(paths.run_dir(run_id) / "checkpoints")[-1]
-    other = training.train(config(seed="3")).run_id
-    wrong = checkpoint.steps(paths.run_dir(other) / "checkpoints")[-1]
+    run_id = train(config()).run_id
+    folder = checkpoint.sealed_checkpoints(paths.run_dir(run_id) / "checkpoints")[-1]
+    other = train(config(seed="3")).run_id
+    wrong = checkpoint.sealed_checkpoints(paths.run_dir(other) / "checkpoints")[-1]
     content = {k: v for k, v in arrays.content(folder).items() if k != "files"}
     stranger = arrays.content(wrong)["state_digest"]
     shutil.rmtree(folder / "state")
@@ -373,6 +377,6 @@ def test_verify_notices_another_state(doubles: str) -> None:
 
 def test_need_of_a_checkpoint(doubles: str) -> None:
     """What there is is listed."""
-    run_id = training.train(config()).run_id
+    run_id = train(config()).run_id
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; there are: 4, 6, 8"):
         lookup.need_checkpoint(lookup.look_up(run_id), 3, lambda _: None)

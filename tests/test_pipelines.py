@@ -1,4 +1,4 @@
-"""The stages, in this process: a model through evaluation and the gate."""
+"""The pipelines, in this process: a model through evaluation and the gate."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 
-from projects import evaluate as evaluating
-from projects import promote as promoting
-from projects import train as training
-from tests.conftest import ROOT, tiny, write_traces
+from tests.conftest import tiny, write_traces
 from tunix_mlflow.config.load import load_config
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data import datasets
 from tunix_mlflow.errors import ConfigError, DatasetError, IntegrityError, Refused, TrackingError
 from tunix_mlflow.models import arrays, bundle
-from tunix_mlflow.tracking.models import flavor, registry
+from tunix_mlflow.pipelines.evaluate import evaluate
+from tunix_mlflow.pipelines.promote import promote
+from tunix_mlflow.pipelines.train import TrainResult, train
+from tunix_mlflow.tracking.models import flavor, gate, registry
+from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
+from tunix_mlflow.tracking.run import open_run
 
 
 def config(**more: str) -> Config:
     more = {"dataset": "doubles-v1", "promotion__model": "doubles", **more}
-    return load_config(None, tiny(**more), ROOT / "projects" / "configs")
+    return load_config(None, tiny(**more))
 
 
 @pytest.fixture
@@ -35,20 +37,15 @@ def doubles(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def trained(store: str, doubles: str) -> training.Trained:
-    return training.train(config())
+def trained(store: str, doubles: str) -> TrainResult:
+    return train(config())
 
 
 def log_score(model_id: str, value: float, dataset: str = "doubles-v1") -> None:
     """Put an evaluation's figure on a logged model, as `evaluate` does."""
-    from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
-    from tunix_mlflow.tracking.run import session
-
-    entity = TunixMlflowDataset(datasets.get(dataset), "test")._to_mlflow_entity()
-    with session(config(), stage="evaluate") as run:
-        run.log_figures(
-            {"eval/exact_match": value}, model_id=model_id, dataset=(entity.name, entity.digest)
-        )
+    given = TunixMlflowDataset(datasets.get(dataset), "test")
+    with open_run(stage="evaluate", tracking=config().tracking, report=print) as run:
+        run.log_metrics({"eval/exact_match": value}, model_id=model_id, dataset=given)
 
 
 def champion(name: str = "doubles") -> str | None:
@@ -56,14 +53,14 @@ def champion(name: str = "doubles") -> str | None:
     return None if found is None else str(found)
 
 
-def test_training_records_what_a_run_needs(trained: training.Trained) -> None:
+def test_training_records_what_a_run_needs(trained: TrainResult) -> None:
     """Inputs, digests, the six figures, held-out figures, checkpoints, table, note, model."""
     client = MlflowClient()
     run = client.get_run(trained.run_id)
     assert run.info.status == "FINISHED"
     assert {i.dataset.name for i in run.inputs.dataset_inputs} == {
         "doubles-v1/train",
-        "doubles-v1/test",
+        "doubles-v1/validation",
     }
     for tag in ("dataset", "tokenizer", "template", "config", "weights"):
         assert len(run.data.tags[f"tunix_mlflow.{tag}_digest"]) == 64
@@ -86,7 +83,7 @@ def test_training_records_what_a_run_needs(trained: training.Trained) -> None:
     assert model.tags["tunix_mlflow.weights_digest"] == run.data.tags["tunix_mlflow.weights_digest"]
 
 
-def test_the_flavor_holds_no_code(trained: training.Trained, tmp_path: Path) -> None:
+def test_the_flavor_holds_no_code(trained: TrainResult, tmp_path: Path) -> None:
     """Orbax and JSON only; signature and example; the same answers natively and by pyfunc."""
     uri = f"models:/{trained.model_id}"
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
@@ -106,7 +103,7 @@ def test_the_flavor_holds_no_code(trained: training.Trained, tmp_path: Path) -> 
     assert len(model.predict(pd.DataFrame({"prompt": []}, dtype=str))) == 0
 
 
-def test_a_damaged_model_does_not_load(trained: training.Trained) -> None:
+def test_a_damaged_model_does_not_load(trained: TrainResult) -> None:
     """One bit in any file of the bundle, and loading refuses, naming the file."""
     model = MlflowClient().get_logged_model(trained.model_id)
     folder = Path(model.artifact_location.removeprefix("file://")) / "bundle"
@@ -123,9 +120,9 @@ def test_a_damaged_model_does_not_load(trained: training.Trained) -> None:
     assert flavor.load_model(f"models:/{trained.model_id}")
 
 
-def test_evaluation_is_tied_to_model_and_dataset(trained: training.Trained) -> None:
+def test_evaluation_is_tied_to_model_and_dataset(trained: TrainResult) -> None:
     """The figure with its interval stands on the logged model, under the dataset's digest."""
-    scored = evaluating.evaluate(config(), trained.run_id)
+    scored = evaluate(trained.run_id, config=config())
     assert scored.model_id == trained.model_id
     assert scored.low <= scored.exact_match <= scored.high
     client = MlflowClient()
@@ -140,36 +137,36 @@ def test_evaluation_is_tied_to_model_and_dataset(trained: training.Trained) -> N
     table = client.download_artifacts(scored.run_id, "examples.json")
     assert len(json.loads(Path(table).read_text())["data"]) == scored.examples
     with pytest.raises(DatasetError, match="no example with an answer in split 'dev'"):
-        evaluating.evaluate(config(evaluation__split="dev"), trained.run_id)
+        evaluate(trained.run_id, config=config(evaluation__split="dev"))
 
 
-def test_the_gate(trained: training.Trained) -> None:
+def test_the_gate(trained: TrainResult) -> None:
     """Not evaluated, below the threshold, the first champion, equal weights, a regression."""
     least = {"promotion__thresholds__exact_match": "0.8"}
     with pytest.raises(Refused, match="never evaluated"):
-        promoting.promote(config(**least), trained.run_id)
+        promote(trained.run_id, config=config(**least))
     assert champion() is None
     log_score(trained.model_id, 0.5)
     with pytest.raises(Refused, match=r"eval/exact_match is 0.5000 .* required 0.8000"):
-        promoting.promote(config(**least), trained.run_id)
+        promote(trained.run_id, config=config(**least))
     client = MlflowClient()
     registered = client.get_registered_model("doubles")
     aliases = {alias: str(version) for alias, version in registered.aliases.items()}
     assert aliases == {"challenger": "1"}
     assert "refused" in client.get_model_version("doubles", "1").tags["tunix_mlflow.promotion"]
     log_score(trained.model_id, 0.9)
-    done = promoting.promote(config(**least), trained.run_id)
+    done = promote(trained.run_id, config=config(**least))
     assert (done.version, done.changed, champion()) == ("1", True, "1")
-    again = promoting.promote(config(**least), f"models:/{trained.model_id}")
+    again = promote(f"models:/{trained.model_id}", config=config(**least))
     assert (again.version, again.changed) == ("1", False)
 
-    other = training.train(config(seed="1"))
+    other = train(config(seed="1"))
     log_score(other.model_id, 0.85)
     with pytest.raises(Refused, match=r"champion version 1 has 0\.9000"):
-        promoting.promote(config(**least), other.run_id)
+        promote(other.run_id, config=config(**least))
     assert champion() == "1"
     log_score(other.model_id, 0.95)
-    assert promoting.promote(config(**least), other.run_id).version == "2"
+    assert promote(other.run_id, config=config(**least)).version == "2"
     assert champion() == "2"
     assert len(client.search_model_versions("name = 'doubles'")) == 2
     failed = client.search_runs(
@@ -181,25 +178,25 @@ def test_the_gate(trained: training.Trained) -> None:
 
 
 def test_a_champion_without_the_figure_must_be_measured_first(
-    trained: training.Trained, tmp_path: Path
+    trained: TrainResult, tmp_path: Path
 ) -> None:
     """A new model is never compared with a figure of other data."""
     log_score(trained.model_id, 0.9)
-    promoting.promote(config(), trained.run_id)
+    promote(trained.run_id, config=config())
     datasets.ingest(write_traces(tmp_path / "more.jsonl", 90), "doubles-v2")
-    other = training.train(config(seed="2"))
+    other = train(config(seed="2"))
     log_score(other.model_id, 1.0, "doubles-v2")
     with pytest.raises(Refused, match="evaluate models:/doubles@champion on it first"):
-        promoting.promote(config(dataset="doubles-v2"), other.run_id)
+        promote(other.run_id, config=config(dataset="doubles-v2"))
     log_score(trained.model_id, 0.7, "doubles-v2")
-    assert promoting.promote(config(dataset="doubles-v2"), other.run_id).version == "2"
+    assert promote(other.run_id, config=config(dataset="doubles-v2")).version == "2"
 
 
 @pytest.mark.parametrize(
     "what",
     ["run not finished", "other weights", "damaged", "no data digest", "swapped", "other code"],
 )
-def test_integrity_comes_before_registration(trained: training.Trained, what: str) -> None:
+def test_integrity_comes_before_registration(trained: TrainResult, what: str) -> None:
     """What is not whole is refused, and the registry does not even hear of it."""
     client = MlflowClient()
     log_score(trained.model_id, 1.0)
@@ -215,7 +212,7 @@ def test_integrity_comes_before_registration(trained: training.Trained, what: st
         if what == "damaged":
             shutil.rmtree(folder / "bundle" / "params" / "d")
         elif what == "swapped":
-            other = training.train(config(seed="3")).model_id
+            other = train(config(seed="3")).model_id
             place = client.get_logged_model(other).artifact_location.removeprefix("file://")
             shutil.rmtree(folder / "bundle")
             shutil.copytree(Path(place) / "bundle", folder / "bundle")
@@ -225,7 +222,7 @@ def test_integrity_comes_before_registration(trained: training.Trained, what: st
                 text.replace("tunix_mlflow.tracking.models.flavor", "evil")
             )
     with pytest.raises(IntegrityError):
-        promoting.promote(config(), trained.run_id)
+        promote(trained.run_id, config=config())
     assert client.search_registered_models() == []
 
 
@@ -235,7 +232,7 @@ def test_models_of_others_are_refused(store: str, doubles: str) -> None:
     with mlflow.start_run() as run:
         external = mlflow.create_external_model(name="external")
     with pytest.raises((IntegrityError, TrackingError)):
-        promoting.promote(config(), f"models:/{external.model_id}")
+        promote(f"models:/{external.model_id}", config=config())
     with pytest.raises(TrackingError, match="has logged no model"):
         registry.resolve(client, run.info.run_id)
     for nothing in ("models:/absent@champion", "models:/absent/1", "m-0", "0" * 32, "models:/"):
@@ -244,9 +241,9 @@ def test_models_of_others_are_refused(store: str, doubles: str) -> None:
     assert client.search_registered_models() == []
 
 
-def test_equal_runs_have_equal_weights(trained: training.Trained) -> None:
+def test_equal_runs_have_equal_weights(trained: TrainResult) -> None:
     """The same configuration on the same data gives the same bits."""
-    again = training.train(config())
+    again = train(config())
     client = MlflowClient()
     digests = {
         client.get_run(r).data.tags["tunix_mlflow.weights_digest"]
@@ -261,7 +258,7 @@ def test_nothing_held_out_is_said(
     """A dataset without a test split trains, without held-out figures."""
     path = write_traces(tmp_path / "all.jsonl", 20, split="train")
     datasets.ingest(path, "all-v1")
-    trained = training.train(config(dataset="all-v1"))
+    trained = train(config(dataset="all-v1"))
     assert "nothing is held out" in capsys.readouterr().err
     assert not any(key.startswith("eval/") for key in trained.figures)
 
@@ -275,46 +272,46 @@ def test_bad_input_starts_no_run(store: str, doubles: str) -> None:
         ({"dataset": "Absent"}, DatasetError),
     ):
         with pytest.raises(error):
-            training.train(config(**change))
+            train(config(**change))
     with pytest.raises(ConfigError, match="dataset is missing"):
-        training.train(Config())
+        train(Config())
     client = MlflowClient()
     experiments = [e.experiment_id for e in client.search_experiments()]
     assert client.search_runs(experiments) == []
 
 
-def test_only_the_whole_held_out_figure_counts(trained: training.Trained) -> None:
+def test_only_the_whole_held_out_figure_counts(trained: TrainResult) -> None:
     """A part of the split, the training split, or another length of answer fool no gate."""
     for change in (
         {"evaluation__limit": "1"},
         {"evaluation__max_new_tokens": "3"},
         {"evaluation__split": "train", "data__train_split": "test"},
     ):
-        evaluating.evaluate(config(**change), trained.run_id)
+        evaluate(trained.run_id, config=config(**change))
     least = config(promotion__thresholds__exact_match="0")
     with pytest.raises(Refused, match="never evaluated"):
-        promoting.promote(least, trained.run_id)
-    evaluating.evaluate(config(), trained.run_id)
-    assert promoting.promote(least, trained.run_id).changed
+        promote(trained.run_id, config=least)
+    evaluate(trained.run_id, config=config())
+    assert promote(trained.run_id, config=least).changed
 
 
-def test_equal_weights_alone_are_not_the_same_model(trained: training.Trained) -> None:
+def test_equal_weights_alone_are_not_the_same_model(trained: TrainResult) -> None:
     """A model that answers at another length is another version, judged by its own figures."""
     log_score(trained.model_id, 0.9)
-    promoting.promote(config(), trained.run_id)
-    other = training.train(config(evaluation__max_new_tokens="9"))
+    promote(trained.run_id, config=config())
+    other = train(config(evaluation__max_new_tokens="9"))
     with pytest.raises(Refused, match="version 2 is not promoted: it was never evaluated"):
-        promoting.promote(config(), other.run_id)
+        promote(other.run_id, config=config())
     assert champion() == "1"
 
 
 @pytest.mark.parametrize("name", ["it's", "a/b", "", "x:y", "\n"])
-def test_a_name_that_cannot_be_registered(trained: training.Trained, name: str) -> None:
+def test_a_name_that_cannot_be_registered(trained: TrainResult, name: str) -> None:
     """Refused before the registry hears of it."""
     client = MlflowClient()
     model = registry.resolve(client, trained.run_id)
     with pytest.raises(ConfigError, match="cannot be registered"):
-        registry.promote(client, model, name, thresholds={"exact_match": 0}, dataset=None)
+        gate.promote(client, model, name, thresholds={"exact_match": 0}, dataset=None)
     assert client.search_registered_models() == []
 
 
@@ -322,7 +319,7 @@ def test_a_split_that_is_not_there_is_not_taken_for_none(store: str, tmp_path: P
     """A typo in evaluation.split is said; holding out what is trained on is refused."""
     datasets.ingest(write_traces(tmp_path / "a.jsonl", 30), "doubles-v1")
     with pytest.raises(DatasetError, match="no split 'tset' to hold out"):
-        training.train(config(evaluation__split="tset"))
+        train(config(evaluation__split="tset"))
     with pytest.raises(ConfigError, match="nothing would be held out"):
         config(evaluation__split="train")
 
@@ -331,14 +328,16 @@ def test_an_offline_run_is_resumed_offline(
     store: str, doubles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its configuration says where it is recorded; a launcher's run is left alone."""
-    from tunix_mlflow.tracking.run import session
     from tunix_mlflow.tracking.runs import lookup
 
     launched = MlflowClient().create_run("0").info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", launched)
     offline = config(tracking__offline="true")
     tags = {"tunix_mlflow.dataset_digest": datasets.get(doubles).digest}
-    with pytest.raises(KeyboardInterrupt), session(offline, stage="train", tags=tags) as run:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        open_run(stage="train", tracking=offline.tracking, tags=tags, report=print) as run,
+    ):
         raise KeyboardInterrupt
     assert run.run_id != launched
     found = lookup.to_resume(run.run_id)
