@@ -1,0 +1,122 @@
+"""The library as a user's own script, notebook and wheel use it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+
+import tunix_mlflow as tm
+from tests.conftest import ROOT, environment, tiny, write_traces
+
+SMALL = """
+import os
+before = dict(os.environ)
+import signal
+handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+import jax, jax.numpy as jnp
+jnp.zeros(()).block_until_ready()  # jax is loaded, and has its backend, before anything of ours
+import tunix_mlflow as tm
+dataset = tm.load_dataset("own.jsonl", key="own-v1")
+trained = tm.train(tm.load_config(None, {overrides!r} | {{"dataset": dataset.key}}))
+scored = tm.evaluate(trained.model_id, dataset=dataset.key)
+gate = tm.load_config(None, {{"promotion.thresholds": {{"exact_match": 0}}}})
+promoted = tm.promote(trained.run_id, "own", config=gate)
+assert promoted.changed and scored.examples > 0
+assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
+assert handlers == {{n: signal.getsignal(n) for n in handlers}}
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """An empty folder with a user's own JSONL."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    write_traces(folder / "own.jsonl", 60)
+    return folder
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment({"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:2]])}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_script_of_ones_own_is_silent(store: str, own: Path) -> None:
+    """With jax loaded first: four calls, no output, the environment and the handlers as before."""
+    (own / "script.py").write_text(SMALL.format(overrides=tiny()))
+    done = python(own, "script.py")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    client = MlflowClient()
+    assert client.get_model_version_by_alias("own", "champion").version
+    experiment = client.get_experiment_by_name("tunix-mlflow")
+    stages = {
+        run.data.tags["tunix_mlflow.stage"] for run in client.search_runs([experiment.experiment_id])
+    }
+    assert stages == {"train", "evaluate", "promote"}
+
+
+def test_the_script_of_the_docs(store: str, own: Path) -> None:
+    """docs/own_data.py runs as it is printed there."""
+    done = python(own, str(ROOT / "docs" / "own_data.py"), "own.jsonl", "support")
+    assert done.returncode == 0, done.stderr
+    assert "exact match" in done.stdout
+    assert "support version 1: promoted, the first" in done.stdout
+
+
+def test_public_names_load_lazily() -> None:
+    """Each name is there; importing the package loads none of them."""
+    for name in tm.__all__:
+        assert getattr(tm, name) is not None
+    code = "import sys, tunix_mlflow; print(sorted(m for m in sys.modules if 'tunix_mlflow.' in m))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        tm.nothing  # noqa: B018
+
+
+def test_what_needs_another_environment_is_refused(store: str, own: Path) -> None:
+    """The variable is named; jax that is loaded already is taken as it is otherwise."""
+    config = tm.load_config(None, tiny(dataset="golden-v2", training__fast_math="true"))
+    with pytest.raises(tm.errors.ConfigError, match="XLA_FLAGS"):
+        tm.train(config)
+
+
+def test_a_reporter_is_given_everything(
+    store: str, own: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Messages and progress go to the reporter, nothing to the terminal."""
+
+    class Reporter:
+        def __init__(self) -> None:
+            self.messages: list[str] = []
+            self.steps: list[tuple[str, int, int]] = []
+
+        def info(self, message: str) -> None:
+            self.messages.append(message)
+
+        def progress(self, task: str, done: int, total: int, figures: object) -> None:
+            self.steps.append((task, done, total))
+
+    reporter = Reporter()
+    dataset = tm.load_dataset(str(own / "own.jsonl"), key="own-v1")
+    before = signal.getsignal(signal.SIGTERM)
+    tm.train(tm.load_config(None, tiny(dataset=dataset.key)), reporter=reporter)
+    assert ("train", 4, 4) in reporter.steps
+    assert any("tunix-mlflow resume" in message for message in reporter.messages)
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert mlflow.active_run() is None
