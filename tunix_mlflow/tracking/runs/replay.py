@@ -21,7 +21,8 @@ from tunix_mlflow.models import arrays
 from tunix_mlflow.runtime import devices
 from tunix_mlflow.tracking import artifacts
 from tunix_mlflow.tracking.record import metrics_log
-from tunix_mlflow.tracking.runs import lookup
+from tunix_mlflow.tracking.record.folder import CHECKPOINTS, METRICS_LOG
+from tunix_mlflow.tracking.runs import lookup, resume
 from tunix_mlflow.training import checkpoint, setup, step
 from tunix_mlflow.training.step import TrainState
 
@@ -86,7 +87,7 @@ def verify(
         try:
             kept.restore(int(target["step"]), made.state)  # made of this very configuration
             first, begin = 0, made.state
-            if len(sealed) == 1 and lookup.forked(paths.run_dir(run_id), client, run_id):
+            if len(sealed) == 1 and lookup.is_forked(paths.run_dir(run_id), client, run_id):
                 raise CheckpointError(f"run {run_id} began as a fork and has one checkpoint only")
             if len(sealed) > 1:
                 first = int(sealed[-2].name)
@@ -131,10 +132,10 @@ def _again(
 
 def _checkpoints(client: MlflowClient | None, run_id: str, scratch: Path) -> Path:
     """The run's own checkpoints, else copies of the two newest that were uploaded."""
-    here = paths.run_dir(run_id) / lookup.CHECKPOINTS
+    here = paths.run_dir(run_id) / CHECKPOINTS
     if len(checkpoint.steps(here)) > 1 or client is None:
         return here
-    uploaded = lookup.uploaded_steps(client, run_id)
+    uploaded = resume.uploaded_steps(client, run_id)
     if len(uploaded) <= len(checkpoint.steps(here)):
         return here
     fetched = [
@@ -148,5 +149,5 @@ def _points(client: MlflowClient | None, run_id: str) -> list[metrics_log.Point]
     """The recorded values: MLflow's, which are what people look at."""
     if client is not None:
         return lookup.history(client, run_id, _COMPARED)
-    lines = metrics_log.read(paths.run_dir(run_id) / metrics_log.METRICS_LOG)
+    lines = metrics_log.read(paths.run_dir(run_id) / METRICS_LOG)
     return [point for line in lines for point in metrics_log.points(line)]
