@@ -45,7 +45,7 @@ class Activation:
         context.leave(self._context)
 
 
-class _ActiveRun(fluent.ActiveRun):  # type: ignore[misc]
+class _ActiveRun(fluent.ActiveRun):
     """A run whose id MLflow may give later."""
 
     def __init__(self, info: Callable[[], RunInfo]) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import mlflow
 from filelock import FileLock
 from mlflow.entities import RunInfo
 from mlflow.exceptions import MlflowException
@@ -34,6 +33,7 @@ class Request(NamedTuple):
     """The run that is asked for."""
 
     run_id: str | None  # continue this one
+    launched: str | None  # the run that `mlflow run` made, taken where no other is continued
     name: str | None
     key: str | None  # continue the unfinished run with this key, if `resume`
     resume: bool
@@ -91,15 +91,15 @@ def context_tags(own: Mapping[str, str]) -> dict[str, str]:
     return {k: str(v) for k, v in resolve_tags(git.commit_tags() | dict(own)).items()}
 
 
-def _open_online(
-    client: MlflowClient, request: Request, report: Callable[[str], None]
-) -> Opened:
+def _open_online(client: MlflowClient, request: Request, report: Callable[[str], None]) -> Opened:
     run_id = request.run_id
     experiment_id = None
-    if run_id is None:
+    if run_id is None and request.resume and request.key is not None:
         experiment_id = store.find_experiment(client, request.experiment, request.experiment_id)
-        if request.resume and request.key is not None:
-            run_id = lookup.unfinished_of_key(client, experiment_id, request.key)
+        run_id = lookup.unfinished_of_key(client, experiment_id, request.key)
+    run_id = run_id or request.launched
+    if run_id is None and experiment_id is None:
+        experiment_id = store.find_experiment(client, request.experiment, request.experiment_id)
     if run_id is not None:
         opened = _attach(client, run_id, request, report)
     else:
@@ -119,11 +119,16 @@ def _create(
 ) -> Opened:
     seconds = request.lease_seconds
     given = dict(request.tags) | lease.provisional(seconds)
-    if request.parent is not None:
-        given[tags.PARENT] = request.parent
+    parent = request.parent
+    if parent is not None and paths.run_dir(parent).exists():
+        link = folders.read_link(paths.run_dir(parent))
+        parent = None if link is None else link.run_id
+    if parent is not None:
+        given[tags.PARENT] = parent
     run = client.create_run(experiment_id, tags=context_tags(given), run_name=request.name)
     run_id = run.info.run_id
     with contextlib.ExitStack() as undo:
+        undo.callback(_give_up, client, run_id)
         folder = paths.run_dir(run_id)
         lock = folders.lock(folder)
         undo.callback(lock.release)
@@ -136,6 +141,7 @@ def _create(
 def _attach(
     client: MlflowClient, run_id: str, request: Request, report: Callable[[str], None]
 ) -> Opened:
+    run_id = lookup.mlflow_id(client, run_id)
     run = client.get_run(run_id)
     before = run.data.tags
     if run.info.lifecycle_stage == "deleted":
@@ -153,7 +159,7 @@ def _attach(
         if refill.exists():
             resume.refill(client, run_id, folder, report)
             refill.unlink()
-        client.update_run(run_id, status="RUNNING", name=request.name)
+        client.update_run(run_id, status="RUNNING")
         delivery.adopt(folder, run_id, run.info.experiment_id)
         undo.pop_all()
     return Opened(folder, lock, run.info, held, True)
@@ -163,6 +169,7 @@ def _open_away(away: str, request: Request, report: Callable[[str], None]) -> Op
     run_id = request.run_id
     if run_id is None and request.resume and request.key is not None:
         run_id = lookup.unfinished_of_key(None, None, request.key)
+    run_id = run_id or request.launched
     folder = paths.run_dir(run_id or uuid.uuid4().hex)
     if run_id is not None and not (folder / METRICS_LOG).exists():
         raise UnavailableError(f"{away}, and run {run_id} is not on this machine")
@@ -195,6 +202,12 @@ def _open_away(away: str, request: Request, report: Callable[[str], None]) -> Op
     return Opened(folder, lock, info, None, run_id is not None)
 
 
+def _give_up(client: MlflowClient, run_id: str) -> None:
+    """End a run that was made and could not be opened."""
+    with contextlib.suppress(Exception):
+        client.set_terminated(run_id, "FAILED")
+
+
 def _check_state_root() -> None:
     try:
         paths.root().mkdir(parents=True, exist_ok=True)
@@ -214,9 +227,3 @@ def _check_digests(stored: Mapping[str, str], given: Mapping[str, str], run_id: 
                 f"run {run_id} was made with another {name.removeprefix(tags.PREFIX)}"
                 f" ({stored[name][:16]}, now {value[:16]}); start a new run"
             )
-
-
-def active_run_id() -> str | None:
-    """Return the id of MLflow's active run in this thread; None if there is none."""
-    active = mlflow.active_run()
-    return None if active is None else str(active.info.run_id)

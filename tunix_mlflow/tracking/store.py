@@ -162,8 +162,8 @@ def find_experiment(client: MlflowClient, name: str | None, experiment_id: str |
             raise TrackingError(f"experiment {experiment_id}: {one_line(error)}") from error
     else:
         assert name is not None
-        found = client.get_experiment_by_name(name)
-        if found is None:
+        named = client.get_experiment_by_name(name)
+        if named is None:
             try:
                 return str(
                     client.create_experiment(
@@ -171,15 +171,14 @@ def find_experiment(client: MlflowClient, name: str | None, experiment_id: str |
                     )
                 )
             except MlflowException as error:
-                found = client.get_experiment_by_name(name)  # another process was first
-                if found is None:
+                named = client.get_experiment_by_name(name)  # another process was first
+                if named is None:
                     if _is_away(error):
                         raise
                     raise TrackingError(f"experiment {name!r}: {one_line(error)}") from error
+        found = named
     if found.lifecycle_stage == "deleted":
-        raise TrackingError(
-            f"experiment {found.name!r} was deleted; restore it, or choose another"
-        )
+        raise TrackingError(f"experiment {found.name!r} was deleted; restore it, or choose another")
     return str(found.experiment_id)
 
 

@@ -134,9 +134,7 @@ def save_package(
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     model = Model(artifact_path=location, model_uuid=model_id, run_id=run_id, model_id=model_id)
-    save_model(
-        str(folder), bundle, weights_digest, pd.DataFrame({"prompt": list(prompts)}), model
-    )
+    save_model(str(folder), bundle, weights_digest, pd.DataFrame({"prompt": list(prompts)}), model)
     return package_digest(folder)
 
 

@@ -78,6 +78,13 @@ class EventLog:
                 os.fsync(handle.fileno())
         return target.relative_to(self.folder).as_posix()
 
+    def stage_bytes(self, data: bytes, name: str) -> str:
+        """Write a file below staged/; return its path below the run's folder."""
+        target = self.folder / STAGED / uuid.uuid4().hex / name
+        target.parent.mkdir(parents=True)
+        files.write_atomically(target, data)
+        return target.relative_to(self.folder).as_posix()
+
     def close(self) -> None:
         """Close the file."""
         with self._lock:

@@ -1,8 +1,9 @@
 """metrics.jsonl: every metric of a run, on the disk before it goes to MLflow.
 
 A line is one flushed write: {"step", "timestamp", "metrics"}, perhaps with "model_id" and
-"dataset", or {"part", "timestamp"} where a process began. sync/delivery.py uploads the lines. MLflow
-stores a point once for the same key, step, timestamp and value, so lines can be delivered again.
+"dataset", or {"part", "timestamp"} where a process began. sync/delivery.py uploads the lines.
+MLflow stores a point once for the same key, step, timestamp and value, so lines can be delivered
+again.
 """
 
 from __future__ import annotations

@@ -74,12 +74,7 @@ def look_up(run_id: str) -> RecordedRun:
             raise NotRecorded(f"run {run_id} died before it could record its configuration")
         texts = [(path / name).read_bytes() for name in (CONFIG, ENVIRONMENT)]
     else:
-        if (path / EVENT_LOG).exists() and read_link(path) is None:
-            if folder.is_open(path):
-                raise UnavailableError(f"run {run_id} is open in another process on this machine")
-            upload.catch_up(client, path, lambda _: None)  # it began while the server was away
-        link = read_link(path)
-        run_id = link.run_id if link else run_id
+        run_id = mlflow_id(client, run_id)
         status = _training_run(client, run_id).info.status
         texts = _configuration(client, run_id, path)
     return RecordedRun(
@@ -89,6 +84,23 @@ def look_up(run_id: str) -> RecordedRun:
         status,
         client if away is None else None,
     )
+
+
+def mlflow_id(client: MlflowClient, run_id: str) -> str:
+    """Return MLflow's id of a run that may be named by its folder.
+
+    One that began while MLflow was away is uploaded first, so that it has an id.
+
+    Raises:
+        UnavailableError: if it has none, and is open in another process.
+    """
+    path = paths.run_dir(run_id)
+    if (path / EVENT_LOG).exists() and read_link(path) is None:
+        if folder.is_open(path):
+            raise UnavailableError(f"run {run_id} is open in another process on this machine")
+        upload.catch_up(client, path, lambda _: None)
+    link = read_link(path)
+    return link.run_id if link else run_id
 
 
 def of_key(tracking: TrackingConfig) -> KeyedRun | None:

@@ -18,8 +18,8 @@ from mlflow.tracking import MlflowClient
 
 from tunix_mlflow import paths
 from tunix_mlflow.errors import IntegrityError
-from tunix_mlflow.models import arrays
 from tunix_mlflow.files import one_line
+from tunix_mlflow.models import arrays
 from tunix_mlflow.tracking import store, tags
 from tunix_mlflow.tracking.record.folder import CHECKPOINTS, is_open, read_link
 from tunix_mlflow.tracking.runs import lookup, resume

@@ -141,10 +141,12 @@ def _create(
         run_id = found[0].info.run_id
     else:
         if parent is not None:
-            above = read_link(paths.run_dir(parent))
-            if above is None:
-                raise ConnectionError(f"MLflow does not have the parent run, {parent}, yet")
-            tags = tags | {names.PARENT: above.run_id}
+            if paths.run_dir(parent).exists():
+                above = read_link(paths.run_dir(parent))
+                if above is None:
+                    raise ConnectionError(f"MLflow does not have the parent run, {parent}, yet")
+                parent = above.run_id
+            tags = tags | {names.PARENT: parent}
         created = client.create_run(
             experiment_id, start_time, tags | {names.LOCAL_ID: local_id}, run_name=name
         )

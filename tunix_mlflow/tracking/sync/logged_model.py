@@ -72,7 +72,10 @@ def log_model(
         output = LoggedModelOutput(logged.model_id, step=at_step)
         client.log_outputs(link.run_id, [output])
     measured_on = (dataset[0], dataset[1]) if dataset else None
-    points = [Point(*point, logged.model_id, measured_on) for point in metrics]
+    points = [
+        Point(key, value, timestamp, step, logged.model_id, measured_on)
+        for key, value, timestamp, step in metrics
+    ]
     refused = log_points(client, link.run_id, points)
     write_link(folder, msgspec.structs.replace(link, model_id=logged.model_id))
     if refused:

@@ -52,7 +52,7 @@ def some_lines(path: Path, start: int) -> bytes:
     return data[:end]
 
 
-def _metric(point: metrics_log.Point, run_id: str) -> Metric:
+def _metric(point: Point, run_id: str) -> Metric:
     name, digest = point.dataset or (None, None)
     return Metric(
         point.key,

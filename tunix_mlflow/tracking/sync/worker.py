@@ -33,6 +33,8 @@ class SyncWorker:
         report: called when MLflow is away, when it is back, and with what it refuses.
         lease_seconds: for how long the run's lease is taken, each time.
         lost: called when another process has taken the run's lease.
+        lease: the run's, if this process holds it already.
+        is_away: whether the user was told that MLflow is away.
     """
 
     def __init__(
@@ -42,11 +44,13 @@ class SyncWorker:
         report: Callable[[str], None],
         lease_seconds: float,
         lost: Callable[[], None] = lambda: None,
+        lease: Lease | None = None,
+        is_away: bool = False,
     ) -> None:
         self.folder, self._client, self._report, self._lost = folder, client, report, lost
-        self.lease: Lease | None = None  # taken as soon as MLflow has the run
+        self.lease = lease  # None: it is taken as soon as MLflow has the run
         self._lease_seconds = lease_seconds
-        self.is_away = False  # and the user was told
+        self.is_away = is_away
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._answered = time.monotonic()  # when MLflow last did what was asked
