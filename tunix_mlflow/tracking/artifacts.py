@@ -14,9 +14,9 @@ from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from tunix_mlflow import paths
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import TrackingError
+from tunix_mlflow.files import one_line
 from tunix_mlflow.models.hub import base as bases
 from tunix_mlflow.models.hub.base import Base
-from tunix_mlflow.tracking import store
 
 _SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
 
@@ -47,7 +47,7 @@ def local(place: str) -> Iterator[Path]:
         try:
             found = Path(_download_artifact_from_uri(place, output_path=scratch))
         except (MlflowException, OSError) as error:
-            raise TrackingError(f"cannot fetch {place}: {store.one_line(error)}") from error
+            raise TrackingError(f"cannot fetch {place}: {one_line(error)}") from error
         yield found
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,28 +16,28 @@ import mlflow
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.tracking import MlflowClient
+from mlflow.tracking import MlflowClient, fluent
 
 from tunix_mlflow import paths
 from tunix_mlflow.config.schema import TrackingConfig
-from tunix_mlflow.errors import TrackingError
+from tunix_mlflow.errors import TrackingError, UnavailableError
+from tunix_mlflow.files import one_line
 
 DEFAULT_EXPERIMENT = "tunix-mlflow"
 _KIND_TAG = {"mlflow.experimentKind": "custom_model_development"}
 _PROBE_SECONDS = 4
-LAUNCHER_TAG = "tunix_mlflow.launcher_of"
-"""On a run that `mlflow run` made only to go on with another: that one's id."""
 
 
 def connect(config: TrackingConfig) -> MlflowClient:
     """Point this process at its tracking store, and find out at once whether it answers.
 
     Raises:
-        TrackingError: in seconds, not in the minutes that MLflow's own retries take.
+        UnavailableError: if it does not, after seconds; MLflow's own retries take minutes.
+        TrackingError: for a store that cannot be used even when its server answers.
     """
     client, away = reach(config)
     if away is not None:
-        raise TrackingError(
+        raise UnavailableError(
             f"{away}; start it, set MLFLOW_TRACKING_URI, or record locally with"
             " tracking.offline=true"
         )
@@ -114,37 +114,72 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
-def experiment_id(client: MlflowClient, experiment: str | None) -> str:
-    """The experiment to record in; made, and shown by the UI as model development, if new.
+def wanted_experiment(
+    experiment: str | None = None, experiment_id: str | None = None
+) -> tuple[str | None, str | None]:
+    """Return name or id of the experiment to record in; asks no server.
+
+    That is what was given, else MLflow's: `mlflow.set_experiment`, MLFLOW_EXPERIMENT_NAME,
+    MLFLOW_EXPERIMENT_ID; else :data:`DEFAULT_EXPERIMENT`.
+
+    Returns:
+        (name, None) or (None, id).
+    """
+    if experiment_id is not None:
+        return None, str(experiment_id)
+    if experiment is not None:
+        return experiment, None
+    chosen: str | None = fluent._active_experiment_id  # there is no public way to ask
+    if chosen is not None:
+        return None, str(chosen)
+    if name := os.environ.get("MLFLOW_EXPERIMENT_NAME"):
+        return name, None
+    if number := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return None, number
+    return DEFAULT_EXPERIMENT, None
+
+
+def find_experiment(client: MlflowClient, name: str | None, experiment_id: str | None) -> str:
+    """Return the id of an experiment; one that is named and not there is made.
+
+    A new one is shown by the UI as model development.
 
     Args:
         client: reaches the store.
-        experiment: its name; None: MLFLOW_EXPERIMENT_NAME, else tunix-mlflow.
+        name: its name, or
+        experiment_id: its id.
 
     Raises:
-        TrackingError: if it was deleted or may not be made.
+        TrackingError: if it was deleted, may not be made, or there is none of this id.
         MlflowException: if MLflow does not answer.
     """
-    name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    if experiment_id is not None:
         try:
-            made: str = client.create_experiment(
-                name, artifact_location=_artifacts(name), tags=_KIND_TAG
-            )
-            return made
+            found = client.get_experiment(experiment_id)
         except MlflowException as error:
-            found = client.get_experiment_by_name(name)  # another process was first
-            if found is None:
-                if _is_away(error):
-                    raise
-                raise TrackingError(f"experiment {name!r}: {one_line(error)}") from error
+            if _is_away(error):
+                raise
+            raise TrackingError(f"experiment {experiment_id}: {one_line(error)}") from error
+    else:
+        assert name is not None
+        named = client.get_experiment_by_name(name)
+        if named is None:
+            try:
+                return str(
+                    client.create_experiment(
+                        name, artifact_location=_artifacts(name), tags=_KIND_TAG
+                    )
+                )
+            except MlflowException as error:
+                named = client.get_experiment_by_name(name)  # another process was first
+                if named is None:
+                    if _is_away(error):
+                        raise
+                    raise TrackingError(f"experiment {name!r}: {one_line(error)}") from error
+        found = named
     if found.lifecycle_stage == "deleted":
-        raise TrackingError(
-            f"experiment {name!r} was deleted; restore it, or set tracking.experiment"
-        )
-    found_id: str = found.experiment_id
-    return found_id
+        raise TrackingError(f"experiment {found.name!r} was deleted; restore it, or choose another")
+    return str(found.experiment_id)
 
 
 def mark_experiment(client: MlflowClient, experiment: str) -> None:
@@ -174,27 +209,6 @@ def ui_command() -> str | None:
     # In an environment that is not activated, the plain name is not found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")
     return f"{program} server --backend-store-uri {public(uri)} --port 5000"
-
-
-@contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of the environment, which MLflow reads at each request, for a block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
-    text = " ".join(str(error).split())
-    return text[:500] or type(error).__name__
 
 
 def delete_artifacts(client: MlflowClient, run_id: str, artifact: str) -> None:

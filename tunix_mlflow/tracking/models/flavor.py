@@ -6,10 +6,13 @@ a model's requirements name this version.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +35,9 @@ from mlflow.types.schema import (
     Schema,
 )
 
-from tunix_mlflow import __version__, paths
+from tunix_mlflow import __version__, files, paths
+from tunix_mlflow.data import canonical
 from tunix_mlflow.errors import DatasetError, IntegrityError, TrackingError
-from tunix_mlflow.tracking import store
 
 if TYPE_CHECKING:
     from tunix_mlflow.data.examples import Example
@@ -67,20 +70,18 @@ def save_model(
     weights_digest: str,
     input_example: pd.DataFrame,
     mlflow_model: Model | None = None,
-    validate_serving_input: bool = False,
 ) -> None:
     """Write a bundle in MLflow's model format.
 
     Args:
         path: a folder that does not exist.
-        bundle: the folder that `bundles.save` wrote.
+        bundle: the folder that `models.bundle.save` wrote; its files are linked where possible.
         weights_digest: of its weights.
         input_example: a frame with the column `prompt`.
-        mlflow_model: filled in by `Model.log`.
-        validate_serving_input: read by `Model.log` alone, which hands every argument on.
+        mlflow_model: completed and written as the file MLmodel.
     """
     folder = Path(path)
-    shutil.copytree(bundle, folder / _DATA)
+    shutil.copytree(bundle, folder / _DATA, copy_function=_link)
     extra = "[pretrained]" if (bundle / "tokenizer").is_dir() else ""
     requirement = f"tunix-mlflow{extra}=={__version__}"
     (folder / "requirements.txt").write_text(f"{requirement}\n")
@@ -106,60 +107,89 @@ def save_model(
     model.save(str(folder / MLMODEL_FILE_NAME))
 
 
-def log_model(
-    bundle: Path, *, model_id: str, run_id: str, step: int, prompts: list[str], weights_digest: str
-) -> None:
-    """Upload a bundle as the files of a logged model, and make that READY.
+def save_package(
+    folder: Path,
+    bundle: Path,
+    *,
+    model_id: str,
+    location: str,
+    run_id: str,
+    prompts: Sequence[str],
+    weights_digest: str,
+) -> str:
+    """Write the files of a logged model into a new folder.
 
     Args:
-        bundle: the folder that `bundles.save` wrote.
-        model_id: the logged model, PENDING.
+        folder: replaced if it exists.
+        bundle: the folder that `models.bundle.save` wrote.
+        model_id: the logged model.
+        location: its artifact location.
         run_id: the run that made it.
-        step: after how many updates.
         prompts: an input example.
         weights_digest: of its weights.
+
+    Returns:
+        The package digest of what was written.
     """
-    Model.log(
-        artifact_path=None,
-        name="model",
-        flavor=sys.modules[__name__],
-        flavor_name=FLAVOR,
-        model_id=model_id,
-        run_id=run_id,
-        step=step,
-        bundle=bundle,
-        weights_digest=weights_digest,
-        input_example=pd.DataFrame({"prompt": prompts}),
-        validate_serving_input=False,
-    )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    model = Model(artifact_path=location, model_uuid=model_id, run_id=run_id, model_id=model_id)
+    save_model(str(folder), bundle, weights_digest, pd.DataFrame({"prompt": list(prompts)}), model)
+    return package_digest(folder)
+
+
+def package_digest(folder: Path) -> str:
+    """Return the sha256 (64 hex) over the sorted relative paths and sha256 of every file.
+
+    MLmodel and requirements are among them: equal packages, equal digest.
+    """
+    hasher = hashlib.sha256()
+    for path in sorted(path.relative_to(folder).as_posix() for path in _files(folder)):
+        hasher.update(f"{path}\0{files.sha256_file(folder / path)}\n".encode())
+    return hasher.hexdigest()
+
+
+def content_digest(bundle: Path) -> str:
+    """Return the content digest of a saved bundle, as `models.bundle.model_digest` does.
+
+    It is over weights, tokenizer, template and limits. The weights are not read: bundle.json has
+    their digest.
+    """
+    described = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    return canonical.digest(canonical.encode(described))
 
 
 @contextmanager
-def fetched(model_uri: str) -> Iterator[Path]:
-    """A copy of a model of this flavor, below the state root, for the length of a block.
+def fetch_package(model_uri: str) -> Iterator[Path]:
+    """Download a model of this flavor below the state root, for the length of a block.
 
     Yields:
-        Its bundle folder.
+        The folder with all of its files.
 
     Raises:
         TrackingError: if it cannot be fetched.
         IntegrityError: if it is of another flavor, or would be served by other code.
     """
-    place = paths.temporary_dir()
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place) as scratch:
+    parent = paths.temporary_dir()
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as scratch:
         try:
             folder = Path(_download_artifact_from_uri(model_uri, output_path=scratch))
             flavors = Model.load(str(folder / MLMODEL_FILE_NAME)).flavors
         except (MlflowException, OSError) as error:
-            raise TrackingError(f"cannot load {model_uri}: {store.one_line(error)}") from error
+            raise TrackingError(f"cannot load {model_uri}: {files.one_line(error)}") from error
         if FLAVOR not in flavors:
             names = ", ".join(flavors)
             raise IntegrityError(f"{model_uri} is not a tunix_mlflow model but {names}")
         served = flavors.get("python_function", {})
         if served.get("loader_module") != _LOADER or "code" in served:
             raise IntegrityError(f"{model_uri} would be served by code that is not tunix_mlflow's")
-        yield folder / _DATA
+        yield folder
+
+
+def bundle_folder(package: Path) -> Path:
+    """Return the bundle in the files of a model."""
+    return package / _DATA
 
 
 def load_model(model_uri: str) -> Bundle:
@@ -171,18 +201,18 @@ def load_model(model_uri: str) -> Bundle:
     """
     from tunix_mlflow.models import bundle as bundles
 
-    with fetched(model_uri) as folder:
-        return bundles.load(folder)
+    with fetch_package(model_uri) as package:
+        return bundles.load(bundle_folder(package))
 
 
 class _Pyfunc:
-    """What `mlflow.pyfunc.load_model` wraps."""
+    """The object that `mlflow.pyfunc.load_model` wraps."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Text and extracted answer for each row: of its `prompt`, or of its chat `messages`."""
+        """Return text and extracted answer for each row's `prompt` or chat `messages`."""
         examples = _examples(data)
         if not examples:
             return pd.DataFrame({"text": [], "answer": []})
@@ -191,18 +221,18 @@ class _Pyfunc:
             raise MlflowException.invalid_parameter_value(
                 f"max_new_tokens is {limit}; expected 0 (the model's own) to {MAX_NEW_TOKENS}"
             )
-        made: list[tuple[str, str | None]] = []
+        results: list[tuple[str, str | None]] = []
         for start in range(0, len(examples), _ROWS):
             part = examples[start : start + _ROWS]
             try:
-                made += self._bundle.complete(part, limit or None)
+                results += self._bundle.complete(part, limit or None)
             except DatasetError as error:
                 raise MlflowException.invalid_parameter_value(str(error)) from error
-        return pd.DataFrame(made, columns=["text", "answer"])
+        return pd.DataFrame(results, columns=["text", "answer"])
 
 
 def _examples(data: Any) -> list[Example]:
-    """What is asked, row by row."""
+    """Return the rows as examples without an answer."""
     from tunix_mlflow.models import bundle as bundles
 
     if not isinstance(data, pd.DataFrame):
@@ -220,6 +250,18 @@ def _examples(data: Any) -> list[Example]:
         except DatasetError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
     return found
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file, which takes no space; copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _load_pyfunc(path: str) -> _Pyfunc:

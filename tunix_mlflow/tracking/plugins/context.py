@@ -1,34 +1,39 @@
-"""The run-context plugin: tags for runs that are started inside one of our sessions.
+"""The run-context plugin: the version tag for runs that are started inside one of ours.
 
-MLflow asks every provider at every fluent `start_run` of every program; outside a session
-this one is silent. It is not asked when a run is attached by id, so the session sets the
-same tags itself.
+MLflow asks every provider at every fluent `start_run` of every program. This one is silent unless a
+run of ours is open in the same thread.
 """
 
 from __future__ import annotations
 
+import threading
+
 from mlflow.tracking.context.abstract_context import RunContextProvider
 
-_active: list[dict[str, str]] = []
+_thread = threading.local()
 
 
-def enter(tags: dict[str, str]) -> None:
-    """Begin to add these tags."""
-    _active.append(tags)
+def enter() -> list[None]:
+    """Begin to add the tag in this thread; pass the result to :func:`leave`."""
+    stack: list[None] = _thread.__dict__.setdefault("stack", [])
+    stack.append(None)
+    return stack
 
 
-def leave() -> None:
-    """End what the last :func:`enter` began."""
-    _active.pop()
+def leave(stack: list[None]) -> None:
+    """End one :func:`enter`; in any thread."""
+    stack.pop()
 
 
 class TunixMlflowRunContext(RunContextProvider):
     """Looked up by MLflow through the entry point `mlflow.run_context_provider`."""
 
     def in_context(self) -> bool:
-        """Whether a session is open."""
-        return bool(_active)
+        """Return whether a run of ours is open in this thread."""
+        return bool(_thread.__dict__.get("stack"))
 
     def tags(self) -> dict[str, str]:
-        """The tags of the innermost session."""
-        return dict(_active[-1]) if _active else {}
+        """Return the version of this library."""
+        from tunix_mlflow import __version__
+
+        return {"tunix_mlflow.version": __version__}

@@ -1,1 +1,1 @@
-"""Empty on purpose: what a run writes locally needs no MLflow."""
+"""Empty on purpose: what a run writes locally; only system_metrics needs MLflow."""

@@ -1,44 +1,42 @@
-"""What a run has to tell MLflow, on the disk first.
+"""events.jsonl: everything a run records besides metrics, on the disk before it goes to MLflow.
 
-    outbox.jsonl     one record a line, in order: {"op": ..., fields}
-    outbox/          texts that records store as artifacts
-    cursor.json      how many bytes of outbox.jsonl and metrics.jsonl MLflow has
-    run.json         the MLflow run that this folder became, and where
+One record a line, in order: {"op": ..., fields}. Files that records upload and that are not in the
+run's folder are copied below staged/ first. cursor.json says how many bytes of events.jsonl and
+metrics.jsonl MLflow has.
 
-Every record may be delivered twice: a process can die between telling MLflow and moving the
-cursor. So each is of a kind that changes nothing the second time; see delivery.py.
+A record may be delivered twice: a process can die after a call to MLflow and before it moves the
+cursor. So each is of a kind that changes nothing the second time; see sync/delivery.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from tunix_mlflow.errors import TrackingError
-
-EVENT_LOG, CURSOR, RUN = "outbox.jsonl", "cursor.json", "run.json"
+from tunix_mlflow import files
+from tunix_mlflow.tracking.record.folder import (
+    CURSOR,
+    EVENT_LOG,
+    METRICS_LOG,
+    STAGED,
+    read_struct,
+)
 
 
 class Cursor(Struct, frozen=True):
     """Bytes that were delivered."""
 
-    outbox: int = 0
-    journal: int = 0
-
-
-class RunLink(Struct, frozen=True):
-    """What run.json says."""
-
-    run_id: str  # MLflow's
-    experiment_id: str
-    tracking_uri: str  # without credentials
-    model_id: str | None = None  # of the model that was logged last
+    events: int = 0
+    metrics: int = 0
 
 
 class EventLog:
@@ -47,102 +45,120 @@ class EventLog:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock = threading.Lock()
-        whole_lines(folder / EVENT_LOG, mend=True)
+        complete_lines(folder / EVENT_LOG, truncate=True)
         self._file = (folder / EVENT_LOG).open("a", encoding="utf-8")
 
     def put(self, op: str, **fields: Any) -> None:
-        """Record one thing; on the disk when this returns."""
+        """Append one record; it is on the disk when this returns."""
+        line = json.dumps({"op": op, **fields})
         with self._lock:
-            self._file.write(json.dumps({"op": op, **fields}) + "\n")
+            self._file.write(line + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def put_text(self, text: str, artifact: str) -> str:
-        """Record a text to be stored as an artifact; returns its path below the folder."""
-        path = self.folder / "outbox" / artifact
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text.encode())
-        name = path.relative_to(self.folder).as_posix()
-        self.put("artifact", path=name, artifact=artifact)
-        return name
+    def stage(self, source: Path) -> str:
+        """Copy a file or a folder below staged/.
+
+        Returns:
+            Its path below the run's folder; the last part is the name that it had.
+
+        Raises:
+            OSError: if it cannot be read or copied.
+        """
+        target = self.folder / STAGED / uuid.uuid4().hex / source.name
+        target.parent.mkdir(parents=True)
+        if source.is_dir():
+            shutil.copytree(source, target)
+            copied = [path for path in target.rglob("*") if path.is_file()]
+        else:
+            shutil.copyfile(source, target)
+            copied = [target]
+        for path in copied:
+            with path.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        return target.relative_to(self.folder).as_posix()
+
+    def stage_bytes(self, data: bytes, name: str) -> str:
+        """Write a file below staged/; return its path below the run's folder."""
+        target = self.folder / STAGED / uuid.uuid4().hex / name
+        target.parent.mkdir(parents=True)
+        files.write_atomically(target, data)
+        return target.relative_to(self.folder).as_posix()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._lock:
+            self._file.close()
 
 
-def cursor(folder: Path) -> Cursor:
-    """How far MLflow has been told."""
-    found: Cursor | None = _read(folder / CURSOR, Cursor)
+def read_cursor(folder: Path) -> Cursor:
+    """Return how much of a folder's logs MLflow has."""
+    found: Cursor | None = read_struct(folder / CURSOR, Cursor)
     return found or Cursor()
 
 
 def move_cursor(folder: Path, to: Cursor) -> None:
-    """Remember how far MLflow has been told."""
-    write_whole(folder / CURSOR, msgspec.json.encode(to))
+    """Record how much of a folder's logs MLflow has."""
+    files.write_atomically(folder / CURSOR, msgspec.json.encode(to))
 
 
-def skip(folder: Path) -> None:
-    """Leave what was not delivered untold."""
-    move_cursor(folder, Cursor(size(folder / EVENT_LOG), size(folder / "metrics.jsonl")))
+def skip_pending(folder: Path) -> None:
+    """Move the cursor to the end: what is pending will not be delivered."""
+    move_cursor(folder, Cursor(size(folder / EVENT_LOG), size(folder / METRICS_LOG)))
 
 
-def known(folder: Path) -> RunLink | None:
-    """The MLflow run of a folder; None while it has none."""
-    found: RunLink | None = _read(folder / RUN, RunLink)
+def pending_bytes(folder: Path) -> int:
+    """Return how many bytes of records and metrics MLflow does not have yet."""
+    done = read_cursor(folder)
+    sizes = [size(folder / EVENT_LOG), size(folder / METRICS_LOG)]
+    return max(0, sizes[0] - done.events) + max(0, sizes[1] - done.metrics)
+
+
+def read_events(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a folder."""
+    for raw in complete_lines(folder / EVENT_LOG).splitlines():
+        yield json.loads(raw)
+
+
+def recorded_status(folder: Path) -> str | None:
+    """Return the status that was recorded last; None for a run that did not end."""
+    status = None
+    for record in read_events(folder):
+        if record["op"] in ("create", "begin"):
+            status = None
+        if record["op"] == "status" and record.get("run_id") is None:
+            status = record["status"]
+    return status
+
+
+def recorded_tags(folder: Path) -> dict[str, str]:
+    """Return the tags that were recorded in a folder."""
+    found: dict[str, str] = {}
+    for record in read_events(folder):
+        if record["op"] in ("create", "tags"):
+            found |= record["tags"]
     return found
 
 
-def set_known(folder: Path, what: RunLink) -> None:
-    """Remember the MLflow run of a folder."""
-    write_whole(folder / RUN, msgspec.json.encode(what))
-
-
-def waiting(folder: Path) -> int:
-    """Bytes of records and metrics that MLflow was not told yet."""
-    told = cursor(folder)
-    sizes = [size(folder / EVENT_LOG), size(folder / "metrics.jsonl")]
-    return max(0, sizes[0] - told.outbox) + max(0, sizes[1] - told.journal)
-
-
-def whole_lines(path: Path, start: int = 0, *, mend: bool = False) -> bytes:
-    """The bytes of a file of lines from `start` to the end of its last whole line.
+def complete_lines(path: Path, start: int = 0, *, truncate: bool = False) -> bytes:
+    """Return the bytes of a file of lines from `start` to the end of its last complete line.
 
     Args:
         path: the file; an absent one is empty.
         start: where to begin.
-        mend: also cut off what a kill left of a last line.
+        truncate: also cut off what a kill left of a last line.
     """
     if not path.exists():
         return b""
     with path.open("rb") as handle:
         handle.seek(start)
         data = handle.read()
-    whole = data[: data.rfind(b"\n") + 1]
-    if mend and len(whole) < len(data):
-        os.truncate(path, start + len(whole))
-    return whole
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(path)
+    complete = data[: data.rfind(b"\n") + 1]
+    if truncate and len(complete) < len(data):
+        os.truncate(path, start + len(complete))
+    return complete
 
 
 def size(path: Path) -> int:
-    """Bytes of a file; 0 for one that is not there."""
+    """Return the bytes of a file; 0 for one that is not there."""
     return path.stat().st_size if path.exists() else 0
-
-
-def _read(path: Path, kind: type[Any]) -> Any:
-    if not path.exists():
-        return None
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (msgspec.DecodeError, OSError) as error:
-        raise TrackingError(f"{path} is damaged: {error}; restore the file") from error

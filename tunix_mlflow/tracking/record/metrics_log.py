@@ -1,8 +1,9 @@
-"""metrics.jsonl: every metric of a run, on the disk first.
+"""metrics.jsonl: every metric of a run, on the disk before it goes to MLflow.
 
-A line is one flushed write: {"step", "timestamp", "metrics"}, or {"part", "timestamp"} where a
-process began. The file is the record; delivery.py tells MLflow of it. MLflow stores a point once
-for the same key, step and timestamp, so lines can be delivered again and nothing doubles.
+A line is one flushed write: {"step", "timestamp", "metrics"}, perhaps with "model_id" and
+"dataset", or {"part", "timestamp"} where a process began. sync/delivery.py uploads the lines.
+MLflow stores a point once for the same key, step, timestamp and value, so lines can be delivered
+again.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tunix_mlflow import files
 from tunix_mlflow.errors import TrackingError
 from tunix_mlflow.tracking.record import event_log
 
-METRICS_LOG = "metrics.jsonl"
 COMPARED = ("train/", "eval/")
+"""Metrics that a resumed run must repeat exactly."""
+RECORDED_ONCE = (*COMPARED, "perf/", "system/")
+"""Metrics that have one value at a step: a resumed run does not write them again."""
 
 
 class Point(NamedTuple):
@@ -30,50 +34,70 @@ class Point(NamedTuple):
     value: float
     timestamp: int  # milliseconds since 1970
     step: int
+    model_id: str | None = None
+    dataset: tuple[str, str] | None = None  # name and digest
 
 
 class MetricsLog:
-    """A MetricWriter that writes metrics.jsonl. Safe to use from several threads.
+    """Writes metrics.jsonl. Safe to use from several threads.
 
     Args:
         path: the file; what it holds was written by earlier parts of the run.
-        report: told of lost determinism.
+        report: called when a resumed run does not repeat what was recorded.
     """
 
     def __init__(self, path: Path, report: Callable[[str], None]) -> None:
         self.path, self._report = path, report
         self._lock = threading.Lock()
-        self._seen: dict[tuple[str, int], float] = {}
-        self.different: list[str] = []
+        self._before: dict[tuple[str, int], float] = {}  # of earlier parts
+        self._differs = False
         path.parent.mkdir(parents=True, exist_ok=True)
-        for line in read(path, mend=True):
+        for line in read(path, truncate=True):
             for point in points(line):
-                self._seen[point.key, point.step] = point.value
+                self._before[point.key, point.step] = point.value
         self._file = path.open("a", encoding="utf-8")
-        self._append({"part": os.getpid(), "timestamp": _now()})
+        self._append({"part": os.getpid(), "timestamp": now()})
 
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    def log_metrics(
+        self,
+        metrics: Mapping[str, float],
+        step: int,
+        timestamp: int | None = None,
+        model_id: str | None = None,
+        dataset: tuple[str, str] | None = None,
+    ) -> None:
         """Append one line.
 
-        A point that an earlier part of this run wrote is not written again; if it is of a
-        kind that must repeat exactly and does not, that is reported.
+        A point that an earlier part of this run wrote is not written again. If it has another
+        value now: one of :data:`COMPARED` is reported, one of :data:`RECORDED_ONCE` keeps its
+        first value, and any other is written, as MLflow would.
+
+        Args:
+            metrics: key -> value.
+            step: of all of them.
+            timestamp: milliseconds since 1970; None: now.
+            model_id: a logged model that the values belong to.
+            dataset: MLflow's name and digest of the dataset that they were measured on.
         """
         with self._lock:
-            fresh = {}
-            for key, value in scalars.items():
-                before = self._seen.get((key, step))
-                if before is None:
-                    fresh[key] = self._seen[key, step] = float(value)
-                elif key.startswith(COMPARED) and not _same(before, float(value)):
-                    self.different.append(f"{key} at step {step}: {before!r}, now {value!r}")
-                    if len(self.different) == 1:
-                        self._report(f"not the same as before the resume: {self.different[0]}")
-            if fresh:
-                self._append({"step": step, "timestamp": _now(), "metrics": fresh})
+            new = metrics
+            if self._before:
+                new = {k: v for k, v in metrics.items() if self._is_new(k, step, v)}
+            if new:
+                line: dict[str, Any] = {
+                    "step": step,
+                    "timestamp": now() if timestamp is None else timestamp,
+                    "metrics": dict(new),
+                }
+                if model_id is not None:
+                    line["model_id"] = model_id
+                if dataset is not None:
+                    line["dataset"] = list(dataset)
+                self._append(line)
 
     def next_step(self, prefix: str) -> int:
-        """The step after the last one of the metrics that begin so."""
-        return 1 + max((step for key, step in self._seen if key.startswith(prefix)), default=-1)
+        """Return the step after the last one that earlier parts wrote with this prefix."""
+        return 1 + max((step for key, step in self._before if key.startswith(prefix)), default=-1)
 
     def flush(self) -> None:
         """Force the file to disk."""
@@ -82,27 +106,42 @@ class MetricsLog:
     def close(self) -> None:
         """Force the file to disk, and close it."""
         with self._lock:
-            self.flush()
-            self._file.close()
+            if not self._file.closed:
+                self.flush()
+                self._file.close()
+
+    def _is_new(self, key: str, step: int, value: float) -> bool:
+        before = self._before.get((key, step))
+        if before is None:
+            return True
+        if _same(before, value):
+            return False
+        if key.startswith(COMPARED) and not self._differs:
+            self._differs = True
+            self._report(
+                f"not the same as before the resume: {key} at step {step}: {before!r}, now"
+                f" {value!r}; the first value is kept"
+            )
+        return not key.startswith(RECORDED_ONCE)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
 
-def read(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
-    """The lines of a journal, without a last one that a kill cut short.
+def read(path: Path, *, truncate: bool = False) -> list[dict[str, Any]]:
+    """Return the lines of a metrics log, without a last one that a kill cut short.
 
     Args:
         path: the file; an absent one is empty.
-        mend: also cut the torn line off the file.
+        truncate: also cut the incomplete line off the file.
 
     Raises:
         TrackingError: if another line is damaged.
     """
-    whole = event_log.whole_lines(path, mend=mend)
+    complete = event_log.complete_lines(path, truncate=truncate)
     lines = []
-    for number, raw in enumerate(whole.splitlines(), start=1):
+    for number, raw in enumerate(complete.splitlines(), start=1):
         try:
             lines.append(json.loads(raw))
         except ValueError as error:
@@ -110,37 +149,59 @@ def read(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
     return lines
 
 
-def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The six figures for a table of runs, from the whole journal.
+def points(line: Mapping[str, Any]) -> list[Point]:
+    """Return the points of a line."""
+    dataset = tuple(line["dataset"]) if "dataset" in line else None
+    return [
+        Point(key, value, line["timestamp"], line["step"], line.get("model_id"), dataset)
+        for key, value in line.get("metrics", {}).items()
+    ]
 
-    final_loss and best_loss are training losses; total_tokens counts what is not padding;
-    avg_throughput is tokens by the time of the steps alone, without the first step of each
-    part, which compiles; wall_time sums, over the parts of a resumed run, the seconds from the
-    part's start to its last line.
+
+def last(path: Path, key: str) -> Point | None:
+    """Return the point of a metric that was written last; None if there is none."""
+    found = None
+    for line in read(path):
+        if key in line.get("metrics", {}):
+            found = next(point for point in points(line) if point.key == key)
+    return found
+
+
+def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the figures of a training for a table of runs.
+
+    final_loss and best_loss are training losses, best_eval_loss and best_eval_loss_step the least
+    eval/loss and its step, where there is one. total_tokens counts what is not padding.
+    avg_throughput is tokens by the time of the steps alone, without the first step of each part,
+    which compiles. wall_time sums, over the parts of a resumed run, the seconds from the part's
+    start to its last line.
+
+    Args:
+        lines: the whole metrics log.
+
+    Returns:
+        The figures; empty without a training loss.
     """
-    losses: dict[int, float] = {}
-    tokens: dict[int, float] = {}
-    milliseconds: dict[int, float] = {}
-    wall, start, last = 0.0, None, 0
+    series: dict[str, dict[int, float]] = {
+        key: {} for key in ("train/loss", "eval/loss", "train/tokens", "perf/step_time_ms")
+    }
+    wall, start, latest = 0.0, None, 0
     for line in lines:
         if "part" in line:
-            wall += (last - start) / 1000 if start is not None else 0.0
-            start = last = line["timestamp"]
+            wall += (latest - start) / 1000 if start is not None else 0.0
+            start = latest = line["timestamp"]
             continue
-        last, step, metrics = line["timestamp"], line["step"], line["metrics"]
-        for key, into in (
-            ("train/loss", losses),
-            ("train/tokens", tokens),
-            ("perf/step_time_ms", milliseconds),
-        ):
-            if key in metrics:
-                into[step] = metrics[key]
-    wall += (last - start) / 1000 if start is not None else 0.0
+        latest = line["timestamp"]
+        for key, values in series.items():
+            if key in line["metrics"]:
+                values[line["step"]] = line["metrics"][key]
+    wall += (latest - start) / 1000 if start is not None else 0.0
+    losses, held_out, tokens, milliseconds = series.values()
     if not losses:
         return {}
     timed = [step for step in milliseconds if step in tokens]
     spent = sum(milliseconds[step] for step in timed)
-    return {
+    figures = {
         "final_loss": losses[max(losses)],
         "best_loss": min(losses.values()),
         "total_steps": float(max(losses)),
@@ -148,56 +209,66 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "avg_throughput": 1000 * sum(tokens[s] for s in timed) / spent if spent else 0.0,
         "wall_time": wall,
     }
+    if held_out:
+        best = min(held_out, key=lambda step: (held_out[step], step))
+        figures |= {"best_eval_loss": held_out[best], "best_eval_loss_step": float(best)}
+    return figures
 
 
-def merge(path: Path, known: Iterable[Point]) -> int:
-    """Make the file agree with MLflow: what both have gets MLflow's timestamp and value.
+def merge(path: Path, theirs: Iterable[Point]) -> int:
+    """Add the points that MLflow has and the file has not.
 
-    What the file alone has stays. So the file can be delivered anew, and nothing doubles.
+    Where both have a value at a step, the file's gets MLflow's timestamp, so that the file can be
+    delivered again and nothing is there twice. Where they differ in a metric that has one value at
+    a step (:data:`RECORDED_ONCE`), MLflow's counts. What the file alone has stays.
 
     Returns:
-        How many points the file got, or got otherwise.
+        How many points the file got, or got with another timestamp.
     """
-    lines = read(path, mend=True)
-    theirs = {(point.key, point.step): point for point in known}
-    same = set()
+    lines = read(path, truncate=True)
+    there: dict[tuple[str, int], list[Point]] = {}
+    for point in theirs:
+        there.setdefault((point.key, point.step), []).append(point)
+    same: set[tuple[str, int, int, str]] = set()
     for line in lines:
         for point in points(line):
-            other = theirs.get((point.key, point.step))
-            if other is None:
-                continue
-            if other.timestamp == point.timestamp and _same(other.value, point.value):
-                same.add((point.key, point.step))
-            else:
+            others = there.get((point.key, point.step), [])
+            if any(o.timestamp == point.timestamp and _same(o.value, point.value) for o in others):
+                same.add((point.key, point.step, point.timestamp, repr(float(point.value))))
+            elif any(_same(o.value, point.value) for o in others) or (
+                others and point.key.startswith(RECORDED_ONCE)
+            ):
                 del line["metrics"][point.key]
     lines = [line for line in lines if line.get("metrics") or "part" in line]
-    missing: dict[tuple[int, int], dict[str, float]] = {}
-    for place, point in theirs.items():
-        if place not in same:
-            missing.setdefault((point.timestamp, point.step), {})[point.key] = point.value
+    missing: dict[tuple[int, int], list[dict[str, float]]] = {}
+    count = 0
+    for (key, step), others in there.items():
+        for point in others:
+            if (key, step, point.timestamp, repr(float(point.value))) in same:
+                continue
+            count += 1
+            groups = missing.setdefault((point.timestamp, step), [])
+            group = next((one for one in groups if key not in one), None)
+            if group is None:  # two values of one metric in the same millisecond
+                groups.append(group := {})
+            group[key] = point.value
     if missing:
         lines += [
             {"step": step, "timestamp": timestamp, "metrics": metrics}
-            for (timestamp, step), metrics in missing.items()
+            for (timestamp, step), groups in missing.items()
+            for metrics in groups
         ]
         lines.sort(key=lambda line: int(line["timestamp"]))
         text = "".join(json.dumps(line) + "\n" for line in lines)
         path.parent.mkdir(parents=True, exist_ok=True)
-        event_log.write_whole(path, text.encode())
-    return sum(len(metrics) for metrics in missing.values())
+        files.write_atomically(path, text.encode())
+    return count
 
 
-def points(line: Mapping[str, Any]) -> list[Point]:
-    """The points of a line."""
-    return [
-        Point(key, value, line["timestamp"], line["step"])
-        for key, value in line.get("metrics", {}).items()
-    ]
+def now() -> int:
+    """Return milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
 
 
 def _same(a: float, b: float) -> bool:
     return a == b or (math.isnan(a) and math.isnan(b))
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000

@@ -1,6 +1,6 @@
-"""CPU, memory, disk, network and GPU use, sampled into the journal like any other metric.
+"""CPU, memory, disk, network and GPU use, sampled into the metrics log.
 
-MLflow's own monitor asks the server before each sample and gives up when it is away; so only its
+MLflow's own monitor asks the server before each sample and gives up when it is away, so only its
 sensors are used.
 """
 
@@ -17,11 +17,11 @@ INTERVAL_SECONDS = 5.0
 
 
 class SystemMetrics:
-    """Samples until :meth:`finish`; the step counts samples, and goes on in a resumed run."""
+    """Samples until :meth:`finish`. The step counts samples, and continues in a resumed run."""
 
-    def __init__(self, journal: MetricsLog) -> None:
-        self._journal = journal
-        self._step = journal.next_step(PREFIX)
+    def __init__(self, log: MetricsLog) -> None:
+        self._log = log
+        self._step = log.next_step(PREFIX)
         self._sensors = SystemMetricsMonitor("").monitors
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="system-metrics", daemon=True)
@@ -38,10 +38,10 @@ class SystemMetrics:
                 sensor.collect_metrics()
             if self._done.wait(INTERVAL_SECONDS):
                 return
-            found: dict[str, float] = {}
+            sample: dict[str, float] = {}
             for sensor in self._sensors:
-                found.update(sensor.aggregate_metrics())
+                sample.update(sensor.aggregate_metrics())
                 sensor.clear_metrics()
-            scalars = {f"{PREFIX}{name}": float(value) for name, value in found.items()}
-            self._journal.write_scalars(self._step, scalars)
+            metrics = {f"{PREFIX}{name}": float(value) for name, value in sample.items()}
+            self._log.log_metrics(metrics, self._step)
             self._step += 1

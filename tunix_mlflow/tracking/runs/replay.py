@@ -22,7 +22,8 @@ from tunix_mlflow.models import arrays
 from tunix_mlflow.runtime import devices
 from tunix_mlflow.tracking import artifacts
 from tunix_mlflow.tracking.record import metrics_log
-from tunix_mlflow.tracking.runs import lookup
+from tunix_mlflow.tracking.record.folder import CHECKPOINTS, METRICS_LOG
+from tunix_mlflow.tracking.runs import lookup, resume
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention, sealed_checkpoints
 from tunix_mlflow.training.inputs import TrainingInputs, read_inputs
 from tunix_mlflow.training.trainer import Trainer
@@ -90,7 +91,7 @@ def verify(
             checkpoints.restore(last, trainer.state)  # fails if it is another configuration's
             if len(sealed) > 1:
                 trainer.state = checkpoints.restore(int(sealed[-2].name), trainer.state)
-            elif lookup.forked(paths.run_dir(run_id), client, run_id):
+            elif lookup.is_forked(paths.run_dir(run_id), client, run_id):
                 raise CheckpointError(f"run {run_id} began as a fork and has one checkpoint only")
         finally:
             checkpoints.close()
@@ -131,10 +132,10 @@ def _train_again(
 
 def _checkpoints(client: MlflowClient | None, run_id: str, scratch: Path) -> Path:
     """The run's own checkpoints, else copies of the two newest that were uploaded."""
-    here = paths.run_dir(run_id) / lookup.CHECKPOINTS
+    here = paths.run_dir(run_id) / CHECKPOINTS
     if len(sealed_checkpoints(here)) > 1 or client is None:
         return here
-    uploaded = lookup.uploaded_steps(client, run_id)
+    uploaded = resume.uploaded_steps(client, run_id)
     if len(uploaded) <= len(sealed_checkpoints(here)):
         return here
     fetched = [
@@ -148,5 +149,5 @@ def _points(client: MlflowClient | None, run_id: str) -> list[metrics_log.Point]
     """The recorded values: MLflow's, which are what people look at."""
     if client is not None:
         return lookup.history(client, run_id, _COMPARED)
-    lines = metrics_log.read(paths.run_dir(run_id) / metrics_log.METRICS_LOG)
+    lines = metrics_log.read(paths.run_dir(run_id) / METRICS_LOG)
     return [point for line in lines for point in metrics_log.points(line)]

@@ -1,8 +1,8 @@
-"""Which checkpoints may go, over all runs, here and in the artifact store.
+"""Which checkpoints may be deleted, over all runs, here and in the artifact store.
 
 Models are never touched, and neither is what something still needs: the checkpoint that a
-registered version was made from, the two newest of a run that can go on, anything of a run that is
-open, or of one that MLflow does not know.
+registered version was made from, the two newest of a run that can be resumed, anything of a run
+that is open, or of one that MLflow does not have as a training run.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from mlflow.tracking import MlflowClient
 
 from tunix_mlflow import paths
 from tunix_mlflow.errors import IntegrityError
+from tunix_mlflow.files import one_line
 from tunix_mlflow.models import arrays
-from tunix_mlflow.tracking import store
-from tunix_mlflow.tracking.record import event_log
-from tunix_mlflow.tracking.runs import lookup
+from tunix_mlflow.tracking import store, tags
+from tunix_mlflow.tracking.record.folder import CHECKPOINTS, is_open, read_link
+from tunix_mlflow.tracking.runs import lookup, resume
 from tunix_mlflow.tracking.sync import lease
 from tunix_mlflow.training import checkpoint
 from tunix_mlflow.training.checkpoint import Retention
@@ -35,10 +36,10 @@ class Entry(NamedTuple):
     run_id: str
     step: int
     where: str  # here or uploaded
-    place: str  # a folder, or an artifact path
+    path: str  # a folder, or an artifact path
     bytes: int
     metrics: Mapping[str, float]
-    kept: str | None  # why it stays; None: it may go
+    kept: str | None  # why it stays; None: it may be deleted
 
 
 class _Rule(NamedTuple):
@@ -49,7 +50,7 @@ class _Rule(NamedTuple):
 
 
 def survey(client: MlflowClient, retention: Retention, only: str | None = None) -> list[Entry]:
-    """Every checkpoint, and whether it may go.
+    """Return every checkpoint, and whether it may be deleted.
 
     Args:
         client: reaches store and registry.
@@ -69,23 +70,23 @@ def survey(client: MlflowClient, retention: Retention, only: str | None = None) 
             continue
         rule = _rule(run, needed.get(run_id))
         folder = paths.run_dir(run_id)
-        if folder.exists() and lookup.is_open(folder):
+        if folder.exists() and is_open(folder):
             rule = _Rule("the run is open", 0, set(), "")
         deleted = run.info.lifecycle_stage == "deleted"
         policy = Retention(0) if deleted and run_id not in needed else retention
         for entries in (_here(run_id), _uploaded(client, run_id)):
-            found += _judged(entries, rule, policy)
+            found += _with_reasons(entries, rule, policy)
     for folder in lookup.folders():
-        known = event_log.known(folder)
-        run_id = known.run_id if known else folder.name
+        link = read_link(folder)
+        run_id = link.run_id if link else folder.name
         if run_id not in seen and only in (None, run_id, folder.name):
-            why = "MLflow does not know the run"
+            why = "it is no training run that MLflow has"
             found += [entry._replace(kept=why) for entry in _here(folder.name)]
     return found
 
 
 def remove(client: MlflowClient, entry: Entry) -> None:
-    """Delete a checkpoint that may go.
+    """Delete a checkpoint that may be deleted.
 
     Raises:
         MlflowException: if MLflow does not answer.
@@ -93,49 +94,49 @@ def remove(client: MlflowClient, entry: Entry) -> None:
     """
     assert entry.kept is None
     folder = paths.run_dir(entry.run_id)
-    if folder.exists() and lookup.is_open(folder):
-        return  # since it was looked at
+    if folder.exists() and is_open(folder):
+        return  # it was opened meanwhile
     if entry.where == HERE:
-        checkpoint.remove(Path(entry.place))
+        checkpoint.remove(Path(entry.path))
     else:
-        store.delete_artifacts(client, entry.run_id, entry.place)
+        store.delete_artifacts(client, entry.run_id, entry.path)
 
 
 def damage(client: MlflowClient, entry: Entry) -> str | None:
-    """What is wrong with a checkpoint, file by file; None if nothing is."""
+    """Return what is wrong with a checkpoint, file by file; None if nothing is."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(entry.place)
+        folder = Path(entry.path)
         try:
             if entry.where == UPLOADED:
-                folder = Path(client.download_artifacts(entry.run_id, entry.place, scratch))
+                folder = Path(client.download_artifacts(entry.run_id, entry.path, scratch))
             arrays.check(folder)
         except (IntegrityError, MlflowException, OSError) as error:
-            return store.one_line(error).replace(f"{scratch}/", "")
+            return one_line(error).replace(f"{scratch}/", "")
     return None
 
 
-def _judged(entries: list[Entry], rule: _Rule, retention: Retention) -> list[Entry]:
+def _with_reasons(entries: list[Entry], rule: _Rule, retention: Retention) -> list[Entry]:
     entries = sorted(entries, key=lambda entry: entry.step)
     to_delete = set(checkpoint.to_delete([(e.step, e.metrics) for e in entries], retention))
     newest = {entry.step for entry in entries[max(0, len(entries) - rule.at_least) :]}
-    judged = []
+    found = []
     for entry in entries:
         why = rule.keep
         if why is None and (entry.step in newest or entry.step in rule.steps):
             why = rule.why
         if why is None and retention.keep_last and entry.step not in to_delete:
             why = "the retention keeps it"
-        judged.append(entry._replace(kept=why))
-    return judged
+        found.append(entry._replace(kept=why))
+    return found
 
 
 def _rule(run: Run, registered: set[int] | None) -> _Rule:
-    tags, info = run.data.tags, run.info
+    info = run.info
     if registered is not None and not registered:
         return _Rule("a registered version refers to the run's files", 0, set(), "")
     if info.lifecycle_stage == "deleted":
         return _Rule(None, 0, registered or set(), "a registered version was made from it")
-    if info.status == "RUNNING" and lease.holder(tags) is not None and not lease.expired(tags):
+    if info.status == "RUNNING" and not lease.expired(run.data.tags):
         return _Rule("the run is open", 0, set(), "")
     if info.status != "FINISHED":
         return _Rule(None, 2, registered or set(), "the run can be resumed from it")
@@ -186,12 +187,12 @@ def _runs(client: MlflowClient) -> Iterator[Run]:
     while True:
         page = client.search_runs(
             ids,
-            "tags.`tunix_mlflow.stage` = 'train'",
+            tags.TRAINING_FILTER,
             run_view_type=ViewType.ALL,
             max_results=1000,
             page_token=token,
         )
-        yield from page
+        yield from (run for run in page if tags.is_training_run(run.data.tags))
         token = page.token
         if not token:
             return
@@ -199,7 +200,7 @@ def _runs(client: MlflowClient) -> Iterator[Run]:
 
 def _here(run_id: str) -> list[Entry]:
     found = []
-    for folder in checkpoint.steps(paths.run_dir(run_id) / lookup.CHECKPOINTS):
+    for folder in checkpoint.steps(paths.run_dir(run_id) / CHECKPOINTS):
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         found.append(
             Entry(run_id, int(folder.name), HERE, str(folder), size, _metrics(folder), None)
@@ -209,7 +210,7 @@ def _here(run_id: str) -> list[Entry]:
 
 def _uploaded(client: MlflowClient, run_id: str) -> list[Entry]:
     found = []
-    for step, artifact in lookup.uploaded_steps(client, run_id).items():
+    for step, artifact in resume.uploaded_steps(client, run_id).items():
         with tempfile.TemporaryDirectory() as scratch:
             client.download_artifacts(run_id, f"{artifact}/{arrays.MANIFEST}", scratch)
             metrics = _metrics(Path(scratch) / artifact)
@@ -229,5 +230,5 @@ def _metrics(folder: Path) -> dict[str, float]:
     try:
         found: dict[str, float] = arrays.content(folder).get("metrics", {})
     except IntegrityError:
-        return {}  # that is for `verify` to say
+        return {}  # `checkpoints verify` reports it
     return found

@@ -11,18 +11,18 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow.errors import TrackingError
-from tunix_mlflow.tracking.record import event_log
+from tunix_mlflow import files
+from tunix_mlflow.errors import UnavailableError
+from tunix_mlflow.tracking.record.folder import LEASE
+from tunix_mlflow.tracking.tags import LEASE as TAG
 
-TAG = "tunix_mlflow.lease"
-_SETTLE_SECONDS = 0.5
-_LOOK_SECONDS = 0.5
-_FILE = "lease"
+_CONFIRM_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 
 
 class Lease:
@@ -34,7 +34,7 @@ class Lease:
         self._lock, self._released = threading.Lock(), False
 
     def keep(self) -> bool:
-        """Renew it when it is time to; False when somebody else has taken it."""
+        """Renew it when it is time to; return False when another process holds it."""
         with self._lock:
             # By the wall clock: a machine that slept has aged too, and others can tell.
             if self._released or abs(time.time() - self._renewed) <= self._seconds / 4:
@@ -52,7 +52,7 @@ class Lease:
         self._renewed = time.time()
 
     def release(self) -> None:
-        """Let it go; who held it last stays on record."""
+        """End it; who held it last stays on record."""
         with self._lock:
             self._released = True
             held = holder(self._client.get_run(self._run_id).data.tags)
@@ -61,27 +61,27 @@ class Lease:
 
 
 def provisional(seconds: float) -> dict[str, str]:
-    """The tag to make a run with: if this process dies before it holds the lease, it is seen."""
+    """Return the tag to make a run with, so that one whose process dies at once is found."""
     return {TAG: f"starting {int(1000 * (time.time() + seconds))}"}
 
 
-def holder(tags: dict[str, str]) -> tuple[str, float] | None:
-    """Owner and end (seconds since 1970) of the lease that a run's tags tell of."""
+def holder(tags: Mapping[str, str]) -> tuple[str, float] | None:
+    """Return owner and end (seconds since 1970) of the lease in a run's tags."""
     owner, _, ends = tags.get(TAG, "").partition(" ")
     return (owner, int(ends) / 1000) if owner and ends.isdigit() else None
 
 
-def expired(tags: dict[str, str]) -> bool:
-    """Whether nobody holds the run."""
+def expired(tags: Mapping[str, str]) -> bool:
+    """Return whether nobody holds the run."""
     held = holder(tags)
     return held is None or held[1] < time.time()
 
 
 def owner_of(folder: Path) -> str:
-    """The name under which this state root holds a run's lease."""
-    path = folder / _FILE
+    """Return the name under which this state root holds a run's lease."""
+    path = folder / LEASE
     if not path.exists():
-        event_log.write_whole(path, uuid.uuid4().hex.encode())
+        files.write_atomically(path, uuid.uuid4().hex.encode())
     return path.read_text()
 
 
@@ -92,11 +92,11 @@ def acquire(
     seconds: float,
     report: Callable[[str], None],
     *,
-    fresh: bool = False,
+    created: bool = False,
 ) -> Lease:
     """Take a run's lease. The caller holds the lock of the run's folder.
 
-    A lease that somebody else holds is waited for; when it is renewed meanwhile, its holder is
+    A lease that another process holds is waited for; when it is renewed meanwhile, its holder is
     alive.
 
     Args:
@@ -104,32 +104,34 @@ def acquire(
         run_id: the run.
         folder: its folder on this machine.
         seconds: for how long it is taken, each time.
-        report: told when there is something to wait for.
-        fresh: this process has just made the run.
+        report: called when there is something to wait for.
+        created: this process has just made the run.
 
     Raises:
-        TrackingError: if another machine, or another state root, has the run open.
+        UnavailableError: if another machine, or another state root, has the run open.
     """
     owner = owner_of(folder)
     lease = Lease(client, run_id, owner, seconds)
-    if fresh:
+    if created:
         lease.write()
         return lease
     held = first = holder(client.get_run(run_id).data.tags)
     while held is not None and held[0] != owner and held[1] >= time.time():
         if first is None or held != first:
-            raise TrackingError(
+            raise UnavailableError(
                 f"run {run_id} is open in another process, elsewhere; wait for it or end it"
             )
         if held is first:
             left = held[1] - time.time()
             report(f"run {run_id} may be open elsewhere: waiting {left:.0f} s for its lease to end")
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
         held = holder(client.get_run(run_id).data.tags)
     lease.write()
     if held is None or held[0] != owner:
-        time.sleep(_SETTLE_SECONDS)  # two may have found it free
+        time.sleep(_CONFIRM_SECONDS)  # two may have found it free
         now = holder(client.get_run(run_id).data.tags)
         if now is None or now[0] != owner:
-            raise TrackingError(f"run {run_id} was taken up by another process at the same moment")
+            raise UnavailableError(
+                f"run {run_id}: lease lost to another process at the same moment; try again"
+            )
     return lease

@@ -9,15 +9,17 @@ from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow.errors import TrackingError
+from tunix_mlflow.errors import UnavailableError
+from tunix_mlflow.files import one_line
 from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking.record import event_log
+from tunix_mlflow.tracking.record.folder import read_link
 from tunix_mlflow.tracking.sync import delivery
 from tunix_mlflow.tracking.sync.lease import Lease, acquire
 
-INTERVAL_SECONDS = 2.0  # between two looks at the journal
+INTERVAL_SECONDS = 2.0  # between two looks at the logs
 RETRY_SECONDS = 1.0
-SILENT_SECONDS = 4.0  # without an answer until it is said
+SILENT_SECONDS = 4.0  # without an answer until the user is told
 _UPLOAD_SECONDS = 600.0
 PATIENCE_SECONDS = 15.0  # without an answer until the end of a run stops waiting
 
@@ -28,9 +30,11 @@ class SyncWorker:
     Args:
         folder: the run's.
         client: reaches MLflow.
-        report: told when MLflow is away, when it is back, and of what it refused.
+        report: called when MLflow is away, when it is back, and with what it refuses.
         lease_seconds: for how long the run's lease is taken, each time.
-        lost: called when somebody else has taken the run's lease.
+        lost: called when another process has taken the run's lease.
+        lease: the run's, if this process holds it already.
+        is_away: whether the user was told that MLflow is away.
     """
 
     def __init__(
@@ -40,11 +44,13 @@ class SyncWorker:
         report: Callable[[str], None],
         lease_seconds: float,
         lost: Callable[[], None] = lambda: None,
+        lease: Lease | None = None,
+        is_away: bool = False,
     ) -> None:
         self.folder, self._client, self._report, self._lost = folder, client, report, lost
-        self.lease: Lease | None = None  # None: as soon as MLflow knows the run
+        self.lease = lease  # None: it is taken as soon as MLflow has the run
         self._lease_seconds = lease_seconds
-        self.said = False  # whether the user knows that MLflow is away
+        self.is_away = is_away
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._answered = time.monotonic()  # when MLflow last did what was asked
@@ -52,16 +58,16 @@ class SyncWorker:
         self._threads = [
             threading.Thread(target=run, name=name, daemon=True)
             for run, name in (
-                (self._run, "shipper"),
-                (self._watch, "ship-watch"),
-                (self._renew, "ship-lease"),
+                (self._run, "sync"),
+                (self._watch, "sync-watch"),
+                (self._renew, "sync-lease"),
             )
         ]
         for thread in self._threads:
             thread.start()
 
     def wake(self) -> None:
-        """Look now."""
+        """Look for records now."""
         self._wake.set()
 
     def drain(self, patience: float | None = None) -> bool:
@@ -75,11 +81,11 @@ class SyncWorker:
         """
         allowed = PATIENCE_SECONDS if patience is None else patience
         begun = time.monotonic()
-        while event_log.waiting(self.folder):
+        while event_log.pending_bytes(self.folder):
             if self._stop.is_set():
                 return False
             quiet = time.monotonic() - max(begun, self._answered)
-            # A large upload is no silence, as long as the server is well.
+            # A large upload takes its time; the server answers meanwhile.
             uploading = not self._why and quiet < _UPLOAD_SECONDS
             if quiet > allowed and not (uploading and store.answers()):
                 return False
@@ -105,7 +111,7 @@ class SyncWorker:
                     if not self._holds():
                         self._end_lost()
                         return
-                    if not event_log.waiting(self.folder) or not delivery.step(
+                    if not event_log.pending_bytes(self.folder) or not delivery.deliver_next(
                         self._client, self.folder, self._report
                     ):
                         break  # a line that is still being written
@@ -113,32 +119,32 @@ class SyncWorker:
                 self._heard()
                 self._wake.wait(INTERVAL_SECONDS)
             except Exception as error:  # whatever the client raises, the folder has it all
-                self._why = store.one_line(error)
+                self._why = one_line(error)
                 self._stop.wait(RETRY_SECONDS)
             self._wake.clear()
 
     def _holds(self) -> bool:
-        """Whether the run is this process's to tell of."""
-        known = event_log.known(self.folder)
+        """Return whether this process may write to the run."""
+        link = read_link(self.folder)
         if self.lease is not None:
             return self.lease.keep()
-        if known is not None:
+        if link is not None:
             try:
                 self.lease = acquire(
-                    self._client, known.run_id, self.folder, self._lease_seconds, self._report
+                    self._client, link.run_id, self.folder, self._lease_seconds, self._report
                 )
-            except TrackingError as error:
+            except UnavailableError as error:
                 self._report(str(error))
                 return False
         return True
 
     def _renew(self) -> None:
-        """Keep the lease while the other thread is in the middle of a long upload."""
+        """Keep the lease while the other thread uploads a large file."""
         while not self._stop.wait(min(1.0, self._lease_seconds / 8)):
             try:
                 if self.lease is not None and not self.lease.keep():
                     self._end_lost()
-            except Exception as error:  # away; before it delivers, the other thread asks again
+            except Exception as error:  # away; the other thread asks again before it delivers
                 del error
 
     def _end_lost(self) -> None:
@@ -147,18 +153,18 @@ class SyncWorker:
 
     def _heard(self) -> None:
         self._answered, self._why = time.monotonic(), ""
-        if self.said:
-            self.said = False
-            self._report("MLflow takes records again")
+        if self.is_away:
+            self.is_away = False
+            self._report("MLflow answers again")
 
     def _watch(self) -> None:
         """Say so when MLflow is away: the other thread may hang in a request."""
         while not self._stop.wait(0.25):
             quiet = time.monotonic() - self._answered
-            if quiet > SILENT_SECONDS and not self.said and event_log.waiting(self.folder):
-                self.said = True
+            if quiet > SILENT_SECONDS and not self.is_away and event_log.pending_bytes(self.folder):
+                self.is_away = True
                 why = f" ({self._why})" if self._why else ""
                 self._report(
-                    f"MLflow does not answer{why}: recording in {self.folder}; it is told when it"
-                    " is back"
+                    f"MLflow does not answer{why}: recording in {self.folder}; pending records are"
+                    " uploaded when it is back"
                 )

@@ -1,0 +1,87 @@
+"""How a run ends: the status of each way out, and runs that nobody ended."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from tunix_mlflow.errors import Interrupted
+from tunix_mlflow.files import one_line
+
+_INSIST_SECONDS = 2.0
+
+
+class Endable(Protocol):
+    """A run that can be ended."""
+
+    def end(self, status: str = "FINISHED", error: str | None = None) -> bool:
+        """End it; a second call does nothing."""
+
+
+_open: list[Endable] = []
+
+
+def outcome(error: BaseException | None) -> tuple[str, str | None]:
+    """Return the status and the message of a run whose block ended with an error, or without."""
+    if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+        return "FINISHED", None
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        number = error.signum if isinstance(error, Interrupted) else signal.SIGINT
+        return "KILLED", f"interrupted by {signal.Signals(number).name}"
+    return "FAILED", one_line(error)
+
+
+def register(run: Endable) -> None:
+    """Have a run ended when the process exits, if nobody ends it before."""
+    _open.append(run)
+
+
+def unregister(run: Endable) -> None:
+    """Take back one :func:`register`."""
+    _open[:] = [one for one in _open if one is not run]
+
+
+@contextlib.contextmanager
+def undisturbed(give_up: Callable[[], None]) -> Iterator[None]:
+    """Let no signal keep a run from getting its status, for the length of a block.
+
+    The handlers that were there before come back at its end. Outside the main thread nothing is
+    changed.
+
+    Args:
+        give_up: called by a signal that comes after two seconds; ends the wait for MLflow.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    if threading.current_thread() is not threading.main_thread() or None in before.values():
+        yield  # a handler that was not installed by Python could not be restored
+        return
+    begun = time.monotonic()
+
+    def insist(*_: object) -> None:
+        if time.monotonic() - begun > _INSIST_SECONDS:
+            give_up()
+
+    for number in numbers:
+        signal.signal(number, insist)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_open_runs() -> None:
+    """End what is still open as the interpreter exits: FAILED after an error that nobody caught."""
+    for run in reversed(_open[:]):
+        with contextlib.suppress(Exception):
+            run.end(*outcome(getattr(sys, "last_value", None)))
+
+
+atexit.register(_end_open_runs)

@@ -1,0 +1,296 @@
+"""What a run records, with MLflow's names; everything goes to the run's folder."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow.entities import Dataset as DatasetEntity
+
+from tunix_mlflow import files
+from tunix_mlflow.errors import TrackingError, UnavailableError
+from tunix_mlflow.tracking import tags
+from tunix_mlflow.tracking.record import metrics_log
+from tunix_mlflow.tracking.record.event_log import EventLog
+from tunix_mlflow.tracking.record.folder import METRICS_LOG
+from tunix_mlflow.tracking.record.metrics_log import MetricsLog
+from tunix_mlflow.tracking.record.values import split_values, to_step
+from tunix_mlflow.tracking.recorder import Recorder, encode_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow.data.dataset import Dataset
+
+
+class Recording:
+    """The local record of one run.
+
+    Args:
+        folder: the run's.
+        report: receives one-line messages.
+        name_conflicts: whether to report params that the run has with another value.
+    """
+
+    def __init__(
+        self, folder: Path, report: Callable[[str], None], *, name_conflicts: bool
+    ) -> None:
+        self.folder, self.report, self._name_conflicts = folder, report, name_conflicts
+        self._ended = self._lost = False
+        self._named: set[str] = set()  # keys whose values were reported
+        self._recorder: Recorder | None = None
+        self._events = EventLog(folder)
+        self._metrics = MetricsLog(folder / METRICS_LOG, report)
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run; while MLflow does not have it, the folder's name."""
+        raise NotImplementedError
+
+    def log_metric(
+        self,
+        key: str,
+        value: float,
+        step: int | None = None,
+        timestamp: int | None = None,
+        model_id: str | None = None,
+        dataset: Dataset | DatasetEntity | None = None,
+    ) -> None:
+        """Record one metric; see :meth:`log_metrics`."""
+        self.log_metrics(
+            {key: value}, step, timestamp=timestamp, model_id=model_id, dataset=dataset
+        )
+
+    def log_metrics(
+        self,
+        metrics: Mapping[str, float],
+        step: int | None = None,
+        *,
+        timestamp: int | None = None,
+        model_id: str | None = None,
+        dataset: Dataset | DatasetEntity | None = None,
+    ) -> None:
+        """Record metrics of one step; returns after one write to a local file.
+
+        A value that is no finite number is reported, once for its key, and the others are kept.
+        Within a process each call is one more point, as in MLflow. In a resumed run a point that
+        was recorded before with the same step and value is not recorded again; with another value,
+        `train/*`, `eval/*`, `perf/*` and `system/*` keep their first one.
+
+        Args:
+            metrics: key -> value; NumPy and JAX scalars are taken.
+            step: an integer, NumPy's and JAX's too; None is 0, as in MLflow.
+            timestamp: milliseconds since 1970; None: now.
+            model_id: a logged model that the values belong to.
+            dataset: what they were measured on.
+
+        Raises:
+            UnavailableError: when another process has taken the run's lease.
+            TrackingError: for a step that is no integer, or when the run has ended.
+        """
+        self._check_open()
+        good, bad = split_values(metrics)
+        self._report_once(bad)
+        if good:
+            measured_on = None
+            if dataset is not None:
+                entity = dataset_entity(dataset)
+                measured_on = (entity.name, entity.digest)
+            self._metrics.log_metrics(good, to_step(step), timestamp, model_id, measured_on)
+
+    def log_param(self, key: str, value: Any) -> Any:
+        """Record one parameter as `str(value)`; return the value."""
+        self.log_params({key: value})
+        return value
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record parameters as `str(value)`; one that the run has already keeps its value."""
+        self._record(
+            "params",
+            params={str(key): str(value) for key, value in params.items()},
+            name_conflicts=self._name_conflicts,
+        )
+
+    def set_tag(self, key: str, value: Any) -> None:
+        """Record one tag."""
+        self.set_tags({key: value})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Record tags as `str(value)`; later values win."""
+        self._record("tags", tags={str(key): str(value) for key, value in tags.items()})
+
+    def set_note(self, markdown: str) -> None:
+        """Write the description on the run's page."""
+        self.set_tags({tags.NOTE: markdown})
+
+    def log_input(
+        self,
+        dataset: Dataset | DatasetEntity,
+        context: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Record a dataset as an input of the run.
+
+        Args:
+            dataset: any of `mlflow.data`.
+            context: how it is used, for example training.
+            tags: of the input.
+        """
+        given = {"mlflow.data.context": context} if context is not None else {}
+        given |= {str(key): str(value) for key, value in (tags or {}).items()}
+        self._record("input", dataset=dict(dataset_entity(dataset)), tags=given)
+
+    def log_model_input(self, model_id: str) -> None:
+        """Record that the run used a logged model."""
+        self._record("model_input", model_id=model_id)
+
+    def log_artifact(self, local_path: str | Path, artifact_path: str | None = None) -> None:
+        """Record a file, or a folder by its name, as an artifact.
+
+        One from outside the run's folder is copied first, and may be deleted afterwards.
+
+        Args:
+            local_path: of the file or folder.
+            artifact_path: the artifact folder to put it into; None: the run's.
+
+        Raises:
+            TrackingError: if it cannot be read.
+        """
+        path = Path(local_path)
+        target = posixpath.join(artifact_path or "", path.name)
+        if path.is_dir():
+            self.log_artifacts(path, target)
+        else:
+            self._record("artifact", path=self._inside(path), artifact=target)
+
+    def log_artifacts(self, local_dir: str | Path, artifact_path: str | None = None) -> None:
+        """Record the content of a folder as artifacts.
+
+        A folder that `manifest.json` seals, as checkpoints are, replaces what is there under
+        `artifact_path`, and its manifest is uploaded last. Any other is merged, as in MLflow.
+
+        Raises:
+            TrackingError: if it cannot be read.
+        """
+        path = Path(local_dir)
+        self._record("artifacts", path=self._inside(path), artifact=artifact_path or "")
+
+    def log_text(self, text: str, artifact_file: str) -> None:
+        """Record a text as an artifact."""
+        self._with_mlflow.log_text(self.run_id, text, artifact_file)
+
+    def log_dict(self, dictionary: Any, artifact_file: str) -> None:
+        """Record a dictionary as an artifact, YAML or JSON by the file's ending."""
+        self._with_mlflow.log_dict(self.run_id, dictionary, artifact_file)
+
+    def log_figure(
+        self, figure: Any, artifact_file: str, *, save_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Record a matplotlib or plotly figure as an artifact."""
+        self._with_mlflow.log_figure(self.run_id, figure, artifact_file, save_kwargs=save_kwargs)
+
+    def log_image(
+        self,
+        image: Any,
+        artifact_file: str | None = None,
+        key: str | None = None,
+        step: int | None = None,
+        timestamp: int | None = None,
+    ) -> None:
+        """Record an image: as the artifact `artifact_file`, or as `key` at a step."""
+        at = None if step is None else to_step(step)
+        self._with_mlflow.log_image(
+            self.run_id, image, artifact_file, key, at, timestamp, synchronous=True
+        )
+
+    def log_table(self, data: Mapping[str, Any] | pd.DataFrame, artifact_file: str) -> None:
+        """Record a table that the UI shows as one.
+
+        It replaces one of the same name, so that a resumed run may log it again; MLflow's own
+        appends.
+
+        Args:
+            data: columns by name, of equal length, or a DataFrame.
+            artifact_file: path that ends in .json.
+        """
+        encoded = encode_table(data, artifact_file)
+        staged = self._events.stage_bytes(encoded, posixpath.basename(artifact_file))
+        self._record("artifact", path=staged, artifact=artifact_file)
+        self._record("table", artifact=artifact_file)
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a file of the run's folder, and record it as the artifact of the same name."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(path, data)
+        self._record("artifact", path=name, artifact=name)
+
+    def delete_artifact(self, path: str) -> None:
+        """Delete an artifact of the run, or a folder of them."""
+        self._record("delete_artifact", artifact=path)
+
+    def log_summary(self, step: int) -> dict[str, float]:
+        """Record the summary figures of a training, as far as the run has come.
+
+        Returns:
+            The figures; empty if the run has no `train/loss`.
+        """
+        figures = metrics_log.summary(metrics_log.read(self.folder / METRICS_LOG))
+        if figures:
+            self.log_metrics(figures, step)
+        return figures
+
+    def last(self, key: str) -> dict[str, float]:
+        """Return the latest value of a metric as {key: value}; empty if it was never recorded."""
+        point = metrics_log.last(self.folder / METRICS_LOG, key)
+        return {} if point is None else {key: point.value}
+
+    def flush(self) -> None:
+        """Make the local record durable."""
+        self._metrics.flush()
+
+    @property
+    def _with_mlflow(self) -> Recorder:
+        if self._recorder is None:
+            self._recorder = Recorder(self)
+        return self._recorder
+
+    def _inside(self, path: Path) -> str:
+        """Return a file's path below the run's folder, after it was copied there if need be."""
+        try:
+            resolved = path.resolve(strict=True)
+            if resolved.is_relative_to(self.folder):
+                return resolved.relative_to(self.folder).as_posix()
+            return self._events.stage(path)
+        except (FileNotFoundError, PermissionError) as error:
+            raise TrackingError(f"cannot log {path}: {files.one_line(error)}") from error
+        except OSError as error:
+            raise UnavailableError(f"cannot copy {path}: {files.one_line(error)}") from error
+
+    def _record(self, op: str, **fields: Any) -> None:
+        self._check_open()
+        self._put(op, **fields)
+
+    def _put(self, op: str, **fields: Any) -> None:
+        self._events.put(op, **fields)
+
+    def _report_once(self, bad: Mapping[str, str]) -> None:
+        for key, why in bad.items():
+            if key not in self._named:
+                self._named.add(key)
+                self.report(f"metric {key[:80]!r} is not recorded: {why}")
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise TrackingError(f"run {self.run_id} has ended; start another, or continue it")
+        if self._lost:
+            raise UnavailableError(
+                f"run {self.run_id}: lease lost to another process while this one was silent;"
+                " this one stops"
+            )
+
+
+def dataset_entity(dataset: Dataset | DatasetEntity) -> DatasetEntity:
+    """Return what MLflow stores of a dataset."""
+    return dataset if isinstance(dataset, DatasetEntity) else dataset._to_mlflow_entity()

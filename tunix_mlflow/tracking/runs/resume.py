@@ -1,0 +1,170 @@
+"""Continuing a run: whether it may be, and what this machine needs for it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from mlflow.tracking import MlflowClient
+
+from tunix_mlflow import paths
+from tunix_mlflow.config.identity import differences
+from tunix_mlflow.config.schema import Config
+from tunix_mlflow.errors import CheckpointError, IntegrityError, TrackingError
+from tunix_mlflow.tracking.record import metrics_log
+from tunix_mlflow.tracking.record.event_log import Cursor, move_cursor, read_cursor
+from tunix_mlflow.tracking.record.folder import CHECKPOINTS, METRICS_LOG
+from tunix_mlflow.tracking.runs.lookup import RecordedRun, history, look_up
+from tunix_mlflow.tracking.sync import lease, upload
+
+
+def to_resume(
+    run_id: str, change: Callable[[Config], Config] = lambda before: before, *, fork: bool = False
+) -> RecordedRun:
+    """Return configuration and environment of a training run that can be resumed.
+
+    Args:
+        run_id: MLflow's, or the name of a folder that MLflow does not have.
+        change: from the run's configuration to the one to resume with; what may change is told
+            by `config.identity.FREE`.
+        fork: a new run will begin at a checkpoint of this one; then anything may change.
+
+    Raises:
+        UnavailableError: if MLflow is away and the run is not on this machine.
+        TrackingError: if there is no such run, it is no training run, it has finished, or what
+            may not change would.
+    """
+    found = look_up(run_id)
+    config = change(found.config)
+    longer = config.training.steps > found.config.training.steps
+    if found.status == "FINISHED" and not longer and not fork:
+        raise TrackingError(
+            f"run {found.run_id} has finished; there is nothing to resume. Continue it with more"
+            f" steps: training.steps={2 * found.config.training.steps}"
+        )
+    if not fork and (changed := differences(found.config, config)):
+        raise TrackingError(
+            f"run {found.run_id} cannot be resumed with {'; '.join(changed)}; leave it as it was,"
+            " or start a new run from its checkpoint with --fork"
+        )
+    return found._replace(config=config)
+
+
+def need_checkpoint(run: RecordedRun, step: int | None, report: Callable[[str], None]) -> None:
+    """Make sure that a run's checkpoint is on this machine: of a step, or the newest.
+
+    Raises:
+        CheckpointError: if there is none, here or in MLflow.
+    """
+    from tunix_mlflow.training import checkpoint
+
+    folder = paths.run_dir(run.run_id)
+    if run.client is not None:
+        fetch_checkpoint(run.client, run.run_id, folder, report, step)
+    have = [int(path.name) for path in checkpoint.steps(folder / CHECKPOINTS)]
+    if not have or (step is not None and step not in have):
+        listed = ", ".join(map(str, have)) or "none"
+        what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise CheckpointError(f"run {run.run_id} has {what}; there are: {listed}")
+
+
+def fetch_checkpoint(
+    client: MlflowClient,
+    run_id: str,
+    folder: Path,
+    report: Callable[[str], None],
+    wanted: int | None = None,
+) -> None:
+    """Download an uploaded checkpoint, unless it is on this machine.
+
+    Args:
+        client: reaches MLflow.
+        run_id: the run.
+        folder: its folder on this machine.
+        report: called with what was fetched, and with what is damaged.
+        wanted: the step; None: the newest, unless a newer one is here.
+    """
+    from tunix_mlflow.models import arrays
+    from tunix_mlflow.training import checkpoint
+
+    checkpoints = folder / CHECKPOINTS
+    have = {int(path.name) for path in checkpoint.steps(checkpoints)}
+    if wanted in have:
+        return
+    for step, artifact in sorted(uploaded_steps(client, run_id).items(), reverse=True):
+        if wanted is None and step <= max(have, default=-1):
+            return
+        if wanted not in (None, step):
+            continue
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            fetched = Path(client.download_artifacts(run_id, artifact, scratch))
+            try:
+                arrays.check(fetched)
+            except IntegrityError as error:
+                report(f"the uploaded checkpoint of step {step} is damaged ({error}); not used")
+                continue
+            final = checkpoints / fetched.name
+            if final.exists():
+                shutil.rmtree(final)  # one that was never sealed
+            fetched.rename(final)
+        report(f"run {run_id}: fetched the checkpoint of step {step} from MLflow")
+        return
+
+
+def uploaded_steps(client: MlflowClient, run_id: str) -> dict[int, str]:
+    """Return step -> artifact path of each checkpoint that was uploaded completely."""
+    found = {}
+    for entry in client.list_artifacts(run_id, CHECKPOINTS):
+        name = Path(entry.path).name
+        if entry.is_dir and name.isdigit():
+            inside = {Path(file.path).name for file in client.list_artifacts(run_id, entry.path)}
+            if "manifest.json" in inside:  # which goes last
+                found[int(name)] = entry.path
+    return found
+
+
+def refill(client: MlflowClient, run_id: str, folder: Path, report: Callable[[str], None]) -> None:
+    """Complete a run's folder by what MLflow has: the run may have been resumed elsewhere.
+
+    Metrics come with MLflow's own timestamps, so that delivering them again doubles nothing.
+
+    Raises:
+        MlflowException: if MLflow does not answer.
+    """
+    path = folder / METRICS_LOG
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        points = []
+        if METRICS_LOG in {found.path for found in client.list_artifacts(run_id)}:
+            uploaded = Path(client.download_artifacts(run_id, METRICS_LOG, scratch))
+            if path.exists():
+                lines = metrics_log.read(uploaded)
+                points = [point for line in lines for point in metrics_log.points(line)]
+            else:
+                uploaded.replace(path)
+        points += history(client, run_id)
+        move_cursor(folder, Cursor(read_cursor(folder).events, 0))
+        if metrics_log.merge(path, points):
+            report(f"run {run_id}: its history was completed from MLflow")
+    fetch_checkpoint(client, run_id, folder, report)
+
+
+def mark_stale(client: MlflowClient, experiment_id: str) -> list[str]:
+    """End runs whose process died without a status: RUNNING, and their lease is over.
+
+    Returns:
+        Their ids.
+    """
+    found = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
+    stale = [
+        run.info.run_id
+        for run in found
+        if lease.holder(run.data.tags) is not None and lease.expired(run.data.tags)
+    ]
+    # Not one that another process resumed meanwhile.
+    dead = [one for one in stale if lease.expired(client.get_run(one).data.tags)]
+    for run_id in dead:
+        upload.end_dead(client, run_id)
+    return dead
