@@ -3,12 +3,14 @@
 A file may name another in ``extends:``; overrides (``training.steps=200``) come last. Unknown keys,
 wrong types and values out of range are a ConfigError that names the key.
 
-Four functions of the package turn one Config into another:
+These functions of the package turn one Config into another, and no others:
 
 - :func:`apply_overrides`: with some keys set anew, when a run is resumed.
 - :func:`inherit_auto`: keys that are null take the value that an earlier part of the run chose.
-- ``training.resolve.resolve_auto``: keys that are null take the value that fits data and device.
-- ``tracking.artifacts.anchored``: `base` as an absolute path.
+- ``training.resolve.with_base_shape``: with the model shape of a pretrained base.
+- ``training.resolve.with_length``: with the sequence length that the data needs.
+- ``training.resolve.resolve_auto``: the other null keys, by the data and the device.
+- ``tracking.artifacts.anchored``: with `base` as an absolute path.
 """
 
 from __future__ import annotations
