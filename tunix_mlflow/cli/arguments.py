@@ -15,7 +15,9 @@ _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 class Number(click.IntRange):
     """An integer option, shown as N."""
 
-    name = "n"
+    def get_metavar(self, *_: Any, **__: Any) -> str:
+        """Return it; click's own is `INTEGER RANGE`."""
+        return "N"
 
 
 class ConfigurableCommand(click.Command):

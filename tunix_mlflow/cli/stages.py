@@ -228,22 +228,23 @@ def _resolve_run(
 ) -> Resumption:
     """Return the run that `train` begins or resumes."""
     from tunix_mlflow.config.load import load_config
-    from tunix_mlflow.pipelines import resume as pipeline
 
-    if resume not in (None, AUTO):
+    if resume is not None and resume != AUTO:
         if source not in (None, _TRAIN):  # MLproject always passes its default
             raise ConfigError(
                 "a resumed run keeps its configuration; give only KEY=VALUE to change it"
             )
-        return pipeline.resume_run(resume, overrides, step=step, fork=fork)
+        from tunix_mlflow.pipelines.resume import resume_run
+
+        return resume_run(resume, overrides, step=step, fork=fork)
     if step is not None or fork:
         raise ConfigError("--step and --fork need --resume RUN_ID")
     if "base" in overrides and source in (None, _TRAIN):
         source = _PRETRAINED
-    config = load_config(source or _TRAIN, overrides)
-    if resume == AUTO:
-        return pipeline.resume_by_key(config)
-    return pipeline.Resumption(config, {}, None)
+    config = load_config(source or _TRAIN, overrides)  # a mistake does not wait for MLflow
+    from tunix_mlflow.pipelines.resume import Resumption, resume_by_key
+
+    return resume_by_key(config) if resume == AUTO else Resumption(config, {}, None)
 
 
 def _train(run: Resumption, *, plan: bool, force: bool) -> None:
