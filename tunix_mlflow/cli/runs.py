@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -79,36 +80,46 @@ def verify(run_id: str, as_json: bool) -> None:
 @click.argument("run_id", required=False)
 def sync(run_id: str | None) -> None:
     """Upload pending records to MLflow: of one run, or of all runs on this machine."""
-    from tunix_mlflow import paths
     from tunix_mlflow.config.schema import TrackingConfig
     from tunix_mlflow.tracking import store
-    from tunix_mlflow.tracking.record import event_log
-    from tunix_mlflow.tracking.runs import lookup
+    from tunix_mlflow.tracking.record.folder import read_link
+    from tunix_mlflow.tracking.sync import upload
 
-    folders = lookup.folders()
-    if run_id is not None:
-        folder = paths.run_dir(run_id) if run_id.isalnum() else None
-        if folder is None or not (folder / event_log.EVENT_LOG).exists():
-            raise TrackingError(f"there is no run {run_id[:80]!r} in {paths.run_dir('')}")
-        folders = [folder.resolve()]
+    paths = _pending(run_id)
     client = store.connect(TrackingConfig())
     failed: list[TrackingError | UnavailableError] = []
-    for folder in reversed(folders):  # parents before their children
-        if not (folder / event_log.EVENT_LOG).exists():
-            continue
-        if run_id is None and not event_log.waiting(folder):
-            continue
+    for path in paths:
         try:
-            sent = lookup.sync(client, folder, lambda message: click.echo(message, err=True))
+            sent = upload.sync(client, path, lambda message: click.echo(message, err=True))
         except (TrackingError, UnavailableError) as error:
             failed.append(error)
             continue
-        known = event_log.known(folder)
-        if known is not None:
-            link = store.run_link(known.experiment_id, known.run_id)
-            click.echo(f"run {known.run_id}: uploaded {sent:,} bytes of records; {link}")
+        link = read_link(path)
+        if link is not None:
+            url = store.run_link(link.experiment_id, link.run_id)
+            click.echo(f"run {link.run_id}: uploaded {sent:,} bytes of records; {url}")
     if failed:
         raise type(failed[0])("; ".join(map(str, failed)))
+
+
+def _pending(run_id: str | None) -> list[Path]:
+    """Return the folder of a run, or the folders that have pending records, parents first.
+
+    Raises:
+        TrackingError: if there is no such run here.
+    """
+    from tunix_mlflow import paths
+    from tunix_mlflow.tracking.record.event_log import pending_bytes
+    from tunix_mlflow.tracking.record.folder import EVENT_LOG
+    from tunix_mlflow.tracking.runs import lookup
+
+    if run_id is None:
+        folders = [path for path in reversed(lookup.folders()) if (path / EVENT_LOG).exists()]
+        return [path for path in folders if pending_bytes(path)]
+    folder = paths.run_dir(run_id) if run_id.isalnum() else None
+    if folder is None or not (folder / EVENT_LOG).exists():
+        raise TrackingError(f"there is no run {run_id[:80]!r} in {paths.run_dir('')}")
+    return [folder.resolve()]
 
 
 def _row(run: Any) -> dict[str, Any]:
