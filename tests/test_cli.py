@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
 import sys
 import typing
 from collections.abc import Callable
@@ -197,6 +198,23 @@ def test_train_help_lists_its_options() -> None:
     output = CliRunner().invoke(cli, ["train", "--help"]).output
     for option in ("--plan", "--force", "--resume", "--step", "--fork"):
         assert re.search(rf"^  {option}\b", output, re.MULTILINE)
+
+
+def test_help_loads_no_library() -> None:
+    """The time of --help is Python's and click's."""
+    code = (
+        "import sys\n"
+        "from tunix_mlflow.cli.main import cli\n"
+        "try:\n    cli(['train', '--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = ('jax', 'mlflow', 'duckdb', 'numpy', 'yaml', 'msgspec', 'tqdm', 'psutil')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "Usage" in done.stdout
+    assert done.stdout.endswith("[]\n")
 
 
 def test_the_suites_are_the_schemas() -> None:
