@@ -126,7 +126,7 @@ def run_here(*arguments: str) -> int:
     from tunix_mlflow.runtime import process
 
     try:
-        return process.execute(command_line._run, arguments)
+        return process.execute(command_line.invoke, arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
 

@@ -6,14 +6,13 @@ import re
 import subprocess
 from pathlib import Path
 
-import click
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from tests.conftest import ROOT
+from tests.test_cli import commands
 from tunix_mlflow.cli.main import cli
-from tunix_mlflow.runtime import process
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -59,19 +58,9 @@ def test_the_tree_is_the_tree() -> None:
     assert top - {"LICENSE"} == {path.rstrip("/") for path in shown if "/" not in path.rstrip("/")}
 
 
-def commands(group: click.Group, prefix: str) -> dict[str, click.Command]:
-    found: dict[str, click.Command] = {}
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            found |= commands(command, f"{prefix} {name}")
-        else:
-            found[f"{prefix} {name}"] = command
-    return found
-
-
 @pytest.mark.parametrize("name", commands(cli, "tunix-mlflow"))
 def test_every_command_has_help_and_a_line_in_the_readme(name: str) -> None:
-    """And the help begins with a sentence."""
+    """And the help starts with a sentence."""
     result = CliRunner().invoke(cli, [*name.split()[1:], "--help"])
     assert result.exit_code == 0
     assert re.search(r"\n {2}[A-Z].+", result.output)
@@ -100,10 +89,9 @@ def test_every_entry_point_and_preset_is_in_the_readme() -> None:
 
 def test_every_environment_variable_is_in_the_readme() -> None:
     """What the code reads or sets, a user can look up."""
-    text = (
-        Path(str(process.__file__)).read_text() + (ROOT / "tunix_mlflow" / "state.py").read_text()
-    )
-    names = set(re.findall(r'"((?:MLFLOW|TUNIX|JAX|XLA|NPROC)[A-Z_]*)"', text))
+    files = ("runtime/process.py", "runtime/environment.py", "runtime/huge_pages.py", "paths.py")
+    text = "".join((ROOT / "tunix_mlflow" / name).read_text() for name in files)
+    names = set(re.findall(r'"((?:MLFLOW|TUNIX|JAX|XLA|NPROC|GLIBC)[A-Z_]*)"', text))
     internal = {
         "JAX_PLATFORMS",
         "MLFLOW_RUN_ID",

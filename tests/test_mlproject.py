@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from tests.conftest import (
     tiny,
     write_traces,
 )
-from tunix_mlflow import Config, session
+from tunix_mlflow import start_run
 from tunix_mlflow.errors import TrackingError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -175,12 +176,12 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def wait_for_step(process: subprocess.Popen[str], home: Path, step: int) -> Path:
-    """The folder of the only run, once its journal has come to a step."""
+    """The folder of the only run, once its metrics log has come to a step."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        for journal in home.glob("runs/*/metrics.jsonl"):
-            if f'"step": {step},' in journal.read_text():
-                return journal.parent
+        for log in home.glob("runs/*/metrics.jsonl"):
+            if f'"step": {step},' in log.read_text():
+                return log.parent
         time.sleep(0.02)
     raise AssertionError(process.communicate()[1])
 
@@ -203,7 +204,7 @@ def history(run_id: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def open_again(run_id: str) -> None:
-    with session(Config(), stage="train", run_id=run_id):
+    with start_run(run_id=run_id, resume=True):
         raise AssertionError
 
 
@@ -212,7 +213,7 @@ def test_killed_and_resumed_is_bit_identical(store: str, command: Command, home:
     bit, each metric point once and the same as in an uninterrupted run."""
     done = command("tunix-mlflow", "train", *as_arguments(LONG))
     assert done.returncode == 0, done.stderr
-    whole = last_json(done.stdout)["run_id"]
+    uninterrupted = last_json(done.stdout)["run_id"]
     shutil.rmtree(home / "runs")
     client = MlflowClient()
 
@@ -233,12 +234,12 @@ def test_killed_and_resumed_is_bit_identical(store: str, command: Command, home:
     assert done.returncode == 0, done.stderr
     assert last_json(done.stdout)["run_id"] == folder.name
 
-    resumed, reference = client.get_run(folder.name), client.get_run(whole)
+    resumed, reference = client.get_run(folder.name), client.get_run(uninterrupted)
     assert resumed.info.status == "FINISHED"
     assert "tunix_mlflow.error" not in resumed.data.tags
     digests = {r.data.tags["tunix_mlflow.weights_digest"] for r in (resumed, reference)}
     assert len(digests) == 1
-    assert history(folder.name) == history(whole)
+    assert history(folder.name) == history(uninterrupted)
     done = command("tunix-mlflow", "resume", folder.name)
     assert (done.returncode, done.stdout) == (2, "")
     assert "has finished" in done.stderr
@@ -261,8 +262,8 @@ def launch_project(parameters: dict[str, str]) -> subprocess.Popen[str]:
 def test_the_child_does_not_outlive_mlflow_run(
     store: str, command: Command, home: Path, number: int
 ) -> None:
-    """Whatever ends `mlflow run` alone, training saves and ends KILLED; -P resume goes on with it
-    and leaves no ghost."""
+    """Whatever ends `mlflow run` alone, training saves and ends KILLED; -P resume continues the run
+    and leaves no other one RUNNING."""
     process = launch_project(LONG | {"training.steps": "400"})
     folder = wait_for_step(process, home, 25)
     process.send_signal(number)
@@ -312,7 +313,7 @@ def test_demo_keeps_to_itself(command: Command, tmp_path: Path, home: Path) -> N
         figures = last_json(done.stdout)
         assert figures["version"] == "1"
         assert figures["verdict"] == ("was champion already" if turn else "promoted, the first")
-        for word in ("dataset", "steps", "tokens/s", "final loss", "held-out match", "model"):
+        for word in ("dataset", "steps", "tokens/s", "final loss", "test exact match", "model"):
             assert word in done.stderr
         assert "workflowType=machine_learning" in done.stderr
     assert [p.name for p in Path.cwd().iterdir()] == [".demo"]
@@ -343,6 +344,19 @@ def test_a_closed_pipe_is_no_traceback(command: Command, home: Path) -> None:
         check=False,
     )
     assert "Traceback" not in done.stderr
+
+
+def test_a_script_is_the_command() -> None:
+    """`python -m projects.train` reads the arguments of `tunix-mlflow train`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "projects.train", "--help"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("Usage: tunix-mlflow train [OPTIONS] [CONFIG] [KEY=VALUE]...")
 
 
 def test_results_are_json(command: Command, home: Path) -> None:

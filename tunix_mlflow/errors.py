@@ -1,7 +1,7 @@
-"""Every named exception of the project, each with the exit code it stands for.
+"""Every named exception of the project, each with its exit code.
 
-A message says what was wrong, where, and what to do, in one line. The command line and
-the project scripts print it and exit with ``exit_code``; nothing else catches these.
+A message states what was wrong, where, and what to do, in one line. The command line prints it and
+exits with ``exit_code``.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import signal
 
 
 class TunixMlflowError(Exception):
-    """Base class: something a user can read and act on."""
+    """Base class: an error whose message a user can act on."""
 
     exit_code = 1
 
 
 class InputError(TunixMlflowError):
-    """What the user gave is wrong; nothing was changed."""
+    """An input is wrong; nothing was changed."""
 
     exit_code = 2
 
@@ -30,23 +30,23 @@ class DatasetError(InputError):
 
 
 class ModelError(InputError):
-    """A pretrained model's files are missing, damaged, or of a kind that is not implemented."""
+    """A pretrained model's files are missing, damaged, or of an architecture not implemented."""
 
 
 class DeviceError(InputError):
-    """The device that was asked for is not there."""
+    """The requested device does not exist."""
 
 
 class TrackingError(InputError):
-    """The MLflow server, a run or a logged model cannot be reached or used."""
+    """An MLflow server, a run or a logged model does not exist or cannot be used."""
 
 
 class CheckpointError(InputError):
-    """No checkpoint can be used for what was asked."""
+    """There is no checkpoint that can be used."""
 
 
 class BenchmarkError(TunixMlflowError):
-    """Something that is measured failed; the message has its last words."""
+    """A benchmark failed; the message has the end of its output."""
 
 
 class UnavailableError(TunixMlflowError):
@@ -56,21 +56,21 @@ class UnavailableError(TunixMlflowError):
 
 
 class Refused(TunixMlflowError):
-    """A check or a gate said no; the reason is the message."""
+    """A check or a gate refused; the message has the reason."""
 
     exit_code = 3
 
 
 class IntegrityError(Refused):
-    """Stored content is not what its digest says."""
+    """Stored content does not match its digest."""
 
 
 class TrainingStopped(TunixMlflowError):
-    """Training cannot go on, for example because the loss is not finite."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 class Interrupted(TunixMlflowError):
-    """A signal asked the process to end; the exit code is 128 + its number."""
+    """A signal stopped the process; the exit code is 128 plus its number."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}")

@@ -38,7 +38,7 @@ def _arm(crash_at: int) -> list[int]:
 
 
 def main() -> None:
-    from projects import train
+    from tunix_mlflow.cli.main import invoke
     from tunix_mlflow.data import datasets  # noqa: F401
     from tunix_mlflow.runtime import process
     from tunix_mlflow.tracking import run  # noqa: F401
@@ -59,7 +59,7 @@ def main() -> None:
             os.dup2(log, 2)
             os.environ.update(request["environment"])
             count = _arm(request.get("crash_at", 0))
-            code = process.execute(train.main, request["arguments"])
+            code = process.execute(invoke, ["train", *request["arguments"]])
             print(f"operations: {count[0]}", flush=True)
             os._exit(code)
         print(pid, flush=True)

@@ -156,7 +156,7 @@ def test_fuzzed_input_is_one_line(tmp_path: Path) -> None:
 
         def call(argv: list[str]) -> None:
             nonlocal code
-            code = process.execute(command_line._run, argv)
+            code = process.execute(command_line.invoke, argv)
 
         with runner.isolation() as streams:
             try:

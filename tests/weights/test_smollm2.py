@@ -136,10 +136,11 @@ def test_pretrained_reads_its_own(folder: Path) -> None:
 _TRAIN = """
 import re, sys, threading, time
 from pathlib import Path
-from tunix_mlflow import bootstrap, config as configs
+from tunix_mlflow.config.load import load_config
+from tunix_mlflow.runtime.environment import export
 words = dict(word.split("=", 1) for word in sys.argv[2:])
-made = configs.load(None, words, Path("projects/configs"))
-bootstrap.prepare(made)
+made = load_config(None, words)
+export(made)
 import jax, msgspec
 from tunix_mlflow.benchmarks import workload
 from tunix_mlflow.models import base as bases

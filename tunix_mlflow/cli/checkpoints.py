@@ -1,39 +1,40 @@
-"""`tunix-mlflow checkpoints`: what is kept, whether it is whole, and what may go."""
+"""`tunix-mlflow checkpoints`: list, check and prune checkpoints."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from tunix_mlflow.cli.arguments import Number
 from tunix_mlflow.errors import IntegrityError
 
 if TYPE_CHECKING:
     from tunix_mlflow.tracking.runs.retention import Entry
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_run = click.option("--run", "run_id", help="Of this run alone.")
+_run = click.option("--run", "run_id", metavar="RUN_ID", help="Only those of this run.")
 
 
 @click.group()
 def checkpoints() -> None:
-    """Tend the checkpoints of all runs, here and in the artifact store."""
+    """List, check and prune the checkpoints of all runs, here and in the artifact store."""
 
 
 @checkpoints.command("list")
 @_run
 @_json
 def list_(run_id: str | None, as_json: bool) -> None:
-    """Every checkpoint, where it is and how large."""
-    _, found = _survey(run_id, 1, 0, "eval/loss", "min", 0)
+    """List every checkpoint, where it is and its size."""
+    from tunix_mlflow.cli.terminal import print_json
+
+    _, entries = _survey(run_id, 1, 0, "eval/loss", "min", 0)
     if as_json:
-        click.echo(json.dumps([_plain(entry) for entry in found]))
+        print_json([_plain(entry) for entry in entries])
         return
-    for entry in found:
-        click.echo(_line(entry))
-    click.echo(f"{len(found)} checkpoints, {_mib(found)}")
+    _echo(entries)
+    click.echo(f"{len(entries)} checkpoints, {_mib(entries)}")
 
 
 @checkpoints.command()
@@ -41,30 +42,55 @@ def list_(run_id: str | None, as_json: bool) -> None:
 @_json
 def verify(run_id: str | None, as_json: bool) -> None:
     """Check every file of every checkpoint; exit code 3 if one is damaged."""
+    from tunix_mlflow.cli.terminal import print_json
     from tunix_mlflow.tracking.runs import retention
 
-    client, found = _survey(run_id, 1, 0, "eval/loss", "min", 0)
-    damaged = []
-    for entry in found:
-        reason = retention.damage(client, entry)
-        if reason is not None:
-            damaged.append(_plain(entry) | {"damage": reason})
-        if not as_json:
-            click.echo(f"{_line(entry)}  {reason or 'whole'}")
+    client, entries = _survey(run_id, 1, 0, "eval/loss", "min", 0)
+    reasons = [retention.damage(client, entry) for entry in entries]
+    damaged = [
+        _plain(entry) | {"damage": reason}
+        for entry, reason in zip(entries, reasons, strict=True)
+        if reason is not None
+    ]
     if as_json:
-        click.echo(json.dumps({"checked": len(found), "damaged": damaged}))
+        print_json({"checked": len(entries), "damaged": damaged})
+    else:
+        _echo(entries, ("FILES", [reason or "intact" for reason in reasons]))
     if damaged:
-        raise IntegrityError(f"{len(damaged)} of {len(found)} checkpoints are damaged")
+        raise IntegrityError(f"{len(damaged)} of {len(entries)} checkpoints are damaged")
 
 
 @checkpoints.command()
-@click.option("--keep-last", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--keep-best", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--keep-last",
+    type=Number(1),
+    default=1,
+    show_default=True,
+    help="Newest to keep.",
+)
+@click.option(
+    "--keep-best",
+    type=Number(0),
+    default=0,
+    show_default=True,
+    help="Best to keep.",
+)
 @click.option("--metric", default="eval/loss", show_default=True, help="For --keep-best.")
-@click.option("--mode", type=click.Choice(["min", "max"]), default="min", show_default=True)
-@click.option("--keep-every", type=click.IntRange(0), default=0, help="Multiples of so many steps.")
+@click.option(
+    "--mode",
+    type=click.Choice(["min", "max"]),
+    default="min",
+    show_default=True,
+    help="Whether a smaller or a larger --metric is better.",
+)
+@click.option(
+    "--keep-every",
+    type=Number(0),
+    default=0,
+    help="Keep multiples of N steps.",
+)
 @_run
-@click.option("--yes", is_flag=True, help="Delete; else only show what would go.")
+@click.option("--yes", is_flag=True, help="Delete; without it, only show what would be deleted.")
 @_json
 def prune(
     keep_last: int,
@@ -78,28 +104,29 @@ def prune(
 ) -> None:
     """Delete checkpoints that nothing needs.
 
-    Stays in any case: what a registered version was made from, the two newest of a run that can
-    be resumed, and everything of a run that is open or that MLflow does not know. Of deleted runs
-    nothing else stays. Models are never touched.
+    Always kept: what a registered version was made from, the two newest of a run that can be
+    resumed, and everything of a run that is open or that MLflow does not know. Of deleted runs
+    nothing else is kept. Models are never deleted.
     """
+    from tunix_mlflow.cli.terminal import print_json
     from tunix_mlflow.tracking.runs import retention
 
-    client, found = _survey(run_id, keep_last, keep_best, metric, mode, keep_every)
-    going = [entry for entry in found if entry.kept is None]
+    client, entries = _survey(run_id, keep_last, keep_best, metric, mode, keep_every)
+    to_delete = [entry for entry in entries if entry.kept is None]
     if not as_json:
-        for entry in found:
-            click.echo(f"{_line(entry)}  {entry.kept or 'goes'}")
+        _echo(entries, ("KEPT", [entry.kept or "no: delete" for entry in entries]))
     if yes:
-        for entry in going:
+        for entry in to_delete:
             retention.remove(client, entry)
     if as_json:
-        freed = sum(entry.bytes for entry in going)
-        shown = {"freed_bytes": freed, "done": yes, "checkpoints": [_plain(e) for e in found]}
-        click.echo(json.dumps(shown))
+        freed = sum(entry.bytes for entry in to_delete)
+        print_json({"freed_bytes": freed, "done": yes, "checkpoints": [_plain(e) for e in entries]})
     elif yes:
-        click.echo(f"deleted {len(going)} checkpoints, {_mib(going)}")
+        click.echo(f"deleted {len(to_delete)} checkpoints, {_mib(to_delete)}")
     else:
-        click.echo(f"would delete {len(going)} checkpoints, {_mib(going)}; --yes does it")
+        click.echo(
+            f"would delete {len(to_delete)} checkpoints, {_mib(to_delete)}; add --yes to do it"
+        )
 
 
 def _survey(
@@ -117,12 +144,20 @@ def _survey(
     return client, retention.survey(client, policy, run_id)
 
 
-def _line(entry: Entry) -> str:
-    return f"{entry.run_id}  step {entry.step:>8}  {entry.where:8} {entry.bytes / 2**20:>9.1f} MiB"
+def _echo(entries: Sequence[Entry], *columns: tuple[str, Sequence[str]]) -> None:
+    from tunix_mlflow.cli import table
+
+    headers = ("RUN", "STEP", "WHERE", "MIB", *(header for header, _ in columns))
+    rows = [
+        (e.run_id, e.step, e.where, round(e.bytes / 2**20, 1), *(c[i] for _, c in columns))
+        for i, e in enumerate(entries)
+    ]
+    if rows:
+        table.echo(headers, rows)
 
 
-def _mib(found: Sequence[Entry]) -> str:
-    return f"{sum(entry.bytes for entry in found) / 2**20:,.1f} MiB"
+def _mib(entries: Sequence[Entry]) -> str:
+    return f"{sum(entry.bytes for entry in entries) / 2**20:,.1f} MiB"
 
 
 def _plain(entry: Entry) -> dict[str, Any]:

@@ -1,30 +1,29 @@
-"""`tunix-mlflow`: the verbs launch the project's entry points; `datasets` tends the catalog.
+"""`tunix-mlflow`: the stages, and groups of commands for datasets, runs, checkpoints and models.
 
-This file loads click alone, so that --help is quick.
+This file and the modules that it imports load click and nothing else, so that --help is quick.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import NoReturn
 
 import click
 
 from tunix_mlflow import __version__
-from tunix_mlflow.cli import launch
+from tunix_mlflow.cli import stages
 from tunix_mlflow.cli.bench import bench
 from tunix_mlflow.cli.checkpoints import checkpoints
 from tunix_mlflow.cli.datasets import datasets
 from tunix_mlflow.cli.models import models
-from tunix_mlflow.cli.runs import runs
+from tunix_mlflow.cli.runs import runs, sync
 from tunix_mlflow.errors import InputError, Interrupted
 from tunix_mlflow.runtime import process
 
-_COMPUTING = ("train", "resume", "evaluate", "demo", "bench")
-_ARGUMENTS = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
+_COMPUTE = ("train", "resume", "evaluate", "main", "demo", "bench")
+"""Commands that are worth a restart for huge pages."""
 
 
 @click.group(context_settings={"max_content_width": 100})
@@ -32,137 +31,47 @@ _ARGUMENTS = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
 def cli() -> None:
     """Fine-tune language models with JAX, the MLflow-native way.
 
-    Runs are recorded where MLFLOW_TRACKING_URI says; the catalog, snapshots and checkpoints
-    live below TUNIX_MLFLOW_HOME (default ~/.tunix-mlflow).
+    Runs are recorded where MLFLOW_TRACKING_URI says; the catalog, snapshots and checkpoints are
+    below TUNIX_MLFLOW_HOME (default ~/.tunix-mlflow). Configuration keys are given as key=value, in
+    YAML; README lists them.
+
+    Exit codes: 0; 2 a user's mistake; 3 refused by a gate or a check; 4 disk, memory, network or a
+    lock is not available, worth a retry; 130 and 143 signals; 1 anything else.
     """
 
 
-cli.add_command(datasets)
-cli.add_command(runs)
-cli.add_command(checkpoints)
-cli.add_command(models)
-cli.add_command(bench)
+for _command in (
+    *(stages.seed, stages.train, stages.resume, stages.evaluate, stages.promote),
+    *(stages.main, stages.demo, sync, bench, datasets, runs, checkpoints, models),
+):
+    cli.add_command(_command)
 
 
-@cli.command(context_settings=_ARGUMENTS)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="SEED [key=value]...")
-def seed(arguments: tuple[str, ...]) -> None:
-    """Store a deterministic dataset in the catalog.
+def main() -> NoReturn:
+    """Run `tunix-mlflow` with the arguments of this process."""
+    process.run(invoke, sys.argv[1:], compute=any(word in _COMPUTE for word in sys.argv[1:2]))
 
-    \b
-    golden-v1, golden-v2, column-addition-v1, dev-reasoning-v1, dev-reasoning-v2, eval-v2,
-    reasoning-gym:FAMILY (extra seeds), and those of other packages
 
-    num_traces=N makes another number of traces, number=N uses another random seed, and
-    key=NAME-vN stores it under another key.
+def run_command(name: str) -> NoReturn:
+    """Run the command `name` with the arguments of this process: a script of projects/."""
+    process.run(invoke, [name, *sys.argv[1:]], compute=name in _COMPUTE)
+
+
+def invoke(argv: Sequence[str]) -> None:
+    """Run a command line.
+
+    Raises:
+        TunixMlflowError: instead of click's own errors, so that each is one line.
     """
-    launch.stage("seed", arguments)
-
-
-@cli.command(context_settings=_ARGUMENTS)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG] [key=value]...")
-def train(arguments: tuple[str, ...]) -> None:
-    """Train a model; CONFIG is a YAML file or a preset: golden-v2, column-addition.
-
-    Without CONFIG, the model, optimizer and steps are those of golden-v2.
-
-    \b
-    tunix-mlflow train column-addition training.steps=200 optimizer.learning_rate=5e-3
-    tunix-mlflow train dataset=support-v1 device=gpu:0
-    tunix-mlflow train dataset=support-v1 base=FOLDER lora.rank=16 --plan
-
-    base=FOLDER begins with a pretrained model. --plan shows what the run would be and need, and
-    trains nothing; --force trains even if the device's memory is forecast to be too small.
-    """
-    launch.stage("train", arguments)
-
-
-@cli.command(context_settings=_ARGUMENTS)
-@click.argument("run_id")
-@click.option("--step", type=int, help="Begin at the checkpoint of this step, not the newest.")
-@click.option("--fork", is_flag=True, help="Begin a run of its own there; anything may change.")
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[key=value]...")
-def resume(run_id: str, step: int | None, fork: bool, arguments: tuple[str, ...]) -> None:
-    """Go on with a training run, in the same MLflow run, here or on another machine.
-
-    What decides the path of the parameters stays; the number of steps, how often to evaluate
-    and save, and where to record may change.
-
-    \b
-    tunix-mlflow resume RUN_ID training.steps=400
-    tunix-mlflow resume RUN_ID --step 100 --fork optimizer.learning_rate=1e-4
-    """
-    words = ["--resume", run_id, *arguments]
-    words += ["--step", str(step)] if step is not None else []
-    words += ["--fork", "true"] if fork else []
-    launch.stage("train", words)
-
-
-@cli.command()
-@click.argument("run_id", required=False)
-def sync(run_id: str | None) -> None:
-    """Tell MLflow what it does not have yet: of one run, or of all on this machine."""
-    from tunix_mlflow.cli import runs as commands
-
-    commands.sync(run_id)
-
-
-@cli.command(context_settings=_ARGUMENTS)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="MODEL [key=value]...")
-def evaluate(arguments: tuple[str, ...]) -> None:
-    """Score a model on held-out examples; MODEL is a run id or a models:/ URI.
-
-    \b
-    tunix-mlflow evaluate models:/support@champion dataset=support-v1 evaluation.limit=500
-    """
-    launch.stage("evaluate", arguments)
-
-
-@cli.command(context_settings=_ARGUMENTS)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="MODEL [key=value]...")
-def promote(arguments: tuple[str, ...]) -> None:
-    """Register a model as challenger, and make it champion if it passes the gate.
-
-    Exit code 3 when the gate refuses.
-
-    \b
-    tunix-mlflow promote RUN_ID name=support promotion.thresholds.exact_match=0.9
-    """
-    launch.stage("promote", arguments)
-
-
-@cli.command(context_settings=_ARGUMENTS)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[key=value]...")
-def demo(arguments: tuple[str, ...]) -> None:
-    """Seed, train, evaluate, register and promote a model, all below ./.demo.
-
-    Uses its own state root and tracking store there, whatever the environment names.
-    """
-    place = Path(".demo").absolute()
     try:
-        place.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create {place}: {error.strerror}") from error
-    for name in [n for n in os.environ if n.startswith(("MLFLOW_", "TUNIX_MLFLOW_"))]:
-        del os.environ[name]
-    os.environ["TUNIX_MLFLOW_HOME"] = str(place / "state")
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{place / 'mlflow.db'}"
-    launch.stage("main", arguments)
-
-
-def main() -> None:
-    """The console script."""
-    process.run(_run, computes=any(verb in _COMPUTING for verb in sys.argv[1:2]))
-
-
-def _run(argv: Sequence[str]) -> None:
-    try:
-        # Not standalone, so that click's own complaints are one line too.
         cli.main(list(argv), prog_name="tunix-mlflow", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
     except click.ClickException as error:
-        raise InputError(f"{error.format_message()} See `tunix-mlflow --help`") from error
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "tunix-mlflow"
+        message = error.format_message().rstrip(".")
+        raise InputError(f"{message}. See `{path} --help`") from error
     except click.Abort as error:
         raise Interrupted(signal.SIGINT) from error
 

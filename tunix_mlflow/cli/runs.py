@@ -1,118 +1,125 @@
-"""`tunix-mlflow runs` and `sync`: training runs, their proof, and what MLflow lacks of them."""
+"""`tunix-mlflow runs` and `sync`: training runs, their reproduction, and pending records."""
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 from typing import Any
 
 import click
 
-from tunix_mlflow.errors import Refused, TrackingError
+from tunix_mlflow.cli.arguments import Number
+from tunix_mlflow.errors import Refused, TrackingError, UnavailableError
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group()
 def runs() -> None:
-    """Look at training runs, and prove them."""
+    """List training runs, and check that they are reproducible."""
 
 
 @runs.command("list")
-@click.option("--limit", type=click.IntRange(1), default=20, help="The newest so many.")
+@click.option("--limit", type=Number(1), default=20, show_default=True, help="At most.")
 @_json
 def list_(limit: int, as_json: bool) -> None:
-    """Training runs of all experiments, the newest first.
+    """List the training runs of all experiments, the newest first.
 
-    Runs that `mlflow run` made only to go on with another are left out.
+    Runs that `mlflow run` created only to resume another one are left out.
     """
+    from tunix_mlflow.cli import table
+    from tunix_mlflow.cli.terminal import print_json
     from tunix_mlflow.config.schema import TrackingConfig
     from tunix_mlflow.tracking import store
-    from tunix_mlflow.tracking.runs import lookup as operations
+    from tunix_mlflow.tracking.runs import lookup
 
     client = store.connect(TrackingConfig())
-    found = [_row(run) for run in operations.training_runs(client, limit)]
+    rows = [_row(run) for run in lookup.training_runs(client, limit)]
     if as_json:
-        click.echo(json.dumps(found))
-        return
-    if not found:
+        print_json(rows)
+    elif not rows:
         click.echo("no training runs yet; `tunix-mlflow train` makes one")
-    for row in found:
-        loss = "" if row["final_loss"] is None else f"loss {row['final_loss']:.4f}"
-        click.echo(
-            f"{row['run_id']}  {row['status']:9} {row['dataset'] or '':24}"
-            f" {row['steps'] or 0:>7} steps  {loss}"
-        )
+    else:
+        columns = ("run_id", "status", "dataset", "steps", "final_loss", "exact_match")
+        headers = ("RUN", "STATUS", "DATASET", "STEPS", "LOSS", "EXACT MATCH")
+        table.echo(headers, [[_rounded(row[name]) for name in columns] for row in rows])
 
 
 @runs.command()
 @click.argument("run_id")
 @_json
 def verify(run_id: str, as_json: bool) -> None:
-    """Train a run's last segment again, and compare state and losses to the bit.
+    """Train the last segment of a run again, and compare state and losses bit for bit.
 
-    The verdict is on the run as the tag tunix_mlflow.verified. Exit code 3 when something differs.
+    The result is logged as the run's tag tunix_mlflow.verified. Exit code 3 if something differs.
     """
+    from tunix_mlflow.cli.terminal import Terminal, print_json
     from tunix_mlflow.data import datasets
-    from tunix_mlflow.runtime.environment import prepare
-    from tunix_mlflow.tracking.runs import lookup as operations
+    from tunix_mlflow.runtime.environment import export
+    from tunix_mlflow.tracking.runs import lookup
 
-    found = operations.look_up(run_id)
-    prepare(found.config, found.environment)
-    if found.config.dataset is None:
-        raise TrackingError(f"run {found.run_id} names no dataset")
+    run = lookup.look_up(run_id)
+    export(run.config, run.environment)
+    if run.config.dataset is None:
+        raise TrackingError(f"run {run.run_id} names no dataset")
     from tunix_mlflow.tracking.runs import replay
 
-    def say(message: str) -> None:
-        click.echo(message, err=True)
-
-    manifest = datasets.ready(found.config.dataset, say)
-    verdict = replay.verify(found.client, found.run_id, found.config, manifest, say)
-    if found.client is not None:
-        found.client.set_tag(found.run_id, replay.VERDICT_TAG, verdict.summary()[:5000])
+    with Terminal() as reporter:
+        manifest = datasets.ready(run.config.dataset, reporter.info)
+        result = replay.verify(run.client, run.run_id, run.config, manifest, reporter.info)
+    if run.client is not None:
+        run.client.set_tag(run.run_id, replay.VERDICT_TAG, result.summary()[:5000])
     if as_json:
-        click.echo(json.dumps(verdict._asdict() | {"run_id": found.run_id, "ok": verdict.ok}))
-    if not verdict.ok:
-        raise Refused(f"run {found.run_id} {verdict.summary()}")
+        print_json(result._asdict() | {"run_id": run.run_id, "ok": result.ok})
+    if not result.ok:
+        raise Refused(f"run {run.run_id} {result.summary()}")
     if not as_json:
-        click.echo(f"run {found.run_id} {verdict.summary()}")
+        click.echo(f"run {run.run_id} {result.summary()}")
 
 
+@click.command()
+@click.argument("run_id", required=False)
 def sync(run_id: str | None) -> None:
-    """Tell MLflow what it does not have yet.
-
-    Raises:
-        TrackingError: if there is no such run here, or MLflow does not answer.
-    """
-    from tunix_mlflow import paths
+    """Upload pending records to MLflow: of one run, or of all runs on this machine."""
     from tunix_mlflow.config.schema import TrackingConfig
     from tunix_mlflow.tracking import store
-    from tunix_mlflow.tracking.record import event_log
-    from tunix_mlflow.tracking.runs import lookup as operations
+    from tunix_mlflow.tracking.record.folder import read_link
+    from tunix_mlflow.tracking.sync import upload
 
-    folders = operations.folders()
-    if run_id is not None:
-        one = paths.run_dir(run_id) if run_id.isalnum() else None
-        if one is None or not (one / event_log.EVENT_LOG).exists():
-            raise TrackingError(f"there is no run {run_id[:80]!r} in {paths.run_dir('')}")
-        folders = [one.resolve()]
+    paths = _pending(run_id)
     client = store.connect(TrackingConfig())
-    failed = []
-    for folder in reversed(folders):  # parents before their children
-        if not (folder / event_log.EVENT_LOG).exists():
-            continue
-        if run_id is None and not event_log.waiting(folder):
-            continue
+    failed: list[TrackingError | UnavailableError] = []
+    for path in paths:
         try:
-            told = operations.sync(client, folder, lambda message: click.echo(message, err=True))
-        except TrackingError as error:
-            failed.append(str(error))
+            sent = upload.sync(client, path, lambda message: click.echo(message, err=True))
+        except (TrackingError, UnavailableError) as error:
+            failed.append(error)
             continue
-        known = event_log.known(folder)
-        if known is not None:
-            link = store.run_link(known.experiment_id, known.run_id)
-            click.echo(f"run {known.run_id}: {told:,} bytes of records delivered; {link}")
+        link = read_link(path)
+        if link is not None:
+            url = store.run_link(link.experiment_id, link.run_id)
+            click.echo(f"run {link.run_id}: uploaded {sent:,} bytes of records; {url}")
     if failed:
-        raise TrackingError("; ".join(failed))
+        raise type(failed[0])("; ".join(map(str, failed)))
+
+
+def _pending(run_id: str | None) -> list[Path]:
+    """Return the folder of a run, or the folders that have pending records, parents first.
+
+    Raises:
+        TrackingError: if there is no such run here.
+    """
+    from tunix_mlflow import paths
+    from tunix_mlflow.tracking.record.event_log import pending_bytes
+    from tunix_mlflow.tracking.record.folder import EVENT_LOG
+    from tunix_mlflow.tracking.runs import lookup
+
+    if run_id is None:
+        folders = [path for path in reversed(lookup.folders()) if (path / EVENT_LOG).exists()]
+        return [path for path in folders if pending_bytes(path)]
+    folder = paths.run_dir(run_id) if run_id.isalnum() else None
+    if folder is None or not (folder / EVENT_LOG).exists():
+        raise TrackingError(f"there is no run {run_id[:80]!r} in {paths.run_dir('')}")
+    return [folder.resolve()]
 
 
 def _row(run: Any) -> dict[str, Any]:
@@ -128,3 +135,7 @@ def _row(run: Any) -> dict[str, Any]:
         "verified": tags.get("tunix_mlflow.verified"),
         "key": tags.get("tunix_mlflow.key"),
     }
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value

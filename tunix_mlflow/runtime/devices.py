@@ -33,7 +33,8 @@ def use(device: str, count: int = 1) -> jax.Device:
     """
     kind, _, index = device.partition(":")
     number = int(index or 0)
-    if kind in ("auto", "cpu") and jax.config.jax_num_cpu_devices < count:
+    virtual: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    if kind in ("auto", "cpu") and virtual < count:
         # RuntimeError: a backend is initialized; `group` says what to do where devices are missing.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)

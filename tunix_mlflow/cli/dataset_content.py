@@ -1,0 +1,195 @@
+"""`tunix-mlflow datasets show`, `sample` and `stats`: what a dataset contains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tunix_mlflow.cli.arguments import Number
+
+if TYPE_CHECKING:
+    from tunix_mlflow.data.examples import Example
+    from tunix_mlflow.text.tokenizer import Tokenizer
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_STATISTICS = ("mean", "p50", "p90", "p99", "max")
+
+
+@click.command()
+@click.argument("key")
+@click.option(
+    "--limit",
+    type=Number(1),
+    default=3,
+    show_default=True,
+    help="Examples to show.",
+)
+@click.option("--mask", is_flag=True, help="Show the tokens, and which are trained on.")
+@click.option("--answer-only", is_flag=True, help="With --mask: as with data.include_steps=false.")
+@click.option("--base", help="With --mask: use the tokenizer and template of this model.")
+@_json
+def show(
+    key: str, limit: int, mask: bool, answer_only: bool, base: str | None, as_json: bool
+) -> None:
+    """Show a dataset's manifest, statistics and first examples."""
+    import msgspec
+
+    from tunix_mlflow.cli.terminal import Terminal, print_json
+    from tunix_mlflow.data import datasets, snapshot
+    from tunix_mlflow.data.examples import canonical_text
+
+    manifest = datasets.ready(key, Terminal().info)
+    examples = snapshot.read(manifest.digest)[:limit]
+    if as_json:
+        texts = [json.loads(canonical_text(example)) for example in examples]
+        print_json(msgspec.to_builtins(manifest) | {"examples": texts})
+        return
+    click.echo(f"{manifest.key}: {manifest.count} examples, digest {manifest.digest}")
+    for name, split in manifest.splits.items():
+        click.echo(f"  split {name}: {split.count} examples, digest {split.digest}")
+    for name, value in {**manifest.stats, **manifest.request}.items():
+        click.echo(f"  {name}: {_printable(str(value))}")
+    if manifest.parent is not None:
+        click.echo(f"  parent: {manifest.parent}")
+    for source in datasets.provenance(key):
+        file = _printable(str(source["file"]))
+        click.echo(f"  from {file}: {source['rows']} rows, sha256 {source['sha256']}")
+    tokenizer = _tokenizer(base) if mask else None
+    for example in examples:
+        text = readable(example) if tokenizer is None else masked(example, answer_only, tokenizer)
+        click.echo(f"\n{text}")
+
+
+@click.command()
+@click.argument("key")
+@click.option(
+    "-n",
+    "count",
+    type=Number(1),
+    default=3,
+    show_default=True,
+    help="How many.",
+)
+@click.option("--seed", type=Number(), default=0, show_default=True, help="Of the random numbers.")
+@click.option("--split", help="Draw from this split only.")
+@_json
+def sample(key: str, count: int, seed: int, split: str | None, as_json: bool) -> None:
+    """Show examples of a dataset, drawn at random."""
+    from tunix_mlflow.cli.terminal import Terminal, print_json
+    from tunix_mlflow.data import datasets
+    from tunix_mlflow.data.examples import canonical_text
+
+    manifest = datasets.ready(key, Terminal().info)
+    examples = datasets.sample(manifest, count, seed=seed, split=split)
+    if as_json:
+        print_json([json.loads(canonical_text(example)) for example in examples])
+    else:
+        click.echo("\n\n".join(readable(example) for example in examples))
+
+
+@click.command()
+@click.argument("key")
+@click.option("--sequence-length", type=Number(1), help="Tokens in a row.")
+@click.option("--base", help="Count tokens with the tokenizer and template of this model.")
+@_json
+def stats(key: str, sequence_length: int | None, base: str | None, as_json: bool) -> None:
+    """Show steps, characters and byte tokens of a dataset, with percentiles.
+
+    With --sequence-length, also how many examples are longer than a row of that length.
+    """
+    from tunix_mlflow import paths
+    from tunix_mlflow.cli.terminal import print_json
+    from tunix_mlflow.data import catalog, datasets
+
+    if base is not None:
+        count, figures = _tokenizer_stats(key, base)
+    else:
+        manifest = datasets.get(key)
+        count, figures = manifest.count, dict(manifest.stats)
+        if sequence_length is not None:
+            # A row has one token fewer than an example: the last is only ever predicted.
+            cut = catalog.longer_than(paths.catalog_path(), key, sequence_length + 1)
+            figures |= {"sequence_length": sequence_length, "cut": cut}
+    if as_json:
+        print_json({"key": key, "count": count, **({"base": base} if base else {}), **figures})
+        return
+    click.echo(f"{key}: {count:,} examples\n")
+    _echo_statistics(figures)
+    if figures.get("cut"):
+        click.echo(
+            f"\nwarning: rows of {sequence_length} tokens would cut {figures['cut']:,} of"
+            f" {count:,} examples ({figures['cut'] / count:.1%})"
+        )
+
+
+def _echo_statistics(figures: Mapping[str, Any]) -> None:
+    """Print NAME_mean, NAME_p50, ... as a table, and all other figures below it."""
+    from tunix_mlflow.cli import table
+
+    names = [key.removesuffix("_max") for key in figures if key.endswith("_max")]
+    rows = [
+        (name, *(figures.get(f"{name}_{statistic}") for statistic in _STATISTICS)) for name in names
+    ]
+    table.echo(("", *(statistic.upper() for statistic in _STATISTICS)), rows)
+    shown = {f"{name}_{statistic}" for name in names for statistic in _STATISTICS}
+    others = [(k.replace("_", " "), v) for k, v in figures.items() if k not in shown]
+    click.echo("")
+    table.echo(("FIGURE", "VALUE"), others)
+
+
+def _tokenizer_stats(key: str, base: str) -> tuple[int, dict[str, Any]]:
+    from tunix_mlflow.cli.terminal import Terminal
+    from tunix_mlflow.data import datasets, snapshot
+    from tunix_mlflow.input import tokens
+
+    manifest = datasets.ready(key, Terminal().info)
+    examples = snapshot.read(manifest.digest)
+    tokenized = tokens.encode_examples(examples, _tokenizer(base), True)
+    return manifest.count, tokens.statistics(tokenized)
+
+
+def readable(example: Example) -> str:
+    """Return an example as lines for people, control characters escaped."""
+    lines = [f"{m.role}: {m.content}" for m in example.messages]
+    lines += [f"  {step.i}. ({step.type}) {step.content}" for step in example.steps]
+    if example.answer is not None:
+        lines.append(f"answer: {example.answer}")
+    if example.meta:
+        lines.append(f"meta: {json.dumps(example.meta, sort_keys=True)}")
+    return "\n".join(_printable(line) for text in lines for line in text.split("\n"))
+
+
+def masked(example: Example, answer_only: bool, tokenizer: Tokenizer) -> str:
+    """Return the parts of an example that are trained on and ignored, one a line."""
+    from itertools import groupby
+
+    ids, trained = tokenizer.encode_example(example, include_steps=not answer_only)
+    lines = []
+    for is_trained, part in groupby(zip(ids, trained, strict=True), key=lambda pair: bool(pair[1])):
+        tokens: Sequence[int] = [int(token) for token, _ in part]
+        kind = "trained" if is_trained else "ignored"
+        text = tokenizer.decode(tokens, skip_special_tokens=False)
+        lines.append(f"{kind} {len(tokens):>4} tokens  {text!r}")
+    return "\n".join(lines)
+
+
+def _tokenizer(base: str | None) -> Tokenizer:
+    """Return a pretrained model's tokenizer, or the byte tokenizer."""
+    from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
+
+    if base is None:
+        return ByteTokenizer()
+    from tunix_mlflow.models.hub import base as bases
+    from tunix_mlflow.tracking import artifacts
+
+    with artifacts.local(base) as folder:
+        return bases.find(folder).tokenizer
+
+
+def _printable(text: str) -> str:
+    from tunix_mlflow.runtime.report import printable
+
+    return printable(text)
