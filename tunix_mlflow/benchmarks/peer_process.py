@@ -78,9 +78,7 @@ class PeerProcess:
         BenchmarkError: if the process ends, with the last line of its output.
     """
 
-    def __init__(
-        self, peer: Peer, folder: Path, python: Path, cache: Path | None = None
-    ) -> None:
+    def __init__(self, peer: Peer, folder: Path, python: Path, cache: Path | None = None) -> None:
         name = f"{peer.rows}-{peer.module}-{'-'.join(peer.arguments)}{peer.fast}"
         self.peer, self._log = peer, folder / f"{name}.log"
         command = [sys.executable if peer.is_ours else str(python), "-m"]

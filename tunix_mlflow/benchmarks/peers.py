@@ -28,6 +28,7 @@ from tunix_mlflow.errors import ConfigError
 from tunix_mlflow.input.batches import TrainBatches
 from tunix_mlflow.models import decoder
 from tunix_mlflow.models.hub import names
+from tunix_mlflow.runtime import environment
 
 OURS = Peer("ours", "full", "ours", ("padded",))
 PEFT_TRAINER = Peer("PeftTrainer", "full", "peft_trainer")
@@ -94,7 +95,9 @@ def table(results: Sequence[PeerResult]) -> str:
     ]
     for result in results:
         rates = result.useful_per_sec
-        shown = ["" if r is None else f"{r:.2f}" for r in (ratio(results, result, n) for n in _COMPARED)]
+        shown = [
+            "" if r is None else f"{r:.2f}" for r in (ratio(results, result, n) for n in _COMPARED)
+        ]
         lines.append(
             f"| {result.peer.rows} | {result.peer.name}"
             f" | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
@@ -177,7 +180,7 @@ def task(config: Config, rows: str) -> tasks.Task:
         b2=optimizer.b2,
         weight_decay=optimizer.weight_decay,
         clip_norm=optimizer.clip_norm,
-        threads=int(os.environ.get("NPROC") or os.cpu_count() or 1),  # XLA reads NPROC too
+        threads=int(environment.threads()),
         stops=stops,
         documents=documents,
         order=np.asarray(order, np.int32),

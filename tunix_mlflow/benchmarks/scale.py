@@ -102,8 +102,8 @@ def line(forecast: Forecast) -> str:
     f = forecast
     return (
         f"{f.axis}={f.devices}: {f.state_bytes / 1e6:,.1f} MB of state and"
-        f" {f.working_bytes / 1e6:,.1f} MB of working memory per device, {f.flops / 1e9:,.2f} GFLOP;"
-        f" collectives: {f.kinds()}, {f.collective_bytes / 1e6:,.1f} MB"
+        f" {f.working_bytes / 1e6:,.1f} MB of working memory per device,"
+        f" {f.flops / 1e9:,.2f} GFLOP; collectives: {f.kinds()}, {f.collective_bytes / 1e6:,.1f} MB"
     )
 
 
@@ -159,9 +159,7 @@ def forecast(config: Config, axis: str, count: int) -> Forecast:
     training = msgspec.structs.replace(
         config.training, batch_size=config.training.batch_size * count
     )
-    data = msgspec.structs.replace(
-        config.data, sequence_length=config.data.sequence_length or 256
-    )
+    data = msgspec.structs.replace(config.data, sequence_length=config.data.sequence_length or 256)
     config = msgspec.structs.replace(
         config, mesh=MeshConfig(**{axis: count}), training=training, data=data
     )

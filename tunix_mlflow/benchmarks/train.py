@@ -138,8 +138,8 @@ def summary(figures: StepFigures) -> str:
     low, high = min(figures.tokens_per_secs), max(figures.tokens_per_secs)
     return (
         f"{figures.tokens_per_sec:,.0f} tokens/s ({low:,.0f} to {high:,.0f}),"
-        f" {figures.step_time_ms:.1f} ms a step (95 % below {figures.step_p95_ms:.1f} ms), the first"
-        f" {figures.compile_seconds:.1f} s; {figures.mfu:.0%} ({min(figures.mfus):.0%} to"
+        f" {figures.step_time_ms:.1f} ms a step (95 % below {figures.step_p95_ms:.1f} ms), the"
+        f" first {figures.compile_seconds:.1f} s; {figures.mfu:.0%} ({min(figures.mfus):.0%} to"
         f" {max(figures.mfus):.0%}) of {figures.gemm_peak_gflops:,.0f} GFLOP/s, which a large"
         f" matmul reaches; {figures.peak_host_mb:,.0f} MB"
     )

@@ -101,9 +101,7 @@ def documents(kind: str, count: int, length: int, vocab_size: int) -> list[npt.N
     return result
 
 
-def token_rows(
-    documents: list[npt.NDArray[np.int32]], length: int, *, packing: bool
-) -> TokenRows:
+def token_rows(documents: list[npt.NDArray[np.int32]], length: int, *, packing: bool) -> TokenRows:
     """Return rows of documents; every token is trained on."""
     tokenized = tokens.from_arrays((ids, np.ones(len(ids), np.bool_)) for ids in documents)
     return lay_out_rows(tokenized, DataConfig(packing=packing), length)

@@ -25,7 +25,7 @@ from tunix_mlflow.runtime.process import COMPILING
 from tunix_mlflow.training import state as states
 from tunix_mlflow.training import step as steps
 from tunix_mlflow.training.spec import StepSpec, step_spec
-from tunix_mlflow.training.state import InitialState, TrainState
+from tunix_mlflow.training.state import InitialState
 from tunix_mlflow.training.step import StepMetrics
 
 

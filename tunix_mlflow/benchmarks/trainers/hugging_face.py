@@ -104,7 +104,7 @@ def _arguments(task: Task, scratch: str) -> dict[str, Any]:
 
 
 def _rows(task: Task) -> list[dict[str, list[int]]]:
-    """Return the documents in the order of the task, so that every trainer sees the same batches."""
+    """Return the documents in the task's order, so that every trainer sees the same batches."""
     return [{"input_ids": task.documents[n].tolist()} for n in task.order.ravel()]
 
 

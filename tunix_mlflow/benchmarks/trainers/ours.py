@@ -63,9 +63,7 @@ def main(folder: Path, config_file: Path, packing: bool) -> None:
         "the task",
         lambda array, _: jax.device_put(array, device),
     )
-    trainer = Trainer.create(
-        config, task.vocab_size, device, params=params, compile_ahead=True
-    )
+    trainer = Trainer.create(config, task.vocab_size, device, params=params, compile_ahead=True)
     del params
     rows = workload.token_rows(task.documents, task.length, packing=packing)
     fit(trainer, TrainBatches(rows, batch_size=task.batch_size, seed=config.seed), [Paced()])

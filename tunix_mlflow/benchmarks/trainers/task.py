@@ -1,4 +1,4 @@
-"""What every trainer is given: documents of token ids, initial weights, a shape, hyperparameters."""
+"""What every trainer is given: documents of token ids, initial weights, a shape."""
 
 from __future__ import annotations
 
