@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import time
 import urllib.request
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -24,6 +26,7 @@ from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import BenchmarkError
 from tunix_mlflow.models import decoder
 
+CACHE = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 SMALL = tiny(
     training__batch_size="4",
     data__sequence_length="64",
@@ -44,6 +47,8 @@ def test_trainers_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     useful tokens an update, and every repeat counts."""
     wanted = ("ours", "ours, cpu-fast", "ours, packed", "ours, one a row")
     monkeypatch.setattr(peers, "PEERS", [peer for peer in peers.PEERS if peer.name in wanted])
+    # The same step is compiled once; a benchmark gives each process a cache of its own.
+    monkeypatch.setattr(peers, "PeerProcess", partial(PeerProcess, cache=CACHE))
     reported: list[str] = []
     plain, fast, packed, single = peers.measure(
         small(data__sequence_length="256"), tmp_path, Path(sys.executable), reported.append
@@ -73,11 +78,11 @@ def test_a_trainer_that_fails_is_named(tmp_path: Path) -> None:
 
 def test_a_trainer_that_dies_while_it_waits_is_named(tmp_path: Path) -> None:
     """Killed between two turns."""
-    config = small()
+    config = small(data__sequence_length="256")
     (tmp_path / "full").mkdir()
     tasks.write(tmp_path / "full", peers.task(config, "full"))
     peers.write_configs(config, tmp_path)
-    process = PeerProcess(peers.OURS, tmp_path, Path(sys.executable))
+    process = PeerProcess(peers.OURS, tmp_path, Path(sys.executable), CACHE)
     process._process.kill()
     with pytest.raises(BenchmarkError, match="ours failed, exit code -9"):
         process.turn()

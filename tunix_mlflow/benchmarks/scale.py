@@ -26,6 +26,8 @@ from tunix_mlflow.config.schema import Config, MeshConfig
 from tunix_mlflow.errors import BenchmarkError
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
+_OPTIONS = {"xla_backend_optimization_level": "0"}
+"""The program is never run, so LLVM need not optimize it; this changes no figure of a forecast."""
 _BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "s64": 8, "u8": 1}
 _COLLECTIVE = re.compile(
     r"= (\([^)]*\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
@@ -167,7 +169,7 @@ def forecast(config: Config, axis: str, count: int) -> Forecast:
     config = resolve_auto(config, vocabulary, "cpu")
     device = devices.use("cpu")
     spec = step_spec(config, vocabulary, device)
-    compiled = lower_step(spec, config, vocabulary, device).compile()
+    compiled = lower_step(spec, config, vocabulary, device).compile(_OPTIONS)
     memory: Any = compiled.memory_analysis()
     costs: Any = compiled.cost_analysis()
     state, _ = abstract_state(spec, config, vocabulary, device)
