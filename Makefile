@@ -10,7 +10,7 @@ KILLS ?= 200
 STAMP := $(VENV)/.installed
 SERVICES := .venv-services
 PEERS := .venv-peers
-CONTENDERS := tunix_mlflow/benchmarks/contenders
+TRAINERS := tunix_mlflow/benchmarks/trainers
 
 .PHONY: help venv demo test test-install test-weights golden faults peers lock-peers lint format lock wheel clean
 
@@ -56,7 +56,7 @@ golden: peers  ## what transformers computes of small models, into tests/golden
 
 peers: venv $(PEERS)/.installed  ## the environment of other trainers, for `bench suite=peers`
 
-$(PEERS)/.installed: $(CONTENDERS)/peers.lock
+$(PEERS)/.installed: $(TRAINERS)/peers.lock
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $< || \
 		(rm -r $(PEERS); echo "peers.lock wants PyTorch's CPU build: say where pip finds it, for example by" \
@@ -81,9 +81,9 @@ lock: venv  ## resolve both locks anew, for every supported Python and platform
 		--quiet --output-file tests/faults/services.lock
 
 lock-peers: venv  ## resolve the peers' lock anew; UV_FIND_LINKS says where PyTorch's CPU build is
-	$(BIN)/uv pip compile $(CONTENDERS)/peers.in --python-version 3.11 --generate-hashes \
+	$(BIN)/uv pip compile $(TRAINERS)/peers.in --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet \
-		--output-file $(CONTENDERS)/peers.lock
+		--output-file $(TRAINERS)/peers.lock
 
 wheel: venv  ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .

@@ -1,4 +1,4 @@
-"""`bench`: what it counts; `bench compare`: a drop is told from noise, and exits with 3."""
+"""`bench`: what it counts; `bench compare`: a drop beyond the noise exits with 3."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.tracking import MlflowClient
 
-from tests.conftest import as_arguments, last_json, tiny
+from tests.conftest import as_arguments, last_json, run_here, tiny
 from tunix_mlflow.benchmarks import compare, train
 from tunix_mlflow.config.schema import ModelConfig
 from tunix_mlflow.models import decoder
@@ -30,7 +30,8 @@ def test_flops_of_a_known_shape() -> None:
 
 
 def test_the_train_suite(store: str, command: Command) -> None:
-    """Real steps: figures that fit together, repeats and single steps in MLflow."""
+    """Real steps by the real command: figures that fit together; repeats, single steps, the params
+    that the suite reads and its dataset in MLflow."""
     chosen = tiny(
         benchmark__steps="3",
         benchmark__repeats="2",
@@ -44,10 +45,10 @@ def test_the_train_suite(store: str, command: Command) -> None:
     assert figures["step_p50_ms"] <= figures["step_p95_ms"]
     assert figures["mfu"] == statistics.median(figures["mfus"])
     tokens = int(chosen["training.batch_size"]) * int(chosen["data.sequence_length"])
-    for share, ms, peak in zip(
+    for mfu, ms, peak in zip(
         figures["mfus"], figures["step_times_ms"], figures["gemm_peaks_gflops"], strict=True
     ):
-        assert share == pytest.approx(tokens / ms * figures["flops_per_token"] / 1e6 / peak)
+        assert mfu == pytest.approx(tokens / ms * figures["flops_per_token"] / 1e6 / peak)
     assert figures["gemm_peak_gflops"] == statistics.median(figures["gemm_peaks_gflops"])
     assert figures["peak_host_mb"] > 50
     client = MlflowClient()
@@ -57,6 +58,15 @@ def test_the_train_suite(store: str, command: Command) -> None:
     }
     singles = client.get_metric_history(figures["run_id"], "perf/single_step_ms")
     assert [m.value for m in singles] == figures["steps_ms"]
+    recorded = client.get_run(figures["run_id"])
+    params = recorded.data.params
+    assert params["benchmark.suite"] == "train"
+    assert params["training.batch_size"] == chosen["training.batch_size"]
+    assert len(params) <= 30
+    assert not [key for key in params if key.startswith(("evaluation.", "tracking.", "promotion."))]
+    (used,) = recorded.inputs.dataset_inputs
+    assert used.dataset.name == "golden-v2/train"
+    assert [tag.value for tag in used.tags] == ["benchmark"]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +97,7 @@ def test_never_both_ways(a: list[float], b: list[float]) -> None:
     assert not compare.compare({"x_ms": a}, {"x_ms": a}, 0.0)[0].fell
 
 
-def made(*rates: float) -> str:
+def recorded_rates(*rates: float) -> str:
     client = MlflowClient()
     run_id = client.create_run("0").info.run_id
     for step, rate in enumerate(rates, start=1):
@@ -95,30 +105,33 @@ def made(*rates: float) -> str:
     return str(run_id)
 
 
-def test_the_command(store: str, command: Command) -> None:
-    """Verdict, exit code, JSON, and a baseline by name that only a run that passed takes over."""
+def test_the_command(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Result, exit code, JSON, and a baseline by name that only a run that passed replaces."""
 
-    def bench(*words: str) -> subprocess.CompletedProcess[str]:
-        return command("tunix-mlflow", "bench", "compare", *words)
+    def bench(*arguments: str) -> tuple[int, str, str]:
+        code = run_here("bench", "compare", *arguments)
+        return code, *capsys.readouterr()
 
-    first, same, slow = made(100, 101, 102), made(99, 100, 103), made(70, 71, 72)
-    assert bench(same, "--baseline", first, "--accept", "main").returncode == 0
-    fallen = bench(slow, "--baseline", "@main", "--accept", "main", "--json")
-    assert fallen.returncode == 3
-    assert "tokens_per_sec fell by more than 5%" in fallen.stderr
-    assert json.loads(fallen.stdout)[0]["drop"] == pytest.approx(0.29)
-    assert "by more than 2.5%" in bench(slow, "--baseline", "@main", "--max-drop", "2.5%").stderr
-    assert bench(slow, "--baseline", "@main", "--max-drop", "40%").returncode == 0
-    nothing = bench(made(0.0), "--baseline", "@main")
-    assert nothing.returncode == 2
-    assert "tokens_per_sec is 0 in one of the runs" in nothing.stderr
+    first, same, slow = (
+        recorded_rates(*rates) for rates in ((100, 101, 102), (99, 100, 103), (70, 71, 72))
+    )
+    assert bench(same, "--baseline", first, "--accept", "main")[0] == 0
+    code, out, error = bench(slow, "--baseline", "@main", "--accept", "main", "--json")
+    assert code == 3
+    assert "tokens_per_sec fell by more than 5%" in error
+    assert json.loads(out)[0]["drop"] == pytest.approx(0.29)
+    assert "by more than 2.5%" in bench(slow, "--baseline", "@main", "--max-drop", "2.5%")[2]
+    assert bench(slow, "--baseline", "@main", "--max-drop", "40%")[0] == 0
+    code, _, error = bench(recorded_rates(0.0), "--baseline", "@main")
+    assert code == 2
+    assert "tokens_per_sec is 0 in one of the runs" in error
     assert compare.resolve(MlflowClient(), "@main") == same
-    assert bench(first, "--baseline", "@main", "--accept", "main").returncode == 0
+    assert bench(first, "--baseline", "@main", "--accept", "main")[0] == 0
     assert compare.resolve(MlflowClient(), "@main") == first
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["nothing", "--baseline", "nothing"], "there is no run 'nothing'"),
         (["nothing", "--baseline", "@never"], "no run is the baseline 'never'"),
@@ -127,10 +140,10 @@ def test_the_command(store: str, command: Command) -> None:
     ],
 )
 def test_a_mistake_is_one_line(
-    store: str, command: Command, words: list[str], message: str
+    store: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     """Exit code 2, and what to give."""
-    done = command("tunix-mlflow", "bench", "compare", *words)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert run_here("bench", "compare", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1

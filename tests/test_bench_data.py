@@ -17,8 +17,8 @@ def test_every_stage_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     shared, scratch = tmp_path / "shared", tmp_path / "scratch"
     shared.mkdir(), scratch.mkdir()
     monkeypatch.setenv(paths.SNAPSHOTS_VARIABLE, str(shared))
-    said: list[str] = []
-    figures = data.measure(scratch, traces=2_000, peer_traces=500, say=said.append)
+    reported: list[str] = []
+    figures = data.measure(scratch, traces=2_000, peer_traces=500, report=reported.append)
     assert all(value > 0 for value in figures.values())
     for clock in ("wall", "cpu"):
         runs = [figures[f"floor_{n}_{clock}_s"] for n in (1, 2, 3)]
@@ -31,7 +31,7 @@ def test_every_stage_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ratio = figures[f"seed_{name}_cpu_us_per_trace"] / ours
         assert figures[f"seed_over_ours_cpu_{name}"] == pytest.approx(ratio)
         assert f"| {name.replace('_', ' ')} |" in data.table(figures)
-        assert any(line.startswith(f"{name}:") for line in said)
+        assert any(line.startswith(f"{name}:") for line in reported)
     assert not list(shared.iterdir())  # a user's shared snapshots are not written to
 
 
@@ -40,8 +40,8 @@ def test_peak_memory_is_the_childs_own(tmp_path: Path) -> None:
     """A parent that held much memory does not show in a stage's peak."""
     data.generate(tmp_path / "traces.jsonl", 10)
     held = bytearray(b"1") * 800_000_000
-    found = data._child("floor", tmp_path / "traces.jsonl", tmp_path)
-    assert found["peak_mb"] < len(held) / 1e6
+    figures = data.run_in_child("floor", tmp_path / "traces.jsonl", tmp_path)
+    assert figures["peak_mb"] < len(held) / 1e6
 
 
 def test_the_traces_are_the_same_each_time(tmp_path: Path) -> None:

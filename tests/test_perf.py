@@ -8,11 +8,10 @@ import time
 import jax
 import numpy as np
 
-from tests.conftest import ROOT, tiny
+from tests.conftest import tiny
 from tunix_mlflow.benchmarks import workload
 from tunix_mlflow.config.load import load_config
 from tunix_mlflow.runtime import devices
-from tunix_mlflow.training.step import train_step
 
 PAIRS = 7
 
@@ -20,7 +19,7 @@ PAIRS = 7
 def test_packing_pays() -> None:
     """Rows that share documents of mixed lengths train at least 1.3 times as many useful tokens a
     second as one document a row; 2.6 times as many fit. Documents fill at least 95 % of a row."""
-    made = {}
+    workloads = {}
     for packing in (True, False):
         overrides = tiny(
             data__sequence_length="256",
@@ -29,19 +28,18 @@ def test_packing_pays() -> None:
             training__batch_size="16",
             benchmark__data="mix",
         )
-        config = load_config("shape-s", overrides, ROOT / "projects" / "configs")
-        work = workload.made_up(config, devices.use("cpu"))
-        made[packing] = [work.spec, work.state, work.batches]
-    assert made[True][2].data.fill > 0.95
+        config = load_config("shape-s", overrides)
+        workloads[packing] = workload.generated(config, devices.use("cpu"))
+    assert workloads[True].batches.data.fill > 0.95
     rates: dict[bool, list[float]] = {True: [], False: []}
     for step in range(1 + PAIRS):
-        for packing, each in made.items():
-            batch = each[2].at(step)
-            begun = time.perf_counter()
-            each[1], _ = train_step(each[1], batch, spec=each[0])
-            jax.block_until_ready(each[1])
+        for packing, each in workloads.items():
+            batch = each.batches.at(step)
+            start = time.perf_counter()
+            each.trainer.step(batch)
+            jax.block_until_ready(each.trainer.state)
             if step:  # the first compiles
                 useful = np.count_nonzero(batch.segments)
-                rates[packing].append(useful / (time.perf_counter() - begun))
+                rates[packing].append(useful / (time.perf_counter() - start))
     pairs = zip(rates[True], rates[False], strict=True)
     assert statistics.median(packed / single for packed, single in pairs) > 1.3

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
+import os
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.conftest import ROOT, as_arguments, last_json, tiny
-from tunix_mlflow.benchmarks import compare, peers, scale, startup, tracking, workload
-from tunix_mlflow.benchmarks.contenders import task as tasks
+from tests.conftest import run_here, tiny
+from tunix_mlflow.benchmarks import compare, peers, run, scale, startup, tracking, workload
+from tunix_mlflow.benchmarks.peer_process import PeerProcess
+from tunix_mlflow.benchmarks.trainers import task as tasks
 from tunix_mlflow.config.load import load_config
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import BenchmarkError
 from tunix_mlflow.models import decoder
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
+CACHE = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 SMALL = tiny(
     training__batch_size="4",
     data__sequence_length="64",
@@ -38,17 +39,19 @@ SMALL = tiny(
 
 def small(**more: str) -> Config:
     overrides = SMALL | {key.replace("__", "."): value for key, value in more.items()}
-    return load_config("shape-s", overrides, ROOT / "projects" / "configs")
+    return load_config("shape-s", overrides)
 
 
-def test_contenders_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainers_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours three times, in processes of their own: equal work gives equal losses, packing more
     useful tokens an update, and every repeat counts."""
-    chosen = [c for c in peers.CONTENDERS if c.name in ("ours", "ours, cpu-fast", "ours, packed")]
-    monkeypatch.setattr(peers, "CONTENDERS", (*chosen, peers.CONTENDERS[6]))
-    heard: list[str] = []
+    wanted = ("ours", "ours, cpu-fast", "ours, packed", "ours, one a row")
+    monkeypatch.setattr(peers, "PEERS", [peer for peer in peers.PEERS if peer.name in wanted])
+    # The same step is compiled once; a benchmark gives each process a cache of its own.
+    monkeypatch.setattr(peers, "PeerProcess", partial(PeerProcess, cache=CACHE))
+    reported: list[str] = []
     plain, fast, packed, single = peers.measure(
-        small(data__sequence_length="256"), tmp_path, Path(sys.executable), heard.append
+        small(data__sequence_length="256"), tmp_path, Path(sys.executable), reported.append
     )
     assert len(plain.useful_per_sec) == 2
     assert len(plain.losses) == 1 + 2 * (1 + 2) + 1
@@ -66,24 +69,24 @@ def test_contenders_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
 
 
-def test_a_contender_that_fails_is_named(tmp_path: Path) -> None:
-    """With its last words."""
+def test_a_trainer_that_fails_is_named(tmp_path: Path) -> None:
+    """With the last line of its output."""
     (tmp_path / "full").mkdir()
     with pytest.raises(BenchmarkError, match=r"PeftTrainer failed, exit code 1: No such file"):
-        peers.Racer(peers.PEFT_TRAINER, tmp_path, _broken(tmp_path))
+        PeerProcess(peers.PEFT_TRAINER, tmp_path, _broken(tmp_path))
 
 
-def test_a_contender_that_dies_while_it_waits_is_named(tmp_path: Path) -> None:
+def test_a_trainer_that_dies_while_it_waits_is_named(tmp_path: Path) -> None:
     """Killed between two turns."""
-    config = small()
+    config = small(data__sequence_length="256")
     (tmp_path / "full").mkdir()
     tasks.write(tmp_path / "full", peers.task(config, "full"))
     peers.write_configs(config, tmp_path)
-    racer = peers.Racer(peers.OURS, tmp_path, Path(sys.executable))
-    racer._process.kill()
+    process = PeerProcess(peers.OURS, tmp_path, Path(sys.executable), CACHE)
+    process._process.kill()
     with pytest.raises(BenchmarkError, match="ours failed, exit code -9"):
-        racer.turn()
-    racer.stop()
+        process.turn()
+    process.stop()
 
 
 def _broken(folder: Path) -> Path:
@@ -108,26 +111,24 @@ def test_a_task_is_read_as_written(tmp_path: Path) -> None:
 
 def test_documents_can_be_learnt() -> None:
     """Four of five tokens follow from the one before; lengths as asked."""
-    made = workload.documents("mix", 200, 256, 64)
-    lengths = [len(d) for d in made]
+    documents = workload.documents("mix", 200, 256, 64)
+    lengths = [len(d) for d in documents]
     assert 8 <= min(lengths) < max(lengths) <= 256
     assert 60 < np.median(lengths) < 100
-    pairs = [(int(a), int(b)) for d in made for a, b in itertools.pairwise(d)]
-    best: dict[int, dict[int, int]] = {}
+    pairs = [(int(a), int(b)) for d in documents for a, b in itertools.pairwise(d)]
+    successors: dict[int, dict[int, int]] = {}
     for a, b in pairs:
-        best.setdefault(a, {}).setdefault(b, 0)
-        best[a][b] += 1
-    hits = sum(max(found.values()) for found in best.values())
+        successors.setdefault(a, {}).setdefault(b, 0)
+        successors[a][b] += 1
+    hits = sum(max(counts.values()) for counts in successors.values())
     assert 0.75 < hits / len(pairs) < 0.9
 
 
 @pytest.mark.parametrize("suite", ["tracking", "checkpoint"])
-def test_what_surrounds_a_step(store: str, command: Command, suite: str) -> None:
-    """Costs are found, and their repeats lie in MLflow."""
-    words = as_arguments(SMALL)
-    done = command("tunix-mlflow", "bench", "shape-s", f"suite={suite}", *words)
-    assert done.returncode == 0, done.stderr
-    figures = last_json(done.stdout)
+def test_what_surrounds_a_step(store: str, capfd: pytest.CaptureFixture[str], suite: str) -> None:
+    """Costs are measured, their repeats are in MLflow, and a suite prints nothing."""
+    figures = run.run(small(benchmark__suite=suite))
+    assert capfd.readouterr() == ("", "")
     assert figures["suite"] == suite
     assert compare.repeats(MlflowClient(), figures["run_id"]) == figures["repeats"]
     assert len(figures["repeats"]["step_ms"]) == 2
@@ -135,13 +136,14 @@ def test_what_surrounds_a_step(store: str, command: Command, suite: str) -> None
         assert 0 < figures["write_ms"] < figures["step_ms"]
         history = MlflowClient().get_metric_history(figures["run_id"], "train/loss")
         assert len(history) == 3 * 2
+        assert figures["delivery_ms"] > 0
     else:
         assert figures["megabytes"] > 0
         assert 0 < figures["blocked_ms"] < figures["sealed_ms"]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["suite=tracking", "benchmark.delay_ms=50"], "needs a tracking server at http://"),
         (["suite=peers", "benchmark.peers_python=/nowhere"], "the peers' environment is missing"),
@@ -150,51 +152,51 @@ def test_what_surrounds_a_step(store: str, command: Command, suite: str) -> None
     ],
 )
 def test_a_mistake_is_one_line(
-    store: str, command: Command, words: list[str], message: str
+    store: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     """Exit code 2, and no run."""
-    done = command("tunix-mlflow", "bench", "shape-s", *words)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert run_here("bench", "shape-s", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
     experiments = [e.experiment_id for e in MlflowClient().search_experiments()]
     assert MlflowClient().search_runs(experiments) == []
 
 
-def test_a_server_further_away() -> None:
-    """It answers the same, so much later."""
+def test_a_delayed_server() -> None:
+    """It answers the same, later by the delay."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(b"here")
+            self.wfile.write(b"answer")
 
         def log_message(self, *_: object) -> None: ...
 
     server = HTTPServer(("127.0.0.1", 0), Answer)
     Thread(target=server.serve_forever, daemon=True).start()
-    with tracking.away(f"http://127.0.0.1:{server.server_port}", 200) as address:
-        begun = time.perf_counter()
+    with tracking.delayed_server(f"http://127.0.0.1:{server.server_port}", 200) as address:
+        start = time.perf_counter()
         with urllib.request.urlopen(address) as reply:
-            assert reply.read() == b"here"
-        assert time.perf_counter() - begun > 0.2
+            assert reply.read() == b"answer"
+        assert time.perf_counter() - start > 0.2
     server.shutdown()
     server.server_close()
 
 
 def test_a_forecast_of_more_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsdp halves the state; data copies it; gradients are reduced once."""
+    """fsdp halves the state; data replicates it; gradients are reduced once."""
     monkeypatch.setattr(scale, "COUNTS", (1, 2))
-    one, copied, spread = scale.measure(small(), lambda _: None)
-    assert one.collectives == {}
-    assert copied.state_bytes == one.state_bytes
-    assert spread.state_bytes < 0.6 * one.state_bytes
+    single, replicated, sharded = scale.measure(small(), lambda _: None)
+    assert single.collectives == {}
+    assert replicated.state_bytes == single.state_bytes
+    assert sharded.state_bytes < 0.6 * single.state_bytes
     params = sum(leaf.size for leaf in jax.tree.leaves(_params()))
-    assert copied.collectives["all-reduce"] >= 1
-    assert 4 * params <= copied.collective_bytes <= 4.1 * params
-    assert set(spread.collectives) >= {"all-gather", "reduce-scatter"}
-    assert one.flops == pytest.approx(copied.flops, rel=0.01)
+    assert replicated.collectives["all-reduce"] >= 1
+    assert 4 * params <= replicated.collective_bytes <= 4.1 * params
+    assert set(sharded.collectives) >= {"all-gather", "reduce-scatter"}
+    assert single.flops == pytest.approx(replicated.flops, rel=0.01)
 
 
 def _params() -> decoder.Params:
@@ -214,8 +216,6 @@ def test_collectives_are_counted() -> None:
 
 def test_plugins_load_nothing_but_themselves() -> None:
     """What `import mlflow` loads because of us."""
-    without = startup._imports(startup._WITHOUT)
-    added = {name for name in startup._imports(startup._WITH) if name not in without}
-    assert added
+    added = startup.plugin_imports()
     assert all(name.startswith("tunix_mlflow") for name in added)
-    assert startup.plugins() > 0
+    assert sum(added.values()) > 0

@@ -1,1 +1,1 @@
-"""Empty on purpose: one file per suite, loaded by the bench entry point."""
+"""Empty on purpose: each suite imports what it measures, and no other one does."""

@@ -151,6 +151,22 @@ class Trainer:
         return decoder.as_type(jax.device_put(params, self.device), "float32")
 
 
+def lower_step(
+    spec: StepSpec, config: Config, vocab_size: int, device: jax.Device
+) -> jax.stages.Lowered:
+    """Trace and lower the update without making an array.
+
+    Args:
+        spec: of this configuration.
+        config: resolved.
+        vocab_size: rows of the embedding table.
+        device: the first of several.
+    """
+    state, frozen = states.abstract_state(spec, config, vocab_size, device)
+    batch = batches.blank(config.training.batch_size, config.data.sequence_length or 0)
+    return steps.train_step.lower(state, batch, frozen, spec=spec)
+
+
 def _compile_in_thread(
     spec: StepSpec, config: Config, vocab_size: int, device: jax.Device
 ) -> Future[float]:
@@ -160,9 +176,7 @@ def _compile_in_thread(
     one, and the compiler would wait for them.
     """
     start = time.perf_counter()
-    state, frozen = states.abstract_state(spec, config, vocab_size, device)
-    batch = batches.blank(config.training.batch_size, config.data.sequence_length or 0)
-    lowered = steps.train_step.lower(state, batch, frozen, spec=spec)
+    lowered = lower_step(spec, config, vocab_size, device)
     future: Future[float] = Future()
 
     def compile_lowered() -> None:

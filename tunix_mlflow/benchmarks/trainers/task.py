@@ -1,4 +1,4 @@
-"""What all contenders are given: documents of token ids, weights to begin with, a shape."""
+"""What every trainer is given: documents of token ids, initial weights, a shape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TASK, _ARRAYS = "task.json", "arrays.npz"
 
 
 class Task(NamedTuple):
-    """One comparison's work, as a folder holds it."""
+    """The work of one comparison; it is stored as a folder."""
 
     model: dict[str, Any]  # layers, width, heads, kv_heads, head_dim, mlp_width, rope_theta, ...
     vocab_size: int
@@ -25,7 +25,7 @@ class Task(NamedTuple):
     weight_decay: float  # on matrices
     clip_norm: float
     threads: int
-    stops: list[int]  # numbers of updates after which a contender pauses
+    stops: list[int]  # a trainer pauses after these numbers of updates
     documents: list[npt.NDArray[np.int32]]  # each of 2 to `length` tokens
     order: npt.NDArray[np.int32]  # [updates, batch_size]: documents of an update, one a row
     weights: dict[
@@ -34,15 +34,15 @@ class Task(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Updates in all: one more, so that the last pause is like the others."""
+        """Updates in all: one more than the last stop, so that its pause is like the others."""
         return self.stops[-1] + 1
 
 
 def write(folder: Path, task: Task) -> None:
     """Write the folder."""
-    words = task._asdict()
-    documents, order = words.pop("documents"), words.pop("order")
-    weights = words.pop("weights")
+    fields = task._asdict()
+    documents, order = fields.pop("documents"), fields.pop("order")
+    weights = fields.pop("weights")
     np.savez(
         folder / _ARRAYS,
         order=order,
@@ -50,28 +50,31 @@ def write(folder: Path, task: Task) -> None:
         lengths=np.asarray([len(d) for d in documents]),
         **{f"weights/{name}": array for name, array in weights.items()},
     )
-    (folder / _TASK).write_text(json.dumps(words))
+    (folder / _TASK).write_text(json.dumps(fields))
 
 
 def read(folder: Path) -> Task:
     """Read what :func:`write` wrote."""
     with np.load(folder / _ARRAYS) as arrays:
-        cuts = np.cumsum(arrays["lengths"])[:-1]
+        boundaries = np.cumsum(arrays["lengths"])[:-1]
         prefix = "weights/"
         return Task(
             **json.loads((folder / _TASK).read_text()),
-            documents=np.split(arrays["tokens"], cuts),
+            documents=np.split(arrays["tokens"], boundaries),
             order=arrays["order"],
             weights={n.removeprefix(prefix): arrays[n] for n in arrays if n.startswith(prefix)},
         )
 
 
 def padded(task: Task, step: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-    """Tokens [B, T] of update `step`, from 0, one document a row; and which are not padding."""
+    """Return tokens and a mask of those that are not padding, of update `step`, from 0.
+
+    Both are [B, T], one document per row.
+    """
     tokens = np.zeros((task.batch_size, task.length), np.int32)
     real = np.zeros(tokens.shape, np.bool_)
-    for row, number in enumerate(task.order[step]):
-        document = task.documents[number]
+    for row, index in enumerate(task.order[step]):
+        document = task.documents[index]
         tokens[row, : len(document)] = document
         real[row, : len(document)] = True
     return tokens, real

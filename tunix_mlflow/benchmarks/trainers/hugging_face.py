@@ -1,6 +1,7 @@
 """transformers' Trainer, or trl's SFTTrainer, on PyTorch: `python -m ... FOLDER KIND`.
 
-KIND: `trainer`, `sft`, or `sft-packed`. As they come: rows are padded to the longest of the batch.
+KIND: `trainer`, `sft`, or `sft-packed`. With their defaults: rows are padded to the longest of the
+batch.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ from typing import Any
 import torch
 import transformers
 
-from tunix_mlflow.benchmarks.contenders import task as tasks
-from tunix_mlflow.benchmarks.contenders.pace import Pace
-from tunix_mlflow.benchmarks.contenders.task import Task
+from tunix_mlflow.benchmarks.trainers import task as tasks
+from tunix_mlflow.benchmarks.trainers.pace import Pace
+from tunix_mlflow.benchmarks.trainers.task import Task
 
 
 class _Paced(transformers.TrainerCallback):  # type: ignore[misc]
-    """Pauses after a step, and hands losses to the benchmark."""
+    """Pause after a step, and hand losses to the benchmark."""
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._pace.done(state.global_step)
+        self._pace.pause_after(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
-            self._pace.loss(state.global_step, logs["loss"])
+            self._pace.set_loss(state.global_step, logs["loss"])
 
 
 def main(folder: Path, kind: str) -> None:
@@ -40,13 +41,13 @@ def main(folder: Path, kind: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _trainer(task, scratch) if kind == "trainer" else _sft(task, scratch, kind)
         trainer.add_callback(_Paced(pace))
-        collate, asked = trainer.data_collator, 0
+        collate, batches = trainer.data_collator, 0
 
         def counted(rows: Any) -> Any:
-            nonlocal asked
-            asked += 1
+            nonlocal batches
+            batches += 1
             batch = collate(rows)
-            pace.useful(asked, int((batch["labels"][:, 1:] != -100).sum()))
+            pace.set_useful_tokens(batches, int((batch["labels"][:, 1:] != -100).sum()))
             return batch
 
         trainer.data_collator = counted
@@ -103,7 +104,7 @@ def _arguments(task: Task, scratch: str) -> dict[str, Any]:
 
 
 def _rows(task: Task) -> list[dict[str, list[int]]]:
-    """Documents in the order of the task, so that every contender sees the same batches."""
+    """Return the documents in the task's order, so that every trainer sees the same batches."""
     return [{"input_ids": task.documents[n].tolist()} for n in task.order.ravel()]
 
 
@@ -117,9 +118,9 @@ def _trainer(task: Task, scratch: str) -> Any:
         longest = max(len(row["input_ids"]) for row in rows)
         ids = torch.zeros((len(rows), longest), dtype=torch.long)
         real = torch.zeros((len(rows), longest), dtype=torch.long)
-        for number, row in enumerate(rows):
-            ids[number, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-            real[number, : len(row["input_ids"])] = 1
+        for index, row in enumerate(rows):
+            ids[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+            real[index, : len(row["input_ids"])] = 1
         labels = torch.where(real == 1, ids, -100)
         return {"input_ids": ids, "attention_mask": real, "labels": labels}
 
@@ -138,10 +139,10 @@ def _sft(task: Task, scratch: str, kind: str) -> Any:
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    words = {f"<{n}>": n for n in range(task.vocab_size)}
-    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
+    vocabulary = {f"<{n}>": n for n in range(task.vocab_size)}
+    word_level = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<0>"))
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<0>", eos_token="<1>"
+        tokenizer_object=word_level, pad_token="<0>", eos_token="<1>"
     )
     arguments = trl.SFTConfig(
         **_arguments(task, scratch),

@@ -16,18 +16,18 @@ from tunix.models.llama3 import model as llama
 from tunix.models.llama3 import params as loader
 from tunix.sft import hooks, peft_trainer, utils
 
-from tunix_mlflow.benchmarks.contenders import task as tasks
-from tunix_mlflow.benchmarks.contenders.pace import Pace
+from tunix_mlflow.benchmarks.trainers import task as tasks
+from tunix_mlflow.benchmarks.trainers.pace import Pace
 
 
 class _Losses(hooks.TrainingHooks):  # type: ignore[misc]
-    """Hands losses to the benchmark; the trainer fetches them one step late."""
+    """Hand losses to the benchmark; the trainer fetches them one step late."""
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
 
     def on_train_step_end(self, trainer: Any, train_step: int, train_loss: Any, *_: Any) -> None:
-        self._pace.loss(train_step, float(train_loss))
+        self._pace.set_loss(train_step, float(train_loss))
 
     def on_train_start(self, trainer: Any) -> None: ...
     def on_train_end(self, trainer: Any) -> None: ...
@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
         model = loader.create_model_from_safe_tensors(scratch, config)
     del weights
     task.weights.clear()
-    rule = optax.chain(
+    optimizer = optax.chain(
         optax.clip_by_global_norm(task.clip_norm),
         optax.adamw(
             task.learning_rate,
@@ -71,7 +71,7 @@ def main(folder: Path) -> None:
     )
     trainer = peft_trainer.PeftTrainer(
         model,
-        rule,
+        optimizer,
         peft_trainer.TrainingConfig(eval_every_n_steps=10**9, max_steps=task.steps),
     ).with_gen_model_input_fn(
         lambda batch: {
@@ -85,9 +85,9 @@ def main(folder: Path) -> None:
 
     def stream() -> Iterator[peft_trainer.TrainingInput]:
         for step in range(task.steps):
-            pace.done(step)
+            pace.pause_after(step)
             tokens, real = tasks.padded(task, step)
-            pace.useful(step + 1, int(real.sum()) - len(real))
+            pace.set_useful_tokens(step + 1, int(real.sum()) - len(real))
             yield peft_trainer.TrainingInput(input_tokens=tokens, input_mask=real)
 
     trainer.train(stream())
