@@ -67,6 +67,19 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """Leave out LLVM's expensive passes in this process, for modules that mostly compile.
+
+    XLA's own passes are the same: so are the program and the sizes of its buffers.
+    """
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated MLflow database, made once: the migrations take seconds."""

@@ -1,8 +1,14 @@
-"""The decoder and generation, against plain computations."""
+"""The decoder and generation, against plain computations.
+
+Nearly all the time of these tests is XLA's compiler. So what is compared is jitted as one program,
+and what several tests compare with is computed once (`lru_cache`).
+"""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +19,15 @@ from flax import nnx
 
 from tunix_mlflow.config.schema import DataConfig, ModelConfig, OptimizerConfig
 from tunix_mlflow.data.examples import reasoning_trace
-from tunix_mlflow.input import batches, tokens
+from tunix_mlflow.input import batches
 from tunix_mlflow.input.batches import Batch
-from tunix_mlflow.input.packing import TokenRows, lay_out_rows
 from tunix_mlflow.models import decoder, generation, layers
-from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
+from tunix_mlflow.text.tokenizer import ByteTokenizer
 from tunix_mlflow.training import optimizer as optimizers
 from tunix_mlflow.training import step
 from tunix_mlflow.training.losses import FLOAT32, PrecisionPolicy, cross_entropy, token_losses
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SHAPES = {
     "grouped, tied": ModelConfig(layers=2, width=16, heads=4, kv_heads=2, mlp_width=24),
@@ -28,15 +35,29 @@ SHAPES = {
         layers=1, width=12, heads=1, kv_heads=1, mlp_width=8, tie_embeddings=False
     ),
     "odd head width": ModelConfig(
-        layers=2, width=10, heads=3, kv_heads=1, head_dim=6, mlp_width=20
+        layers=1, width=10, heads=3, kv_heads=1, head_dim=6, mlp_width=20
     ),
 }
+WINDOWED = ModelConfig(
+    layers=3,
+    width=16,
+    kv_heads=2,
+    mlp_width=24,
+    window=3,
+    windowed_layers=(0, 2),
+    window_rope_theta=100.0,
+)
 VOCAB = 40
+
+
+@lru_cache
+def built(name: str) -> tuple[decoder.Graph, decoder.Params]:
+    return decoder.build(SHAPES[name], VOCAB, seed=1)
 
 
 @pytest.fixture(params=SHAPES)
 def model(request: pytest.FixtureRequest) -> tuple[decoder.Graph, decoder.Params]:
-    return decoder.build(SHAPES[request.param], VOCAB, seed=1)
+    return built(request.param)
 
 
 LENGTH = 64  # one shape, compiled once a model
@@ -105,116 +126,135 @@ def test_rotation_keeps_lengths_and_depends_on_distance() -> None:
     assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-4)
 
 
+PROMPTS = [
+    np.random.default_rng(length).integers(1, VOCAB, length).astype(np.int32)
+    for length in (3, 11, 34, 1)
+]
+
+
+def continued(
+    graph: decoder.Graph, params: decoder.Params, eos_ids: tuple[int, ...]
+) -> list[np.ndarray]:
+    return generation.generate(graph, params, PROMPTS, max_new_tokens=12, eos_ids=eos_ids, pad_id=0)
+
+
 def test_cached_generation_is_greedy_decoding(
     model: tuple[decoder.Graph, decoder.Params],
 ) -> None:
     """The cache, the left padding and the batch change no token."""
-    graph, params = model
-    rng = np.random.default_rng(2)
-    prompts = [rng.integers(1, VOCAB, n).astype(np.int32) for n in (3, 11, 34, 1)]
-    made = generation.generate(graph, params, prompts, max_new_tokens=12, eos_ids=(0,), pad_id=0)
-    for prompt, found in zip(prompts, made, strict=True):
+    for prompt, completion in zip(PROMPTS, continued(*model, eos_ids=(0,)), strict=True):
         tokens = list(prompt)
         for _ in range(12):
-            token = int(np.argmax(logits(graph, params, np.asarray(tokens, np.int32))[-1]))
+            token = int(np.argmax(logits(*model, np.asarray(tokens, np.int32))[-1]))
             if token == 0:
                 break
             tokens.append(token)
-        assert list(found) == tokens[len(prompt) :]
+        assert list(completion) == tokens[len(prompt) :]
 
 
 def test_generation_stops_at_the_end_of_sequence() -> None:
     """Nothing follows the token that ends, and it is not returned."""
-    graph, params = decoder.build(SHAPES["grouped, tied"], VOCAB, seed=1)
-    prompt = np.asarray([5, 6, 7], np.int32)
-    free = generation.generate(graph, params, [prompt], max_new_tokens=8, eos_ids=(39,), pad_id=0)[
-        0
-    ]
-    stop = int(free[3])
-    cut = generation.generate(graph, params, [prompt], max_new_tokens=8, eos_ids=(stop,), pad_id=0)[
-        0
-    ]
-    assert list(cut) == list(free)[: list(free).index(stop)]
+    model = built("grouped, tied")
+    whole = list(continued(*model, eos_ids=(0,))[0])
+    stop = int(whole[3])
+    assert list(continued(*model, eos_ids=(stop,))[0]) == whole[: whole.index(stop)]
+
+
+TOKENS = np.asarray([[3, 1, 4, 1, 5, 9, 2, 6]], np.int32)
+SEGMENTS = np.asarray([[1, 1, 1, 1, 1, 2, 2, 0]], np.int32)
+ROW = Batch(TOKENS, TOKENS + 1, np.arange(8, dtype=np.int32)[None], SEGMENTS, SEGMENTS > 0)
+
+
+@lru_cache
+def loss_and_gradient(
+    config: ModelConfig, *, fused: bool = False, scanned: bool = False, remat: str = "none"
+) -> tuple[float, list[np.ndarray]]:
+    """Of the parameters of the plain form, whatever form computes them."""
+    params = decoder.build(config, VOCAB, seed=2)[1]
+    graph, target = decoder.shape(config, VOCAB, fused=fused, scanned=scanned)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params: decoder.Params) -> jax.Array:
+        formed = decoder.fuse(params, config) if fused else params
+        formed = decoder.stack(formed) if scanned else formed
+        assert jax.tree.structure(formed) == jax.tree.structure(target)
+        for leaf, expected in zip(jax.tree.leaves(formed), jax.tree.leaves(target), strict=True):
+            assert (leaf.shape, leaf.dtype) == (expected.shape, expected.dtype)
+        return token_losses(graph, formed, ROW, PrecisionPolicy(remat=remat))[0]
+
+    value, gradient = loss(params)
+    return float(value), [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
+
+
+def assert_same(one: tuple[float, list[np.ndarray]], other: tuple[float, list[np.ndarray]]) -> None:
+    assert one[0] == pytest.approx(other[0], rel=1e-5)
+    for a, b in zip(one[1], other[1], strict=True):
+        assert np.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_fused_form_computes_the_same(name: str) -> None:
-    """Logits, and gradients taken back through `fuse`."""
-    config = SHAPES[name]
-    graph, params = decoder.build(config, VOCAB, seed=2)
-    fused, target = decoder.shape(config, VOCAB, fused=True)
-    made = decoder.fuse(params, config)
-    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(target)]
-    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(made)] == shapes
-    assert jax.tree.structure(made) == jax.tree.structure(target)
-    tokens = jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6]], jnp.int32)
-    segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0]], jnp.int32)
-    positions, mask = jnp.arange(8)[None], decoder.segment_mask(segments)
-
-    def of(form: decoder.Graph, state: decoder.Params) -> jax.Array:
-        return jnp.sin(nnx.merge(form, state)(tokens, positions, mask)[0])
-
-    assert np.allclose(of(graph, params), of(fused, made), atol=1e-5)
-    plain = jax.grad(lambda p: of(graph, p).sum())(params)
-    back = jax.grad(lambda p: of(fused, decoder.fuse(p, config)).sum())(params)
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(back), strict=True):
-        assert np.allclose(a, b, rtol=1e-3, atol=1e-5)
+    """Losses, and gradients through `fuse`."""
+    assert_same(loss_and_gradient(SHAPES[name], fused=True), loss_and_gradient(SHAPES[name]))
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("windowed", [(), (0, 2)])
-def test_the_scanned_form_computes_the_same(fused: bool, windowed: tuple[int, ...]) -> None:
-    """Losses, and gradients taken back through `stack`; windows are those of their layers."""
-    config = ModelConfig(
-        layers=3,
-        width=16,
-        kv_heads=2,
-        mlp_width=24,
-        window=3 if windowed else None,
-        windowed_layers=windowed,
-        window_rope_theta=100.0 if windowed else None,
+# Each pair of form, windows and rematerialization, not each triple.
+@pytest.mark.parametrize(
+    ("fused", "windowed", "remat"),
+    [
+        *((False, False, "none"), (True, True, "none")),
+        *((True, False, "dots"), (False, True, "dots")),
+        *((False, True, "block"), (True, False, "block")),
+    ],
+)
+def test_the_scanned_form_computes_the_same(fused: bool, windowed: bool, remat: str) -> None:
+    """Losses, and gradients through `stack`; windows are those of their layers."""
+    config = WINDOWED if windowed else SHAPES["grouped, tied"]
+    assert_same(
+        loss_and_gradient(config, fused=fused, scanned=True, remat=remat),
+        loss_and_gradient(config),
     )
-    params = decoder.build(config, VOCAB, seed=2)[1]
-    tokens = jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6]], jnp.int32)
-    segments = jnp.asarray([[1, 1, 1, 1, 1, 2, 2, 0]], jnp.int32)
-    batch = batches.Batch(tokens, tokens + 1, jnp.arange(8)[None], segments, segments > 0)
 
-    def of(params: decoder.Params, *, scanned: bool, remat: str = "none") -> jax.Array:
-        graph, target = decoder.shape(config, VOCAB, fused=fused, scanned=scanned)
-        formed = decoder.fuse(params, config) if fused else params
-        formed = decoder.stack(formed) if scanned else formed
-        assert jax.tree.structure(formed) == jax.tree.structure(target)
-        assert jax.tree.map(jnp.shape, formed) == jax.tree.map(jnp.shape, target)
-        return token_losses(graph, formed, batch, PrecisionPolicy(remat=remat))[0]
 
-    value, plain = jax.value_and_grad(partial(of, scanned=False))(params)
-    for remat in ("none", "dots", "block"):
-        same, back = jax.value_and_grad(partial(of, scanned=True, remat=remat))(params)
-        assert float(same) == pytest.approx(float(value), rel=1e-5)
-        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(back), strict=True):
-            assert np.allclose(a, b, rtol=1e-3, atol=1e-5)
-    again = decoder.unstack(decoder.stack(params))
-    assert jax.tree.structure(again) == jax.tree.structure(params)
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+def test_unstack_undoes_stack() -> None:
+    """The same structure and the same bits."""
+    params = built("grouped, tied")[1]
+    result = decoder.unstack(decoder.stack(params))
+    assert jax.tree.structure(result) == jax.tree.structure(params)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(result), strict=True):
         assert np.array_equal(a, b)
 
 
 def test_remat_saves_memory_on_a_cpu() -> None:
-    """What is computed again is not kept, in the scanned form."""
-    config = ModelConfig(layers=8, width=64, heads=4, kv_heads=4, mlp_width=256)
+    """What is recomputed is not kept, in the scanned form."""
+    config = ModelConfig(layers=8, width=32, heads=4, kv_heads=4, mlp_width=128)
     graph, target = decoder.shape(config, VOCAB, scanned=True)
-    batch = batches.blank(1, 256)
+    batch = batches.blank(1, 128)
 
     def temporaries(remat: str) -> int:
-        def of(params: decoder.Params) -> jax.Array:
+        def loss(params: decoder.Params) -> jax.Array:
             return token_losses(graph, params, batch, PrecisionPolicy(remat=remat))[0]
 
-        compiled = jax.jit(jax.grad(of)).lower(target).compile()
+        compiled = jax.jit(jax.grad(loss)).lower(target).compile()
         return int(compiled.memory_analysis().temp_size_in_bytes)
 
     kept = {remat: temporaries(remat) for remat in ("none", "dots", "block")}
     assert kept["block"] < kept["none"] / 2
     assert kept["block"] < kept["dots"] < kept["none"]
+
+
+def value_and_gradients(
+    f: Callable[..., jax.Array], *arguments: np.ndarray, cotangent: np.ndarray | None = None
+) -> list[jax.Array]:
+    """Of a function of arrays, as one program; by default of the sum of its sines."""
+
+    @jax.jit
+    def both(*arguments: jax.Array) -> list[jax.Array]:
+        value, backward = jax.vjp(f, *arguments)
+        return [value, *backward(jnp.cos(value) if cotangent is None else cotangent)]
+
+    return both(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -226,11 +266,11 @@ def test_attention_is_the_librarys(
 ) -> None:
     """In value and gradient, with a mask, for self-attention, whole and in pieces, and for one
     token and a cache."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], (2, length, heads, 16))
-    k, v = (jax.random.normal(key, (2, seen, groups, 16)) for key in keys[1:])
-    mask = jnp.arange(seen)[None, None, None] <= jnp.arange(length)[:, None] + seen - length
-    mask = jnp.broadcast_to(mask, (2, 1, length, seen))
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((2, length, heads, 16), np.float32)
+    k, v = rng.standard_normal((2, 2, seen, groups, 16), np.float32)
+    mask = np.arange(seen)[None, None, None] <= np.arange(length)[:, None] + seen - length
+    mask = np.broadcast_to(mask, (2, 1, length, seen))
 
     def library(*arrays: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(*arrays, mask=mask)
@@ -238,41 +278,41 @@ def test_attention_is_the_librarys(
     def ours(*arrays: jax.Array) -> jax.Array:
         return layers.attend(*arrays, mask, causal=causal)
 
-    assert np.allclose(library(q, k, v), ours(q, k, v), atol=1e-6)
-    gradients = [
-        jax.grad(lambda *x, f=f: jnp.sin(f(*x)).sum(), (0, 1, 2))(q, k, v) for f in (library, ours)
-    ]
-    for a, b in zip(*gradients, strict=True):
+    (value, *gradients), (expected, *expected_gradients) = (
+        value_and_gradients(f, q, k, v) for f in (ours, library)
+    )
+    assert np.allclose(value, expected, atol=1e-6)
+    for a, b in zip(gradients, expected_gradients, strict=True):
         assert np.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_in_pieces_is_that_of_the_whole(dtype: str) -> None:
     """Of packed rows with a window, in value and gradient."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, up = (jax.random.normal(key, (2, 512, 4, 16)).astype(dtype) for key in keys[:2])
-    k, v = (jax.random.normal(key, (2, 512, 2, 16)).astype(dtype) for key in keys[2:])
-    segments = jnp.repeat(jnp.asarray([[1, 1, 2, 0], [1, 2, 3, 3]]), 128, axis=1)
-    near = jnp.arange(512)[:, None] - jnp.arange(512)[None] < 200
-    mask = decoder.segment_mask(segments) & near
+    rng = np.random.default_rng(0)
+    q, cotangent = rng.standard_normal((2, 2, 512, 4, 16), np.float32).astype(jnp.dtype(dtype))
+    k, v = rng.standard_normal((2, 2, 512, 2, 16), np.float32).astype(jnp.dtype(dtype))
+    segments = np.repeat(np.asarray([[1, 1, 2, 0], [1, 2, 3, 3]]), 128, axis=1)
+    near = np.arange(512)[:, None] - np.arange(512)[None] < 200
+    mask = np.asarray(decoder.segment_mask(segments)) & near
 
-    def of(*, causal: bool) -> list[jax.Array]:
-        found, back = jax.vjp(lambda *x: layers.attend(*x, mask, causal=causal), q, k, v)
-        return [found, *back(up)]
+    def values(*, causal: bool) -> list[jax.Array]:
+        attend = partial(layers.attend, mask=mask, causal=causal)
+        return value_and_gradients(attend, q, k, v, cotangent=cotangent)
 
     assert layers._block_count(512) > 1
-    for whole, pieces in zip(of(causal=False), of(causal=True), strict=True):
-        assert pieces.dtype == whole.dtype
-        near_enough = 1e-5 if dtype == "float32" else 0.1
-        wide, other = whole.astype(jnp.float32), pieces.astype(jnp.float32)
-        assert np.allclose(wide, other, atol=near_enough)
+    for whole, blocks in zip(values(causal=False), values(causal=True), strict=True):
+        assert blocks.dtype == whole.dtype
+        tolerance = 1e-5 if dtype == "float32" else 0.1
+        a, b = np.asarray(whole, np.float32), np.asarray(blocks, np.float32)
+        assert np.allclose(a, b, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cross_entropy_is_the_librarys(dtype: str) -> None:
     """In value and gradient, weighed."""
-    logits = (9 * jax.random.normal(jax.random.key(0), (5, 33))).astype(dtype)
-    targets, mask = jnp.asarray([0, 32, 4, 4, 9]), jnp.asarray([1.0, 1.0, 0.0, 1.0, 0.5])
+    logits = (9 * np.random.default_rng(0).standard_normal((5, 33))).astype(jnp.dtype(dtype))
+    targets, mask = np.asarray([0, 32, 4, 4, 9]), np.asarray([1, 1, 0, 1, 0.5], np.float32)
 
     def library(logits: jax.Array) -> jax.Array:
         wide = logits.astype(jnp.float32)
@@ -282,11 +322,12 @@ def test_cross_entropy_is_the_librarys(dtype: str) -> None:
         return cross_entropy(logits, targets, mask)
 
     (a, up), (b, down) = (
-        jax.value_and_grad(lambda x, f=f: f(x) ** 2)(logits) for f in (library, ours)
+        jax.jit(jax.value_and_grad(lambda x, f=f: f(x) ** 2))(logits) for f in (library, ours)
     )
     assert float(a) == pytest.approx(float(b), rel=1e-5)
     assert down.dtype == logits.dtype
-    assert np.allclose(up.astype(jnp.float32), down.astype(jnp.float32), rtol=1e-2, atol=1e-4)
+    up, down = np.asarray(up, np.float32), np.asarray(down, np.float32)
+    assert np.allclose(up, down, rtol=1e-2, atol=1e-4)
 
 
 def test_the_seed_makes_the_parameters() -> None:
@@ -297,138 +338,154 @@ def test_the_seed_makes_the_parameters() -> None:
     assert not all(np.array_equal(x, y) for x, y in zip(a, c, strict=True))
 
 
-@pytest.fixture
-def data() -> TokenRows:
+@lru_cache
+def data() -> batches.TokenRows:
     examples = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 9)]
-    tokenized = tokens.encode_examples(examples, ByteTokenizer(), True)
-    return lay_out_rows(tokenized, DataConfig(), 64)
+    return batches.tokenize(examples, ByteTokenizer(), DataConfig(), LENGTH)
 
 
-def test_loss_is_that_of_the_trained_tokens(data: TokenRows) -> None:
+@lru_cache
+def of_bytes() -> tuple[decoder.Graph, decoder.Params]:
+    return decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
+
+
+def test_loss_is_that_of_the_trained_tokens() -> None:
     """The masked mean equals one computed token by token without packing."""
-    graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
+    graph, params = of_bytes()
+    rows = data()
     spec = step.StepSpec(graph, optax.identity())
-    total, count = step.eval_step(params, batches.assemble(data, data.rows), spec=spec)
-    expected, trained_tokens = 0.0, 0
-    for index in range(data.examples.count):
-        ids, trained = data.example(index)
+    total, count = step.eval_step(params, batches.assemble(rows, rows.rows), spec=spec)
+    expected, tokens = 0.0, 0
+    for ids, trained in zip(rows.ids, rows.trained, strict=True):
         raw = logits(graph, params, ids[:-1]).astype(np.float64)
-        found = raw - np.log(np.sum(np.exp(raw), axis=-1, keepdims=True))
-        for place in np.flatnonzero(trained[1:]):
-            expected -= float(found[place, ids[1:][place]])
-            trained_tokens += 1
-    assert int(count) == trained_tokens
+        log_probabilities = raw - np.log(np.sum(np.exp(raw), axis=-1, keepdims=True))
+        for position in np.flatnonzero(trained[1:]):
+            expected -= float(log_probabilities[position, ids[1:][position]])
+            tokens += 1
+    assert int(count) == tokens
     assert float(total) == pytest.approx(expected, rel=1e-5)
 
 
-def gradients(
-    data: TokenRows, rows: list[list[int]], compute: PrecisionPolicy = FLOAT32
+@partial(jax.jit, static_argnames=("graph", "policy"))
+def gradient(
+    graph: decoder.Graph, params: decoder.Params, batch: Batch, policy: PrecisionPolicy
 ) -> decoder.Params:
-    graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
-
     def mean(params: decoder.Params) -> jax.Array:
-        total, count = token_losses(graph, params, batches.assemble(data, rows), compute)
+        total, count = token_losses(graph, params, batch, policy)
         return total / count
 
-    return jax.jit(jax.grad(mean))(params)
+    return jax.grad(mean)(params)
 
 
-def test_packing_changes_no_gradient(data: TokenRows) -> None:
+def gradients(rows: list[list[int]], policy: PrecisionPolicy = FLOAT32) -> list[jax.Array]:
+    return jax.tree.leaves(gradient(*of_bytes(), batches.assemble(data(), rows), policy))
+
+
+def test_packing_changes_no_gradient() -> None:
     """The gradient of packed rows is that of the same examples one a row."""
-    one_each = [[i] for i in range(data.examples.count)]
-    pairs = zip(
-        jax.tree.leaves(gradients(data, data.rows)),
-        jax.tree.leaves(gradients(data, one_each)),
-        strict=True,
-    )
-    assert all(np.allclose(a, b, atol=1e-6) for a, b in pairs)
+    one_each = [[i] for i in range(len(data().ids))]
+    for a, b in zip(gradients(data().rows), gradients(one_each), strict=True):
+        assert np.allclose(a, b, atol=1e-6)
 
 
+# Chunks that do not divide the tokens, that do, and one that holds them all.
 @pytest.mark.parametrize(
-    "compute",
+    "policy",
     [
-        PrecisionPolicy(remat="block"),
-        PrecisionPolicy(remat="dots"),
-        PrecisionPolicy(loss_chunk=7),
-        PrecisionPolicy(loss_chunk=64),
+        PrecisionPolicy(remat="block", loss_chunk=7),
+        PrecisionPolicy(remat="dots", loss_chunk=64),
         PrecisionPolicy(remat="block", loss_chunk=100_000),
     ],
 )
-def test_saving_memory_changes_no_gradient(data: TokenRows, compute: PrecisionPolicy) -> None:
-    """What is computed again, or a chunk at a time, is the same up to rounding."""
-    for a, b in zip(
-        jax.tree.leaves(gradients(data, data.rows, compute)),
-        jax.tree.leaves(gradients(data, data.rows)),
-        strict=True,
-    ):
+def test_saving_memory_changes_no_gradient(policy: PrecisionPolicy) -> None:
+    """What is recomputed, or computed in chunks, is the same up to rounding."""
+    for a, b in zip(gradients(data().rows, policy), gradients(data().rows), strict=True):
         assert np.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_bfloat16_is_near(data: TokenRows) -> None:
+@lru_cache
+def update_rule(name: str) -> optax.GradientTransformation:
+    return optimizers.build(OptimizerConfig(name=name, warmup_steps=0), 10)  # type: ignore[arg-type]
+
+
+class Updates(NamedTuple):
+    """Of two updates on one batch."""
+
+    states: list[step.TrainState]  # before the first and after each, as NumPy arrays
+    metrics: list[step.StepMetrics]
+
+
+@lru_cache
+def updates(
+    name: str, *, parts: int = 4, params_dtype: str = "float32", dtype: str = "float32"
+) -> Updates:
+    """Two updates of the fused form.
+
+    Args:
+        name: of the optimizer.
+        parts: microbatches of the eight rows.
+        params_dtype: of parameters and optimizer state.
+        dtype: of the matmuls.
+    """
+    config, vocabulary = SHAPES["one head, untied"], ByteTokenizer.vocab_size
+    graph = decoder.shape(config, vocabulary, fused=True)[0]
+    rule = update_rule(name)
+    spec = step.StepSpec(graph, rule, parts, policy=PrecisionPolicy(dtype), fuse=config)
+    batch = batches.assemble(data(), [[i] for i in range(8)])
+    params = decoder.init(config, vocabulary, 0)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(params_dtype)), params)
+    state = step.init_state(params, rule)
+    result = Updates([jax.tree.map(np.asarray, state)], [])
+    for _ in range(2):
+        state, metrics = step.train_step(state, batch, spec=spec)
+        result.states.append(jax.tree.map(np.asarray, state))
+        result.metrics.append(metrics)
+    return result
+
+
+def test_bfloat16_is_near() -> None:
     """Parameters keep their type, and the update is that of float32 but for few bits."""
-
-    def after(dtype: str) -> tuple[step.TrainState, step.StepMetrics]:
-        graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
-        rule = optimizers.build(OptimizerConfig(warmup_steps=0), 10)
-        spec = step.StepSpec(graph, rule, 2, None, PrecisionPolicy(dtype))
-        batch = batches.assemble(data, [[i] for i in range(8)])
-        return step.train_step(step.init_state(params, rule), batch, spec=spec)
-
-    (_, m1), (near, m2) = after("float32"), after("bfloat16")
-    assert {leaf.dtype for leaf in jax.tree.leaves(near.params)} == {jnp.dtype("float32")}
+    exact, near = updates("adamw"), updates("adamw", dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(near.states[1].params)} == {jnp.dtype("float32")}
+    m1, m2 = exact.metrics[0], near.metrics[0]
     assert float(m1.loss) != float(m2.loss)
     assert float(m1.loss) == pytest.approx(float(m2.loss), rel=2e-2)
     assert float(m1.grad_norm) == pytest.approx(float(m2.grad_norm), rel=5e-2)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_bfloat16_parameters_keep_their_type(data: TokenRows, name: str) -> None:
-    """Two updates of the fused form, of parameters and optimizer state; losses near float32's."""
-    config = SHAPES["grouped, tied"]
-    vocabulary = ByteTokenizer.vocab_size
-    rule = optimizers.build(OptimizerConfig(name=name, warmup_steps=0), 10)  # type: ignore[arg-type]
-    graph = decoder.shape(config, vocabulary, fused=True)[0]
-    spec = step.StepSpec(graph, rule, 2, fuse=config)
-    batch = batches.assemble(data, [[i] for i in range(8)])
-    losses: dict[str, list[float]] = {}
-    for dtype in ("float32", "bfloat16"):
-        made = decoder.build(config, vocabulary, 0)[1]
-        state = step.init_state(jax.tree.map(lambda x, t=dtype: x.astype(t), made), rule)
-        types = [leaf.dtype for leaf in jax.tree.leaves(state)]
-        for _ in range(2):
-            state, metrics = step.train_step(state, batch, spec=spec)
-            losses.setdefault(dtype, []).append(float(metrics.loss))
-        assert [leaf.dtype for leaf in jax.tree.leaves(state)] == types
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=3e-2)
+def test_bfloat16_parameters_keep_their_type(name: str) -> None:
+    """Two updates of parameters and optimizer state; losses near float32's."""
+    exact, near = updates(name), updates(name, params_dtype="bfloat16")
+    before, after = ([leaf.dtype for leaf in jax.tree.leaves(s)] for s in near.states[::2])
+    assert jnp.dtype("bfloat16") in before
+    assert after == before
+    losses, expected = ([float(m.loss) for m in u.metrics] for u in (near, exact))
+    assert losses == pytest.approx(expected, rel=3e-2)
 
 
-@pytest.mark.parametrize(("name", "microbatches"), [("adamw", 2), ("muon", 4)])
-def test_microbatches_change_no_update(data: TokenRows, name: str, microbatches: int) -> None:
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_microbatches_change_no_update(name: str) -> None:
     """Parts of unequal token counts give the update of the whole batch."""
-
-    def after(parts: int) -> tuple[step.TrainState, step.StepMetrics]:
-        graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
-        rule = optimizers.build(OptimizerConfig(name=name, warmup_steps=0), 10)  # type: ignore[arg-type]
-        batch = batches.assemble(data, [[i] for i in range(8)])
-        spec = step.StepSpec(graph, rule, parts)
-        return step.train_step(step.init_state(params, rule), batch, spec=spec)
-
-    (whole, m1), (split, m2) = after(1), after(microbatches)
+    whole, split = updates(name, parts=1), updates(name)
+    m1, m2 = whole.metrics[0], split.metrics[0]
     assert float(m1.loss) == pytest.approx(float(m2.loss), rel=1e-5)
     assert float(m1.trained_tokens) == float(m2.trained_tokens)
-    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(split.params), strict=True):
+    pairs = (jax.tree.leaves(u.states[1].params) for u in (whole, split))
+    for a, b in zip(*pairs, strict=True):
         assert np.allclose(a, b, atol=2e-3 if name == "muon" else 1e-4)
 
 
-def test_a_step_is_compiled_once(data: TokenRows) -> None:
+def test_a_step_is_compiled_once() -> None:
     """After compile_step neither the first step nor those after it, nor a last partial batch,
     compile anything."""
-    graph, params = decoder.build(SHAPES["grouped, tied"], ByteTokenizer.vocab_size, 0)
-    rule = optimizers.build(OptimizerConfig(), 10)
+    config = SHAPES["one head, untied"]
+    graph, params = decoder.build(config, ByteTokenizer.vocab_size, 0)
+    rule = optimizers.build(OptimizerConfig(), 10)  # its own, which no other test has compiled
     spec = step.StepSpec(graph, rule, 2)
     state = step.init_state(params, rule)
-    full = batches.assemble(data, [[i] for i in range(8)])
-    partial = batches.assemble(data, [[i] for i in range(5)] + [[]] * 3)
+    full = batches.assemble(data(), [[i] for i in range(8)])
+    partial = batches.assemble(data(), [[i] for i in range(5)] + [[]] * 3)
     compiled: list[str] = []
 
     def heard(event: str, _: float, **__: object) -> None:
@@ -443,17 +500,25 @@ def test_a_step_is_compiled_once(data: TokenRows) -> None:
     assert len(compiled) == before == 1
 
 
+def is_muon(state: object) -> bool:
+    return isinstance(state, optax.contrib.MuonState)
+
+
 def test_muon_takes_the_hidden_matrices_alone() -> None:
     """Embedding and norms are AdamW's; both kinds move."""
-    _, params = decoder.build(SHAPES["grouped, tied"], VOCAB, 0)
-    rule = optimizers.build(OptimizerConfig(name="muon", warmup_steps=0), 10)
-    state = jax.jit(rule.init)(params)
-    text = str(jax.tree_util.tree_structure(state))
-    assert "MuonState" in text
-    grads = jax.tree.map(jnp.ones_like, params)
-    updates, _ = jax.jit(rule.update)(grads, state, params)
-    moved = optax.apply_updates(params, updates)
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(moved), strict=True):
+    states = updates("muon").states
+    (muon,) = (
+        inner for inner in jax.tree.leaves(states[0].opt_state, is_leaf=is_muon) if is_muon(inner)
+    )
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(muon.mu)[0]]
+    names = {jax.tree_util.keystr(path, simple=True, separator="/") for path in paths}
+    attention, mlp = ("queries", "keys", "values", "output"), ("gate", "up", "down")
+    assert names == {
+        *(f"blocks/0/attention/{name}/kernel/value" for name in attention),
+        *(f"blocks/0/mlp/{name}/kernel/value" for name in mlp),
+    }
+    before, after = (jax.tree.leaves(state.params) for state in states[:2])
+    for a, b in zip(before, after, strict=True):
         assert not np.array_equal(a, b)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 VOCABULARY = 61
 LENGTH = 48
+PROMPT = 11  # tokens that the greedy text continues
 GREEDY = 64
 
 _LLAMA3 = {
@@ -193,7 +194,7 @@ def main() -> None:
         tokens = tokens.astype(np.int64)
         with torch.no_grad():
             logits = model(torch.tensor(tokens)).logits.numpy()
-        made, margins = _greedy(model, tokens[0, :11])
+        made, margins = _greedy(model, tokens[0, :PROMPT])
         with tempfile.TemporaryDirectory() as scratch:
             model.save_pretrained(scratch)
             tree = json.loads((Path(scratch) / "config.json").read_text())
