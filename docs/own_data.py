@@ -1,4 +1,4 @@
-"""Fine-tune on a JSONL file of your own and promote the model: python docs/own_data.py FILE NAME."""
+"""Fine-tune on your own JSONL file and promote the model: python docs/own_data.py FILE NAME."""
 
 import sys
 

@@ -13,7 +13,7 @@ from tunix_mlflow.pipelines.promote import promote
 from tunix_mlflow.pipelines.seed import seed
 from tunix_mlflow.pipelines.train import train
 from tunix_mlflow.runtime.report import SILENT, Reporter
-from tunix_mlflow.tracking import store
+from tunix_mlflow.tracking import store, tags
 from tunix_mlflow.tracking.run import open_run
 
 
@@ -70,9 +70,9 @@ def run_all(config: Config, *, reporter: Reporter = SILENT) -> MainResult:
         run.log_metrics(figures)
         run.set_tags(
             {
-                "tunix_mlflow.model": promotion.name,
-                "tunix_mlflow.model_version": promotion.version,
-                "tunix_mlflow.training_run": trained.run_id,
+                tags.MODEL: promotion.name,
+                tags.MODEL_VERSION: promotion.version,
+                tags.TRAINING_RUN: trained.run_id,
             }
         )
         shown = {name: f"{value:,.4f}" for name, value in figures.items()}

@@ -6,7 +6,7 @@ from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import ConfigError
 from tunix_mlflow.pipelines import notes
 from tunix_mlflow.runtime.report import SILENT, Reporter
-from tunix_mlflow.tracking import store
+from tunix_mlflow.tracking import store, tags
 from tunix_mlflow.tracking.models import gate, registry
 from tunix_mlflow.tracking.models.gate import Promotion
 from tunix_mlflow.tracking.run import open_run
@@ -44,7 +44,7 @@ def promote(
         stage="promote",
         tracking=config.tracking,
         name=config.tracking.run_name or f"promote {name}",
-        tags={"tunix_mlflow.model": name, **registry.training_run_tag(logged)},
+        tags={tags.MODEL: name, **registry.training_run_tag(logged)},
         report=reporter.info,
     ) as run:
         params = {"model": logged.model_id, "promotion.model": name, "dataset": key}
@@ -58,8 +58,8 @@ def promote(
         promotion = gate.promote(client, logged, name, thresholds=thresholds, dataset=key)
         run.set_tags(
             {
-                gate.VERDICT_TAG: promotion.verdict,
-                "tunix_mlflow.model_version": promotion.version,
+                tags.PROMOTION: promotion.verdict,
+                tags.MODEL_VERSION: promotion.version,
             }
         )
     reporter.info(f"{promotion.name} version {promotion.version}: {promotion.verdict}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tunix_mlflow.config.load import apply_overrides, inherit_auto
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import ConfigError
+from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking.runs import lookup
 from tunix_mlflow.tracking.runs import resume as resuming
 
@@ -63,10 +65,12 @@ def resume_by_key(config: Config) -> Resumption:
     if keyed is None:
         return Resumption(config, {}, None)
     if keyed.finished:
-        lookup.tag_launcher(keyed.run_id)
+        launched = os.environ.get("MLFLOW_RUN_ID")
+        if launched is not None:
+            lookup.tag_launcher(store.connect(config.tracking), launched, keyed.run_id)
         return Resumption(config, {}, ResumePoint(keyed.run_id), finished=True)
     try:
         run = resuming.to_resume(keyed.run_id, lambda before: inherit_auto(config, before))
-    except lookup.NotDescribed:  # killed in its first moments
+    except lookup.NotRecorded:  # killed in its first moments
         return Resumption(config, {}, ResumePoint(keyed.run_id))
     return Resumption(run.config, run.environment, ResumePoint(run.run_id))

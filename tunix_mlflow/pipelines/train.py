@@ -87,7 +87,7 @@ def train(
         TrainingStopped: when the loss is not finite.
     """
     environment.require(config)
-    store.reach(config.tracking)  # a store that cannot be used fails before any work
+    client, _ = store.reach(config.tracking)  # one that cannot be used fails before any work
     given = artifacts.anchored(config)
     with _open_inputs(given, reporter) as (inputs, base):
         leakage = _check_leakage(inputs.config, inputs.manifest, reporter)
@@ -95,8 +95,8 @@ def train(
         if not memory.fits and not force:
             raise UnavailableError(f"this run {memory.text()}. --force trains anyway")
         if resume is not None and (resume.fork or resume.step is not None):
-            run = lookup.look_up(resume.run_id)
-            resuming.need_checkpoint(run, resume.step, reporter.info)
+            recorded = lookup.look_up(resume.run_id)
+            resuming.need_checkpoint(recorded, resume.step, reporter.info)
         trainer = Trainer.create(
             inputs.config, inputs.vocab_size, inputs.device, base, compile_ahead=True
         )
@@ -123,7 +123,10 @@ def train(
                 checkpoints.save(trainer.updates, trainer.state)  # or a kill loses where it began
                 checkpoints.wait()
             elif resume is not None:
-                _restore(run, trainer, checkpoints, resume, reporter)
+                is_fork = lookup.is_forked(
+                    run.folder, client if run.is_online else None, run.run_id
+                )
+                _restore(run, trainer, checkpoints, resume, is_fork, reporter)
             reporter.info(f"if it is interrupted: tunix-mlflow resume {run.run_id}")
             fit(
                 trainer,
@@ -298,7 +301,12 @@ def _open_checkpoints(run: Run, config: Config, identity: dict[str, str]) -> Che
 
 
 def _restore(
-    run: Run, trainer: Trainer, checkpoints: Checkpoints, point: ResumePoint, reporter: Reporter
+    run: Run,
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    point: ResumePoint,
+    is_fork: bool,
+    reporter: Reporter,
 ) -> None:
     """Give the trainer the state to resume from.
 
@@ -309,7 +317,7 @@ def _restore(
         checkpoints.rewind(point.step)
     restored = checkpoints.restore_latest(trainer.state, reporter.info)
     if restored is None:
-        if run.is_fork:
+        if is_fork:
             raise CheckpointError(
                 f"run {run.run_id} died before it had a checkpoint of its own; fork again"
             )

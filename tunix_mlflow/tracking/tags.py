@@ -17,6 +17,9 @@ CONTENT_DIGEST = f"{PREFIX}content_digest"
 PACKAGE_DIGEST = f"{PREFIX}package_digest"
 STEP = f"{PREFIX}step"  # of a logged model
 PROMOTION = f"{PREFIX}promotion"
+MODEL = f"{PREFIX}model"  # a registered model's name
+MODEL_VERSION = f"{PREFIX}model_version"
+TRAINING_RUN = f"{PREFIX}training_run"  # on runs that used a model: the run that trained it
 FORKED_FROM = f"{PREFIX}forked_from"
 LAUNCHER_OF = f"{PREFIX}launcher_of"
 """On a run that `mlflow run` made only to resume another: that one's id."""

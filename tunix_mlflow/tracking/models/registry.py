@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from tunix_mlflow.errors import ConfigError, TrackingError
 from tunix_mlflow.files import one_line
-from tunix_mlflow.tracking import tags
+from tunix_mlflow.tracking import store, tags
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,199}")
@@ -107,3 +107,19 @@ def _model_id(client: MlflowClient, path: str) -> str:
     if not source.startswith("models:/m-"):
         raise TrackingError(f"{name} version {version.version} is not a logged model: {source}")
     return source.removeprefix("models:/")
+
+
+def training_run_tag(model: LoggedModel) -> dict[str, str]:
+    """Return the tag that links a run that used a model to the run that trained it."""
+    return {tags.TRAINING_RUN: model.source_run_id} if model.source_run_id else {}
+
+
+def training_run_link(client: MlflowClient, model: LoggedModel) -> str | None:
+    """Return the page of the run that trained a model; None if there is no such run."""
+    if not model.source_run_id:
+        return None
+    try:
+        info = client.get_run(model.source_run_id).info
+    except MlflowException:
+        return None
+    return store.run_link(info.experiment_id, info.run_id)

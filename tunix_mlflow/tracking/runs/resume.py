@@ -63,7 +63,7 @@ def need_checkpoint(run: RecordedRun, step: int | None, report: Callable[[str], 
     folder = paths.run_dir(run.run_id)
     if run.client is not None:
         fetch_checkpoint(run.client, run.run_id, folder, report, step)
-    have = [int(path.name) for path in checkpoint.steps(folder / CHECKPOINTS)]
+    have = [int(path.name) for path in checkpoint.sealed_checkpoints(folder / CHECKPOINTS)]
     if not have or (step is not None and step not in have):
         listed = ", ".join(map(str, have)) or "none"
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -90,7 +90,7 @@ def fetch_checkpoint(
     from tunix_mlflow.training import checkpoint
 
     checkpoints = folder / CHECKPOINTS
-    have = {int(path.name) for path in checkpoint.steps(checkpoints)}
+    have = {int(path.name) for path in checkpoint.sealed_checkpoints(checkpoints)}
     if wanted in have:
         return
     for step, artifact in sorted(uploaded_steps(client, run_id).items(), reverse=True):

@@ -200,7 +200,7 @@ def _runs(client: MlflowClient) -> Iterator[Run]:
 
 def _here(run_id: str) -> list[Entry]:
     found = []
-    for folder in checkpoint.steps(paths.run_dir(run_id) / CHECKPOINTS):
+    for folder in checkpoint.sealed_checkpoints(paths.run_dir(run_id) / CHECKPOINTS):
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         found.append(
             Entry(run_id, int(folder.name), HERE, str(folder), size, _metrics(folder), None)
