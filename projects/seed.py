@@ -44,7 +44,7 @@ def seed(
     if config.dataset is None:
         raise ConfigError("dataset is missing; give dataset=KEY, for example golden-v2")
     store.connect(config.tracking)  # a dead server is said before anything is stored
-    built = datasets.seed(config.dataset, num_traces=num_traces, number=number, name=key)
+    built = datasets.seed(config.dataset, num_traces=num_traces, seed=number, name=key)
     manifest = built.manifest
     console.say(
         f"{manifest.key}: {manifest.count} examples,"

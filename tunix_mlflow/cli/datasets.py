@@ -23,7 +23,7 @@ _split = click.option(
     multiple=True,
     metavar="NAME=SHARE",
     help="Share of the prompts, by hash, unless the data has splits; train gets the rest."
-    "  [default: test=0.1]",
+    "  [default: validation=0.1, test=0.1]",
 )
 _SHOWN = 100  # names of a kind
 _OPERATORS = {"=": "eq", "!=": "ne", "<": "lt", "<=": "le", ">": "gt", ">=": "ge"}
@@ -46,9 +46,9 @@ def datasets() -> None:
 def list_(as_json: bool) -> None:
     """All datasets, oldest first."""
     from tunix_mlflow import paths
-    from tunix_mlflow.data import catalog
+    from tunix_mlflow.data.catalog import read
 
-    found = catalog.listing(paths.catalog_path())
+    found = read.listing(paths.catalog_path())
     if as_json:
         _print([_plain(manifest) for manifest, _ in found])
         return
@@ -187,7 +187,9 @@ def ingest(
 
     JSONL, JSONL.gz, Parquet or text files, or folders of them, Hugging Face `datasets` folders
     among them. Splits come from a row's `split`, from SPLIT=PATH, or from the names of several
-    files (train, validation, test); without any, a tenth of the prompts becomes `test`.
+    files (train, validation, test); without any, a tenth of the prompts becomes `validation` and
+    a tenth `test`. Where the data has splits but no `validation`, a tenth of the train prompts
+    becomes it.
 
     \b
     FORMAT is auto, or one of
@@ -231,6 +233,8 @@ def ingest(
     )
     if without := done.manifest.stats["without_steps"]:
         click.echo(f"{without:,} examples have no reasoning steps")
+    if taken := done.validation_from_train:
+        click.echo(f"the data has no validation split: {taken:,} train examples became it")
     _report(done, False)
 
 
@@ -243,11 +247,12 @@ def verify(key: str, as_json: bool) -> None:
     Names what is missing, extra, changed, duplicated, or in another split, in the catalog or in
     the snapshot; exit code 3 if anything is.
     """
-    from tunix_mlflow.data import canonical, catalog
+    from tunix_mlflow.data import canonical
     from tunix_mlflow.data import datasets as operations
+    from tunix_mlflow.data.catalog.verify import KINDS
 
     report = operations.verify(key)
-    named = {kind: [canonical.id_of(d) for d in getattr(report, kind)] for kind in catalog.KINDS}
+    named = {kind: [canonical.id_of(d) for d in getattr(report, kind)] for kind in KINDS}
     if as_json:
         _print({"key": key, "ok": report.ok, **named, "notes": report.notes})
     elif report.ok:
@@ -274,8 +279,9 @@ def diff(before: str, after: str, examples: int, as_json: bool) -> None:
     An example that was replaced by another with the same prompt is `changed`.
     """
     from tunix_mlflow import paths
-    from tunix_mlflow.data import canonical, catalog
+    from tunix_mlflow.data import canonical
     from tunix_mlflow.data import datasets as operations
+    from tunix_mlflow.data.catalog import read
     from tunix_mlflow.data.examples import from_canonical
 
     found = operations.diff(before, after)
@@ -295,7 +301,7 @@ def diff(before: str, after: str, examples: int, as_json: bool) -> None:
     )
     shown = [*found.added[:examples], *found.removed[:examples]]
     shown += [d for pair in found.changed[:examples] for d in pair]
-    texts = catalog.texts(paths.catalog_path(), shown)
+    texts = read.texts(paths.catalog_path(), shown)
 
     def show(sign: str, digest: str) -> None:
         click.echo(f"\n{sign} {canonical.id_of(digest)}")
@@ -368,14 +374,14 @@ def stats(key: str, sequence_length: int | None, base: str | None, as_json: bool
         _stats_of(key, base, as_json)
         return
     from tunix_mlflow import paths
-    from tunix_mlflow.data import catalog
     from tunix_mlflow.data import datasets as operations
+    from tunix_mlflow.data.catalog import read
 
     manifest = operations.get(key)
     figures = dict(manifest.stats)
     if sequence_length is not None:
         # A row holds one token fewer than an example: the last is only ever predicted.
-        cut = catalog.longer_than(paths.catalog_path(), key, sequence_length + 1)
+        cut = read.longer_than(paths.catalog_path(), key, sequence_length + 1)
         figures |= {"sequence_length": sequence_length, "cut": cut}
     if as_json:
         _print({"key": key, "count": manifest.count, **figures})
@@ -408,7 +414,7 @@ def sample(key: str, count: int, seed: int, split: str | None, as_json: bool) ->
     from tunix_mlflow.data import examples
 
     manifest = operations.ready(key, lambda message: click.echo(message, err=True))
-    found = operations.sample(manifest, count, number=seed, split=split)
+    found = operations.sample(manifest, count, seed=seed, split=split)
     if as_json:
         _print([json.loads(examples.canonical_text(e)) for e in found])
         return
@@ -452,13 +458,13 @@ def gc(yes: bool, as_json: bool) -> None:
     import shutil
 
     from tunix_mlflow import paths
-    from tunix_mlflow.data import catalog
     from tunix_mlflow.data import datasets as operations
+    from tunix_mlflow.data.catalog import store
 
     left = operations.leftovers()
     count, size = (0, 0)
     if paths.catalog_path().exists():
-        count, size = catalog.unreferenced(paths.catalog_path(), remove=yes)
+        count, size = store.unreferenced(paths.catalog_path(), remove=yes)
     if yes:
         for path, _ in left:
             shutil.rmtree(path, ignore_errors=True)
