@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from tunix_mlflow.data.examples import ReasoningTrace, reasoning_trace
 
 DEFAULT_TRACES = 200
-MOST = 20_000
+MAX_TRACES = 20_000
 _NAMES = ("Ann", "Ben", "Cara", "Dan", "Eva", "Finn")
 _THINGS = ("coins", "apples", "books", "stamps", "marbles")
 
 
 def generate(*, seed: int = 42, num_traces: int = DEFAULT_TRACES) -> Iterator[ReasoningTrace]:
-    """Distinct problems, the two kinds in turn."""
-    if not 1 <= num_traces <= MOST:
-        raise ValueError(f"num_traces must be from 1 to {MOST:,}")
+    """Yield distinct problems, the two kinds in turn."""
+    if not 1 <= num_traces <= MAX_TRACES:
+        raise ValueError(f"num_traces must be from 1 to {MAX_TRACES:,}")
     rng, seen = random.Random(seed), set[str]()
     while len(seen) < num_traces:
         trace = (_change, _shopping)[len(seen) % 2](rng)

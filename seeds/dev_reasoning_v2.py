@@ -14,16 +14,16 @@ from collections.abc import Iterator
 from tunix_mlflow.data.examples import ReasoningTrace, reasoning_trace
 
 DEFAULT_TRACES = 550
-MOST = 6_600  # _sequence has 30 * 11 * 4 = 1,320 prompts, a fifth of it
+MAX_TRACES = 6_600  # _sequence has 30 * 11 * 4 = 1,320 prompts, a fifth of it
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _NAMES = ("Ada", "Bo", "Cy", "Dot", "Eli", "Fay", "Gus", "Hal")
 _SYLLABLES = ("ba", "co", "di", "fu", "ge", "ki", "lo", "ma", "ne", "pi", "ru", "sa", "to", "vu")
 
 
 def generate(*, seed: int = 42, num_traces: int = DEFAULT_TRACES) -> Iterator[ReasoningTrace]:
-    """Distinct problems, the five families in turn."""
-    if not 1 <= num_traces <= MOST:
-        raise ValueError(f"num_traces must be from 1 to {MOST:,}")
+    """Yield distinct problems, the five families in turn."""
+    if not 1 <= num_traces <= MAX_TRACES:
+        raise ValueError(f"num_traces must be from 1 to {MAX_TRACES:,}")
     families = (_expression, _weekday, _ordering, _letters, _sequence)
     rng, seen = random.Random(seed), set[str]()
     while len(seen) < num_traces:

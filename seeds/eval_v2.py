@@ -1,9 +1,10 @@
-"""eval-v2: a hundred questions to evaluate on, never to train on, by category and difficulty.
+"""eval-v2: a hundred questions for evaluation only, by category and difficulty.
 
     "A crate holds 6 rows of 4 jars. 3 crack. How many stay whole?"
     -> 6 * 4 = 24; 24 - 3 = 21 -> 21
 
-Five categories, twenty each; every trace is of the split `test`. Worded unlike the other seeds.
+Five categories, twenty each; every trace is in the split `test`. The wording is not that of the
+other seeds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from tunix_mlflow.data.examples import Example, ReasoningTrace, reasoning_trace
+from tunix_mlflow.data.examples import Example, ReasoningTrace, expected_answer, reasoning_trace
 
 DEFAULT_TRACES = 100
 CATEGORIES = ("arithmetic", "word_problem", "time", "logic", "text")
@@ -19,7 +20,7 @@ DIFFICULTIES = ("easy", "medium", "hard")
 
 
 def generate(*, seed: int = 42, num_traces: int = DEFAULT_TRACES) -> Iterator[ReasoningTrace]:
-    """Distinct questions, the categories and the difficulties in turn."""
+    """Yield distinct questions, the categories and the difficulties in turn."""
     if not 1 <= num_traces <= DEFAULT_TRACES:
         raise ValueError(f"num_traces must be from 1 to {DEFAULT_TRACES}")
     makers = (_arithmetic, _word_problem, _time, _logic, _text)
@@ -43,24 +44,24 @@ def generate(*, seed: int = 42, num_traces: int = DEFAULT_TRACES) -> Iterator[Re
         )
 
 
-def validate(traces: list[Example]) -> None:
-    """Raise a ValueError that names the first item that does not belong in an evaluation set."""
-    if not traces:
+def validate(examples: list[Example]) -> None:
+    """Raise a ValueError naming the first item that an evaluation set must not have."""
+    if not examples:
         raise ValueError("an evaluation set needs at least one item")
     seen: dict[str, int] = {}
-    for number, trace in enumerate(traces):
-        if not trace.prompt.strip():
-            raise ValueError(f"item {number} has no prompt")
-        if trace.prompt in seen:
-            raise ValueError(f"item {number} repeats the prompt of item {seen[trace.prompt]}")
-        seen[trace.prompt] = number
-        if not (trace.answer or "").strip():
-            raise ValueError(f"item {number} has no answer")
+    for index, example in enumerate(examples):
+        if not example.prompt.strip():
+            raise ValueError(f"item {index} has no prompt")
+        if example.prompt in seen:
+            raise ValueError(f"item {index} repeats the prompt of item {seen[example.prompt]}")
+        seen[example.prompt] = index
+        if not (expected_answer(example) or "").strip():
+            raise ValueError(f"item {index} has no answer")
         for key, known in (("category", CATEGORIES), ("difficulty", DIFFICULTIES)):
-            if trace.meta.get(key) not in known:
-                raise ValueError(f"item {number}: {key} must be one of {', '.join(known)}")
-        if trace.split != "test":
-            raise ValueError(f"item {number} is of the split {trace.split!r}, expected 'test'")
+            if example.meta.get(key) not in known:
+                raise ValueError(f"item {index}: {key} must be one of {', '.join(known)}")
+        if example.split != "test":
+            raise ValueError(f"item {index} is in the split {example.split!r}, expected 'test'")
 
 
 _Item = tuple[str, list[str], str]

@@ -1,4 +1,4 @@
-"""golden-v1: five hand-written traces, one for each thing an evaluator trips over."""
+"""golden-v1: five hand-written traces, one for each case that evaluators get wrong."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CASES = (
 
 
 def generate(*, seed: int = 42, num_traces: int = DEFAULT_TRACES) -> Iterator[ReasoningTrace]:
-    """The first `num_traces` of the five; nothing here is random, so `seed` changes nothing."""
+    """Yield the first `num_traces` of the five; `seed` changes nothing."""
     if not 1 <= num_traces <= len(_CASES):
         raise ValueError(f"num_traces must be from 1 to {len(_CASES)}")
     for case, prompt, step, answer in _CASES[:num_traces]:

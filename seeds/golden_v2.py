@@ -12,7 +12,7 @@ _WORDS = ("apple", "banana", "cherry", "date", "elderberry")
 
 
 def generate(*, seed: int = 42, num_traces: int = DEFAULT_TRACES) -> Iterator[ReasoningTrace]:
-    """`num_traces` // 2 sums, then the repetitions."""
+    """Yield `num_traces` // 2 sums, then the repetitions."""
     if num_traces < 1:
         raise ValueError("num_traces must be at least 1")
     rng = random.Random(seed)

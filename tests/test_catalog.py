@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
@@ -15,19 +16,12 @@ from hypothesis import strategies as st
 from tests.conftest import write_traces
 from tunix_mlflow import paths
 from tunix_mlflow.config.schema import LimitsConfig
-from tunix_mlflow.data import (
-    canonical,
-    catalog,
-    datasets,
-    files,
-    migrations,
-    parsing,
-    snapshot,
-    staging,
-)
+from tunix_mlflow.data import canonical, datasets, parsing, snapshot, sources, staging
+from tunix_mlflow.data.catalog import connection, migrations, read, store
 from tunix_mlflow.data.examples import ReasoningTrace, canonical_bytes
-from tunix_mlflow.data.manifest import Selection, parse_key, to_document
+from tunix_mlflow.data.manifest import Selection, parse_key
 from tunix_mlflow.errors import DatasetError, IntegrityError, Refused
+from tunix_mlflow.files import sha256_file
 
 
 @pytest.fixture
@@ -46,9 +40,9 @@ def tamper(*statements: str) -> None:
 
 def parse(stage: staging.Stage, path: Path) -> None:
     """Read a JSONL file of traces."""
-    parsing.of_files(
+    parsing.read_files(
         stage,
-        files.sources([str(path)]),
+        sources.find_sources([str(path)]),
         form="trace",
         mapping={},
         limits=LimitsConfig(),
@@ -58,7 +52,7 @@ def parse(stage: staging.Stage, path: Path) -> None:
 
 
 def first_member(key: str) -> str:
-    with catalog.connect(paths.catalog_path(), write=False) as con:
+    with connection.connect(paths.catalog_path(), write=False) as con:
         rows = con.execute(
             "SELECT digest FROM members WHERE key = ? ORDER BY position", [key]
         ).fetchall()
@@ -165,7 +159,7 @@ def test_a_bad_line_is_named_and_nothing_is_stored(tmp_path: Path, line: str) ->
     with pytest.raises(DatasetError, match=BAD_LINES[line]) as caught:
         datasets.ingest(path, "bad-v1")
     assert f"{path}:2:" in str(caught.value)
-    assert catalog.listing(paths.catalog_path()) == []
+    assert read.listing(paths.catalog_path()) == []
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{}\n", b"\xef\xbb\xbf{}\n", b"", b"x" * 1_100_000])
@@ -296,8 +290,8 @@ def test_another_programs_database_is_left_alone(home: Path) -> None:
 
 def test_migrations_are_recorded_in_order(doubles: str) -> None:
     """What is applied is exactly the list."""
-    with catalog.connect(paths.catalog_path(), write=False) as con:
-        assert migrations.applied(con) == [m.__name__ for m in migrations.MIGRATIONS]
+    with connection.connect(paths.catalog_path(), write=False) as con:
+        assert migrations.applied(con) == [m.name for m in migrations.MIGRATIONS]
 
 
 def test_a_damaged_snapshot_is_refused(doubles: str) -> None:
@@ -331,18 +325,18 @@ def test_readers_and_writers_take_turns(doubles: str, tmp_path: Path) -> None:
             path = write_traces(tmp_path / f"{n}-{i}.jsonl", 5, start=1000 * n + 10 * i)
             datasets.ingest(path, f"w{n}-v{i}")
 
-    def read() -> None:
+    def read_often() -> None:
         for _ in range(10):
             assert datasets.get(doubles).count == 40
 
-    works = [lambda n=n: write(n) for n in range(2)] + [read] * 4
+    works = [lambda n=n: write(n) for n in range(2)] + [read_often] * 4
     threads = [threading.Thread(target=attempt, args=(work,)) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert errors == []
-    assert len(catalog.listing(paths.catalog_path())) == 7
+    assert len(read.listing(paths.catalog_path())) == 7
 
 
 def test_null_meta_is_absent() -> None:
@@ -374,7 +368,7 @@ def test_a_prompt_keeps_to_one_split(tmp_path: Path) -> None:
     line = {"prompt": "p", "steps": [{"content": "s"}], "answer": "a"}
     lines = [line | {"split": "train"}, line | {"split": "test", "answer": "b"}]
     path.write_text("".join(json.dumps(each) + "\n" for each in lines))
-    with pytest.raises(DatasetError, match="same prompt stands in the splits 'test' and 'train'"):
+    with pytest.raises(DatasetError, match="same prompt is in the splits 'test' and 'train'"):
         datasets.ingest(path, "leak-v1")
     lines = [line, line | {"split": "test", "answer": "b"}, line | {"prompt": "other"}]
     path.write_text("".join(json.dumps(each) + "\n" for each in lines))
@@ -388,46 +382,32 @@ def test_the_name_of_a_file_is_no_part_of_a_dataset(tmp_path: Path) -> None:
     assert not datasets.ingest(write_traces(tmp_path / "b.jsonl", 9), "same-v1").created
 
 
-def test_an_older_catalog_is_brought_up(tmp_path: Path) -> None:
-    """What the first version stored keeps its key and digest, verifies, and is read."""
-    built = datasets.ingest(write_traces(tmp_path / "a.jsonl", 30), "old-v1").manifest
-    table = [
-        (m, e)
-        for batch in catalog.stream(paths.catalog_path(), "old-v1")
-        for m, e in zip(batch["split"].to_pylist(), batch["canonical"].to_pylist(), strict=True)
-    ]
-    shutil.rmtree(paths.root())
-    paths.root().mkdir()
-    con = duckdb.connect(str(paths.catalog_path()))
-    con.execute("CREATE TABLE migrations (number INTEGER, name VARCHAR)")
-    migrations.m001_examples_and_manifests(con)
-    con.execute("INSERT INTO migrations VALUES (0, 'm001_examples_and_manifests')")
-    for position, (split, text) in enumerate(table):
-        digest = canonical.digest(text.encode())
-        con.execute(
-            "INSERT INTO examples (digest, id, prompt_digest, meta, canonical)"
-            " VALUES (?, 'id', 'prompt', '{}', ?)",
-            [digest, text],
-        )
-        con.execute("INSERT INTO members VALUES ('old-v1', ?, ?, ?)", [position, digest, split])
-    document = json.loads(to_document(built)) | {"request": {"test_fraction": 0.1}}
-    del document["parent"]
-    con.execute(
-        "INSERT INTO manifests VALUES ('old-v1', ?, TIMESTAMP '2026-01-01')", [json.dumps(document)]
-    )
-    con.close()
-    assert datasets.verify("old-v1").ok
-    assert datasets.ready("old-v1", print).digest == built.digest
-    assert len(snapshot.read(built.digest)) == 30
-    again = datasets.build("new-v1", Selection(filters={"parity": "even"}, order="all")).manifest
-    assert again.count == 15
+def test_a_migration_is_frozen() -> None:
+    """The SQL of a migration never changes; a new one is added, with its digest here."""
+    frozen = {"m001_examples_manifests_members_sources": "b9a59b0e88c5467f3c7af745cd2ccb30"}
+    found = {m.name: canonical.digest(m.sql.encode())[:32] for m in migrations.MIGRATIONS}
+    assert found == frozen
+
+
+def test_an_older_catalog_is_brought_up(doubles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an older version stored keeps its key and digest, verifies, and is read."""
+    built = datasets.get(doubles)
+    shutil.rmtree(paths.snapshot_dir(built.digest))
+    added = migrations.Migration("m002_labels", "CREATE TABLE labels (key VARCHAR NOT NULL);")
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, added))
+    assert datasets.get(doubles) == built  # reading migrates
+    with connection.connect(paths.catalog_path(), write=False) as con:
+        assert migrations.applied(con)[-1] == "m002_labels"
+        assert con.execute("SELECT count(*) FROM labels").fetchall() == [(0,)]
+    assert datasets.ready(doubles).digest == built.digest
+    assert len(snapshot.read(built.digest)) == 40
 
 
 def test_filters_compare_by_type_and_operator(doubles: str) -> None:
     """Ranges, lists, negations and combinations; a key that is absent meets a negation."""
 
     def count(**filters: object) -> int:
-        key = f"f-v{len(catalog.listing(paths.catalog_path()))}"
+        key = f"f-v{len(read.listing(paths.catalog_path()))}"
         return datasets.build(key, Selection(filters=filters)).manifest.count
 
     assert count(n={"ge": 10, "lt": 13}) == 3
@@ -458,6 +438,115 @@ def test_named_fractions_and_parents(tmp_path: Path) -> None:
             datasets.build("bad-v1", Selection(splits=bad))
 
 
+def split_of(key: str) -> dict[str, str]:
+    """Prompt -> the split it is in."""
+    splits = datasets.get(key).splits
+    found = snapshot.read_splits(datasets.get(key).digest, list(splits))
+    return {e.prompt: name for name, part in found.items() for e in part}
+
+
+def test_data_without_splits_gets_three(tmp_path: Path) -> None:
+    """By ingest, and a prompt keeps its split when the dataset grows."""
+    small = datasets.ingest(write_traces(tmp_path / "a.jsonl", 300), "small-v1").manifest
+    assert 10 < small.splits["validation"].count < 60
+    assert 10 < small.splits["test"].count < 60
+    assert "validation_from_train" not in small.stats
+    datasets.ingest(write_traces(tmp_path / "b.jsonl", 600), "large-v1")
+    assert split_of("small-v1").items() <= split_of("large-v1").items()
+
+
+def test_validation_is_taken_from_train_and_said(tmp_path: Path) -> None:
+    """Where the data has splits but no validation: a tenth of train by prompt, never of test."""
+
+    def ingest(key: str, count: int, **more: Any) -> datasets.Ingested:
+        parts = [
+            f"{name}={write_traces(tmp_path / f'{name}.jsonl', n, start=start)}"
+            for name, n, start in (("train", count, 0), ("test", 50, 9_000))
+        ]
+        return datasets.ingest(parts, key, **more)
+
+    done = ingest("own-v1", 300)
+    counts = {name: split.count for name, split in done.manifest.splits.items()}
+    assert counts["test"] == 50
+    assert counts["train"] + counts["validation"] == 300
+    assert 10 < counts["validation"] < 60
+    assert done.validation_from_train == counts["validation"]
+    assert datasets.verify("own-v1").ok
+    ingest("own-v2", 600)
+    assert split_of("own-v1").items() <= split_of("own-v2").items()
+    none = ingest("own-v3", 300, splits={"validation": 0.0})
+    assert set(none.manifest.splits) == {"train", "test"}
+    only_train = datasets.ingest(write_traces(tmp_path / "a.jsonl", 99, split="train"), "t-v1")
+    assert set(only_train.manifest.splits) == {"train", "validation"}
+    tiny = datasets.ingest(write_traces(tmp_path / "b.jsonl", 1, split="train"), "tiny-v1")
+    assert set(tiny.manifest.splits) == {"train"}
+    # An export has the splits; without its validation, train is not where the hash says.
+    datasets.ingest(write_traces(tmp_path / "c.jsonl", 300), "three-v1")
+    datasets.export("three-v1", tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    kept = "".join(json.dumps(r) + "\n" for r in rows if r["split"] != "validation")
+    (tmp_path / "two.jsonl").write_text(kept)
+    assert datasets.ingest(tmp_path / "two.jsonl", "two-v1").validation_from_train > 10
+
+
+def test_a_child_keeps_the_splits_of_its_parent(tmp_path: Path) -> None:
+    """Whatever shares it asks for: no prompt of the parent's test is trained on."""
+    datasets.ingest(write_traces(tmp_path / "a.jsonl", 200), "p-v1", splits={"test": 0.5})
+    datasets.build("c-v1", Selection(parent="p-v1", filters={"parity": "odd"}))
+    parent, child = split_of("p-v1"), split_of("c-v1")
+    assert len(child) == 100
+    assert {p for p, s in child.items() if s == "test"} == {p for p in child if parent[p] == "test"}
+    assert {"train", "validation", "test"} == set(child.values())
+    assert datasets.verify("c-v1").ok
+    tamper("UPDATE members SET split = 'test' WHERE key = 'c-v1' AND split = 'validation'")
+    shutil.rmtree(paths.snapshot_dir(datasets.get("c-v1").digest))
+    assert len(datasets.verify("c-v1").split_drift) == list(child.values()).count("validation")
+
+
+def test_load_dataset(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A key, a digest, a file, files by split; verified, with a snapshot, and nothing printed."""
+    seeded = datasets.load_dataset("golden-v1")
+    assert datasets.load_dataset(seeded.digest) == seeded
+    path = write_traces(tmp_path / "a.jsonl", 40)
+    one = datasets.load_dataset(path, key="mine-v1", form="trace")
+    assert (one.key, one.count) == ("mine-v1", 40)
+    assert datasets.load_dataset(str(path), key="mine-v1", form="trace") == one
+    two = datasets.load_dataset([f"train={path}", f"test={tmp_path}/b.jsonl"][:1], key="mine-v2")
+    assert "train" in two.splits
+    assert len(snapshot.read(one.digest)) == 40
+    for bad in (lambda: datasets.load_dataset(path), lambda: datasets.load_dataset("nowhere-v1")):
+        with pytest.raises(DatasetError):
+            bad()
+    with pytest.raises(DatasetError, match="form need key"):
+        datasets.load_dataset("golden-v1", form="trace")
+    tamper("DELETE FROM examples WHERE canonical LIKE '%Double 7\"%'")
+    with pytest.raises(Refused, match="missing"):
+        datasets.load_dataset("mine-v1")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_snapshot_is_hashed_once(doubles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verifying, reading and comparing hash each file and each example once; a change is seen."""
+    digest = datasets.get(doubles).digest
+    hashed: list[Path] = []
+    monkeypatch.setattr(
+        snapshot, "sha256_file", lambda path: (hashed.append(path), sha256_file(path))[1]
+    )
+    manifest = datasets.ready(doubles)
+    both = snapshot.read_splits(digest, ["train", "validation", "absent"])
+    assert both == {
+        "train": snapshot.read(digest, "train"),
+        "validation": snapshot.read(digest, "validation"),
+        "absent": [],
+    }
+    datasets.check_leakage(manifest, "train", manifest, "test")
+    datasets.ready(digest)
+    assert len(hashed) == len(set(hashed)) > 0
+    path = paths.snapshot_dir(digest) / "examples-00000.parquet"
+    path.write_bytes(path.read_bytes() + b" ")
+    assert datasets.verify(doubles).notes == [f"snapshot drift: {path.name}"]
+
+
 def test_diff_pairs_what_shares_a_prompt(tmp_path: Path) -> None:
     """Added, removed, changed and moved, each by digest."""
     path = write_traces(tmp_path / "a.jsonl", 6, split="train")
@@ -475,13 +564,13 @@ def test_diff_pairs_what_shares_a_prompt(tmp_path: Path) -> None:
 def test_gc_takes_only_what_nobody_has(doubles: str) -> None:
     """Unreferenced examples and leftovers go; the dataset stays as it was."""
     tamper(
-        "INSERT INTO examples SELECT seq + 1000, 'x' || digest, prompt, split, meta, steps,"
+        "INSERT INTO examples SELECT seq + 1000, 'x' || digest, prompt_digest, split, meta, steps,"
         " characters, tokens, canonical FROM examples LIMIT 3"
     )
     left = paths.temporary_dir() / "stage-999999999-abc"
     left.mkdir(parents=True)
-    assert catalog.unreferenced(paths.catalog_path(), remove=False)[0] == 3
+    assert store.unreferenced(paths.catalog_path(), remove=False)[0] == 3
     assert [path for path, _ in datasets.leftovers()] == [left]
-    assert catalog.unreferenced(paths.catalog_path(), remove=True)[0] == 3
-    assert catalog.unreferenced(paths.catalog_path(), remove=False)[0] == 0
+    assert store.unreferenced(paths.catalog_path(), remove=True)[0] == 3
+    assert store.unreferenced(paths.catalog_path(), remove=False)[0] == 0
     assert datasets.verify(doubles).ok

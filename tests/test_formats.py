@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from tests.conftest import write_traces
 from tunix_mlflow import paths
 from tunix_mlflow.config.schema import LimitsConfig
-from tunix_mlflow.data import canonical, catalog, datasets, files, formats, parsing, snapshot
+from tunix_mlflow.data import canonical, datasets, formats, parsing, snapshot, sources, writers
+from tunix_mlflow.data.catalog import connection, read, store, verify
 from tunix_mlflow.data.examples import (
     Example,
     Message,
@@ -257,7 +258,7 @@ def test_a_datasets_folder(tmp_path: Path) -> None:
     assert done.form == "question-answer"
     assert {n: s.count for n, s in done.manifest.splits.items()} == {"train": 8, "validation": 3}
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["../../secret"]}))
-    with pytest.raises(DatasetError, match="strange"):
+    with pytest.raises(DatasetError, match="not allowed"):
         datasets.ingest(folder, "saved-v2")
 
 
@@ -273,7 +274,7 @@ def test_the_users_own_split_files(tmp_path: Path) -> None:
     splits = datasets.ingest(named, "own-v2").manifest.splits
     assert {n: s.count for n, s in splits.items()} == {"train": 5, "held": 5}
     alone = datasets.ingest(write_traces(tmp_path / "train.jsonl", 200), "own-v3").manifest
-    assert set(alone.splits) == {"train", "test"}
+    assert set(alone.splits) == {"train", "validation", "test"}
 
 
 def test_columns_by_another_name(tmp_path: Path) -> None:
@@ -331,7 +332,7 @@ def test_a_bad_conversation_is_named(tmp_path: Path, name: str) -> None:
     path = lines(tmp_path / "chat.jsonl", good, BAD[name], good)
     with pytest.raises(DatasetError, match=r"chat.jsonl:2: not a row of messages: .*\$\.messages"):
         datasets.ingest(path, "bad-v1")
-    assert catalog.listing(paths.catalog_path()) == []
+    assert read.listing(paths.catalog_path()) == []
 
 
 def test_limits_can_be_raised(tmp_path: Path) -> None:
@@ -366,7 +367,7 @@ def test_skip_bad_keeps_the_held_out_side_of_a_leak(tmp_path: Path) -> None:
     line = {"prompt": "p", "steps": [{"content": "s"}], "answer": "a"}
     other = line | {"prompt": "q", "split": "train"}
     path = lines(tmp_path / "a.jsonl", line | {"split": "train"}, line | {"split": "test"}, other)
-    with pytest.raises(DatasetError, match="same prompt stands in the splits"):
+    with pytest.raises(DatasetError, match="same prompt is in the splits"):
         datasets.ingest(path, "a-v1")
     done = datasets.ingest(path, "a-v1", skip_bad=tmp_path / "r.jsonl")
     assert {n: s.count for n, s in done.manifest.splits.items()} == {"test": 1, "train": 1}
@@ -434,11 +435,11 @@ def test_sql_derives_what_python_says(tmp_path_factory: Any, found: list[Example
     path = tmp_path_factory.mktemp("sql") / "catalog.duckdb"
     with staging.new_stage() as stage:
         stage.add_all(found)
-        catalog.ingest(path, stage, "x-v1", {"splits": {"test": 0.1}}, [])
-    assert catalog.verify(path, "x-v1", None).ok
-    with catalog.connect(path, write=False) as con:
+        store.ingest(path, stage, "x-v1", {"splits": {"test": 0.1}}, [])
+    assert verify.verify(path, "x-v1", None).ok
+    with connection.connect(path, write=False) as con:
         rows = con.execute(
-            "SELECT digest, prompt, steps, characters, tokens, canonical FROM examples"
+            "SELECT digest, prompt_digest, steps, characters, tokens, canonical FROM examples"
         ).fetchall()
     assert {row[0] for row in rows} == {canonical.digest(canonical_bytes(e)) for e in found}
     for digest, prompt, count, characters, tokens, text in rows:
@@ -514,9 +515,9 @@ def test_the_trace_form_is_what_a_reader_would_write(example: Example) -> None:
     )
     if not fits:
         with pytest.raises(DatasetError):
-            formats.writer("trace")(text, "train")
+            writers.writer("trace")(text, "train")
         return
-    found = json.loads(bytes(formats.writer("trace")(text, "train")))
+    found = json.loads(bytes(writers.writer("trace")(text, "train")))
     steps = [{"content": s.content, "i": s.i, "type": s.type} for s in plain.steps]
     wanted = {"prompt": first.content, "steps": steps, "answer": plain.answer, "split": "train"}
     assert found == (wanted | {"meta": plain.meta} if plain.meta else wanted)
@@ -534,13 +535,13 @@ def test_spans_have_every_line_once(
     """However a file is cut, its spans hold the lines of the whole, in order."""
     path = tmp_path_factory.mktemp("spans") / "a.jsonl"
     path.write_bytes(b"\n".join(found) + b"\n" * ended)
-    source = files.Source(path, "jsonl", False, None)
-    whole = list(files.lines(source, 5))
+    source = sources.Source(path, "jsonl", False, None)
+    whole = list(sources.lines(source, 5))
     places = [0, *sorted(cuts)]
     pieces = [
         line
         for start, end in zip(places, [*places[1:], None], strict=True)
-        for line in files.lines(source, 5, start, end)
+        for line in sources.lines(source, 5, start, end)
     ]
     assert pieces == whole
 

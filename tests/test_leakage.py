@@ -76,6 +76,38 @@ def test_whole_prompts_and_parts_are_found(tmp_path: Path) -> None:
         datasets.check_leakage(trained, "train", evaluated, None)
 
 
+def test_half_of_the_grams_is_the_threshold() -> None:
+    """A prompt with just under half of its 8-grams in the training split does not count."""
+    words = [f"w{n}" for n in range(27)]  # 20 8-grams
+    prompt = " ".join(words)
+
+    def overlapping(trained_words: int) -> list[str]:
+        trained, _ = leakage.grams(pa.array([" ".join(words[:trained_words])]))
+        sketch = leakage.Sketch.of([trained])
+        return leakage.compare(
+            set(), sketch, ["d"], ["p"], [prompt], lambda grams: np.isin(grams, trained)
+        ).overlapping
+
+    assert overlapping(8 + 8) == []  # 9 of 20
+    assert overlapping(8 + 9) == ["d"]  # 10 of 20
+
+
+def test_a_false_positive_of_the_filter_is_not_leakage() -> None:
+    """A full filter finds everything; only what is really in the split counts."""
+    sketch = leakage.Sketch(np.full(128, 255, np.uint8))
+    trained, _ = leakage.grams(pa.array(["one two", LONG]))
+    found = leakage.compare(
+        set(),
+        sketch,
+        ["a", "b", "c"],
+        ["p", "q", "r"],
+        ["One, two!", "three four", LONG],
+        lambda grams: np.isin(grams, trained),
+    )
+    assert found.overlapping == ["a", "c"]
+    assert found.found == found.grams - 1
+
+
 def test_training_on_an_evaluation_set_is_refused(store: str, tmp_path: Path) -> None:
     """Refused before a run is made; told otherwise, it trains, and the run has the figures."""
     import mlflow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -16,10 +17,10 @@ from tunix_mlflow.errors import DatasetError
 
 DIGESTS = {
     "golden-v1": "ce926aaa12a2719bfd51f296fb4ade79d81b4fc1c8ae9c9d8eb6d660cd850716",
-    "golden-v2": "d668d2413868d4f0d6615b2dc2f3d518e2a8aa096307dc7fd821e616c3d12891",
-    "column-addition-v1": "68a5376987dfe9233d56e6a5cdb58970aa4089211a699c97366890de4a074972",
-    "dev-reasoning-v1": "9d21280f200d68fae14be1ca4a40b540db3e083b6facb135c5f797167ab9fefc",
-    "dev-reasoning-v2": "864d25e8bf7db5c49a6ae67afcd77b890642b11c157b44b904a56821b6fc74ae",
+    "golden-v2": "fc92b3ae18239abbe8c1db5fb7ffa314dc8337182e402220acaf872d5c0261e3",
+    "column-addition-v1": "3219ac0a67be28c6ecb19db8194f79eb20ead764e9bc71fbef5cbf495d9f9597",
+    "dev-reasoning-v1": "9171a2a289b84446aef23ffd6014e05728de2dfb269bc57ad3815d75d0111029",
+    "dev-reasoning-v2": "cf0843b329f7783f39914261e9dcaac0937926ce0aeadc85f9568f99e6b4a4b4",
     "eval-v2": "53537cf17ca9e9adff0b191fe5c61833aac050de5b31ffa56c5cb1d4c3c97f92",
 }
 
@@ -96,8 +97,9 @@ def test_golden_v2_is_sums_then_repetitions() -> None:
 def test_column_addition_steps_add_up() -> None:
     """Every step is right, carries in the next, and the columns spell the answer."""
     traces = generate("column-addition-v1")
-    assert len({t.prompt for t in traces}) == len(traces) == 20_200
-    assert sum(t.split == "test" for t in traces) == 200
+    assert len({t.prompt for t in traces}) == len(traces) == 20_400
+    splits = Counter(t.split for t in traces)
+    assert splits == {"train": 20_000, "validation": 200, "test": 200}
     for trace in traces[:2000]:
         a, b = (int(x) for x in trace.prompt.removeprefix("What is ").rstrip("?").split(" + "))
         carry, carries, digits = 0, 0, ""
@@ -192,7 +194,7 @@ def test_the_evaluation_sets_validator(kind: str) -> None:
     seed = seeds.find("eval-v2")
     assert seed is not None
     assert seed.validate is not None
-    found = seeds.examples(seed, number=42, count=100)
+    found = seeds.examples(seed, seed=42, count=100)
     assert {e.meta["difficulty"] for e in found} == {"easy", "medium", "hard"}
     assert len({e.meta["category"] for e in found}) == 5
     if kind == "at least one":

@@ -25,7 +25,7 @@ def find(key: str) -> seeds.Seed:
 
 
 def build(key: str, number: int = 42, count: int | None = None) -> list[Example]:
-    return seeds.examples(find(key), number=number, count=count or COUNTS[key])
+    return seeds.examples(find(key), seed=number, count=count or COUNTS[key])
 
 
 def of(key: str, kind: str, value: str) -> list[Example]:
@@ -71,7 +71,7 @@ def test_as_many_as_asked_and_no_prompt_twice(key: str, count: int | None) -> No
 def test_a_count_out_of_range_is_refused(key: str, count: int) -> None:
     """Before anything is drawn, and the message gives the range."""
     with pytest.raises(DatasetError, match="num_traces must be from 1 to"):
-        seeds.examples(find(key), number=42, count=count)
+        seeds.examples(find(key), seed=42, count=count)
 
 
 def test_families_and_difficulties() -> None:
@@ -192,8 +192,8 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
         {"meta": {"category": "logic", "difficulty": 1}},
         "item 5: difficulty",
     ),
-    "no split": ({"split": None}, "item 5 is of the split None"),
-    "other split": ({"split": "validation"}, "item 5 is of the split 'validation'"),
+    "no split": ({"split": None}, "item 5 is in the split None"),
+    "other split": ({"split": "validation"}, "item 5 is in the split 'validation'"),
 }
 
 
@@ -240,4 +240,4 @@ def test_the_most_that_is_stated_can_be_made(key: str, most: int) -> None:
     """As many distinct prompts as the range says, and not one more."""
     assert len({e.prompt for e in build(key, count=most)}) == most
     with pytest.raises(DatasetError, match=f"to {most:,}"):
-        seeds.examples(find(key), number=42, count=most + 1)
+        seeds.examples(find(key), seed=42, count=most + 1)

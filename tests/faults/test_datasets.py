@@ -16,7 +16,8 @@ import pytest
 from tests.conftest import environment, write_traces
 from tunix_mlflow import paths
 from tunix_mlflow.cli.main import cli  # noqa: F401  (loaded before processes are counted)
-from tunix_mlflow.data import catalog, datasets, snapshot
+from tunix_mlflow.data import datasets, snapshot
+from tunix_mlflow.data.catalog import read
 
 COUNT = int(os.environ.get("TUNIX_FAULTS", "4"))
 SECONDS = 60 if COUNT >= 50 else 4
@@ -71,7 +72,7 @@ def test_a_kill_leaves_all_or_nothing(work: str, tmp_path: Path) -> None:
             assert not there or len(out.read_text().splitlines()) == 3_000
             out.unlink(missing_ok=True)
         else:
-            there = catalog.find(paths.catalog_path(), key) is not None
+            there = read.find(paths.catalog_path(), key) is not None
             if there:
                 report = datasets.verify(key)
                 assert report.ok, report.summary()
@@ -91,7 +92,7 @@ def test_readers_and_a_writer_at_once(tmp_path: Path) -> None:
         "import time\n"
         f"n = 0\nwhile not n or time.time() < {until}:\n"
         "    assert datasets.verify('base-v1').ok\n"
-        "    n += len(datasets.sample(datasets.get('base-v1'), 5, number=n, split=None))\n"
+        "    n += len(datasets.sample(datasets.get('base-v1'), 5, seed=n, split=None))\n"
         "print(n)\n"
     )
     writer = (
@@ -105,7 +106,7 @@ def test_readers_and_a_writer_at_once(tmp_path: Path) -> None:
     assert [p.returncode for p in processes] == [0] * 5, [err.decode()[-500:] for _, err in done]
     counts = [int(out.split()[-1]) for out, _ in done]
     assert all(counts)
-    assert len(catalog.listing(paths.catalog_path())) == 1 + counts[-1]
+    assert len(read.listing(paths.catalog_path())) == 1 + counts[-1]
     for n in range(counts[-1]):
         assert datasets.verify(f"built-v{n}").ok
 

@@ -102,7 +102,8 @@ def stats(key: str, sequence_length: int | None, base: str | None, as_json: bool
     """
     from tunix_mlflow import paths
     from tunix_mlflow.cli.terminal import print_json
-    from tunix_mlflow.data import catalog, datasets
+    from tunix_mlflow.data import datasets
+    from tunix_mlflow.data.catalog import read
 
     if base is not None:
         count, figures = _tokenizer_stats(key, base)
@@ -111,7 +112,7 @@ def stats(key: str, sequence_length: int | None, base: str | None, as_json: bool
         count, figures = manifest.count, dict(manifest.stats)
         if sequence_length is not None:
             # A row has one token fewer than an example: the last is only ever predicted.
-            cut = catalog.longer_than(paths.catalog_path(), key, sequence_length + 1)
+            cut = read.longer_than(paths.catalog_path(), key, sequence_length + 1)
             figures |= {"sequence_length": sequence_length, "cut": cut}
     if as_json:
         print_json({"key": key, "count": count, **({"base": base} if base else {}), **figures})

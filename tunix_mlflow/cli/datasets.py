@@ -47,9 +47,9 @@ def list_(as_json: bool) -> None:
     from tunix_mlflow import paths
     from tunix_mlflow.cli import table
     from tunix_mlflow.cli.terminal import print_json
-    from tunix_mlflow.data import catalog
+    from tunix_mlflow.data.catalog import read
 
-    listing = catalog.listing(paths.catalog_path())
+    listing = read.listing(paths.catalog_path())
     if as_json:
         print_json([_plain(manifest) for manifest, _ in listing])
     elif not listing:
@@ -206,6 +206,8 @@ def ingest(
     )
     if without := result.manifest.stats["without_steps"]:
         click.echo(f"{without:,} examples have no reasoning steps")
+    if count := result.validation_from_train:
+        click.echo(f"the data has no validation split: {count:,} train examples became it")
     _echo_built(result, False)
 
 
@@ -219,11 +221,12 @@ def verify(key: str, as_json: bool) -> None:
     catalog or in the snapshot; exit code 3 if there are any.
     """
     from tunix_mlflow.cli.terminal import print_json
-    from tunix_mlflow.data import canonical, catalog
+    from tunix_mlflow.data import canonical
+    from tunix_mlflow.data.catalog.verify import KINDS
     from tunix_mlflow.data import datasets as operations
 
     report = operations.verify(key)
-    named = {kind: [canonical.id_of(d) for d in getattr(report, kind)] for kind in catalog.KINDS}
+    named = {kind: [canonical.id_of(d) for d in getattr(report, kind)] for kind in KINDS}
     if as_json:
         print_json({"key": key, "ok": report.ok, **named, "notes": report.notes})
     elif report.ok:
@@ -254,7 +257,8 @@ def diff(before: str, after: str, examples: int, as_json: bool) -> None:
     """
     from tunix_mlflow import paths
     from tunix_mlflow.cli.terminal import print_json
-    from tunix_mlflow.data import canonical, catalog
+    from tunix_mlflow.data import canonical
+    from tunix_mlflow.data.catalog import read
     from tunix_mlflow.data import datasets as operations
     from tunix_mlflow.data.examples import from_canonical
 
@@ -282,7 +286,7 @@ def diff(before: str, after: str, examples: int, as_json: bool) -> None:
     shown = [("+", d) for d in added[:examples]] + [("-", d) for d in removed[:examples]]
     for old, new in changed[:examples]:
         shown += [("-", old), ("+", new)]
-    texts = catalog.texts(paths.catalog_path(), [digest for _, digest in shown])
+    texts = read.texts(paths.catalog_path(), [digest for _, digest in shown])
     for sign, digest in shown:
         click.echo(f"\n{sign} {canonical.id_of(digest)}")
         if digest in texts:
@@ -375,7 +379,7 @@ def gc(yes: bool, as_json: bool) -> None:
     leftovers = operations.leftovers()
     count, size = (0, 0)
     if paths.catalog_path().exists():
-        count, size = catalog.unreferenced(paths.catalog_path(), remove=yes)
+        count, size = store.unreferenced(paths.catalog_path(), remove=yes)
     if yes:
         for path, _ in leftovers:
             shutil.rmtree(path, ignore_errors=True)

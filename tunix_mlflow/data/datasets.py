@@ -1,31 +1,29 @@
-"""The operations on datasets, as the command line and the stages use them."""
+"""The operations on datasets, as the command line and the pipelines use them."""
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import importlib.metadata
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from tunix_mlflow import paths
 from tunix_mlflow.config.schema import LimitsConfig
-from tunix_mlflow.data import canonical, catalog, files, formats, parsing, seeds, snapshot, staging
+from tunix_mlflow.data import export as exports
+from tunix_mlflow.data import formats, parsing, seeds, snapshot, staging
 from tunix_mlflow.data import manifest as manifests
-from tunix_mlflow.data.catalog import Report
+from tunix_mlflow.data.catalog import diff as catalog_diff
+from tunix_mlflow.data.catalog import read, store
+from tunix_mlflow.data.catalog import verify as catalog_verify
+from tunix_mlflow.data.catalog.verify import Report
 from tunix_mlflow.data.examples import Example
 from tunix_mlflow.data.leakage import Leakage
 from tunix_mlflow.data.manifest import Manifest, Selection
+from tunix_mlflow.data.sources import find_sources
 from tunix_mlflow.errors import DatasetError, IntegrityError, Refused
 
 SMALL = 100_000
@@ -34,14 +32,14 @@ _STALE_SECONDS = 24 * 3600
 
 
 class Built(NamedTuple):
-    """A manifest and whether this call made it (False: the same was there)."""
+    """A manifest, and whether this call created it (False: the same one was stored)."""
 
     manifest: Manifest
     created: bool
 
 
 class Ingested(NamedTuple):
-    """What an ingest did."""
+    """The result of an ingest."""
 
     manifest: Manifest
     created: bool
@@ -50,43 +48,84 @@ class Ingested(NamedTuple):
     duplicates: int
     rejected: int
 
+    @property
+    def validation_from_train(self) -> int:
+        """Examples that went from train to validation, since the data has no validation split."""
+        return int(self.manifest.stats.get("validation_from_train", 0))
+
+
+def load_dataset(
+    source: str | Path | Sequence[str | Path], key: str | None = None, **options: Any
+) -> Manifest:
+    """Return a verified dataset that has a snapshot. Prints nothing.
+
+    For example::
+
+        manifest = tunix_mlflow.load_dataset("golden-v2")
+        manifest = tunix_mlflow.load_dataset("support.jsonl", key="support-v1")
+        manifest = tunix_mlflow.load_dataset(
+            ["train=a.jsonl", "test=b.jsonl"], key="support-v2", form="messages"
+        )
+
+    Args:
+        source: without `key` a dataset key or digest; a built-in seed is seeded if necessary.
+            With `key` one or more paths of files or folders, or SPLIT=PATH.
+        key: NAME-vN, under which the files are stored. Storing the same content again changes
+            nothing.
+        options: of :func:`ingest`, with `key`.
+
+    Raises:
+        DatasetError: if there is no such dataset, or a row of the files is wrong.
+        Refused: if what is stored is not what the manifest says.
+    """
+    if key is None:
+        if not isinstance(source, str):
+            raise DatasetError(
+                f"load_dataset({source!r}): give key=NAME-vN to ingest files, or a dataset key"
+            )
+        if options:
+            raise DatasetError(f"load_dataset: {', '.join(sorted(options))} need key=NAME-vN")
+        return ready(source)
+    named = [source] if isinstance(source, str | Path) else list(source)
+    return ready(ingest([str(path) for path in named], key, **options).manifest.key)
+
 
 def seed(
     key: str,
     *,
     num_traces: int | None = None,
-    number: int | None = None,
+    seed: int | None = None,
     name: str | None = None,
 ) -> Built:
-    """Generate a dataset into the catalog; the same one twice changes nothing.
+    """Generate a dataset into the catalog; generating the same one again changes nothing.
 
     Args:
-        key: the seed's, and unless `name` is given the dataset's.
-        num_traces: how many; None for the seed's own number.
-        number: the random seed; None for 42.
-        name: the key to store it under.
+        key: of the seed, and unless `name` is given of the dataset.
+        num_traces: how many; None for the seed's default.
+        seed: the random seed; None for 42.
+        name: the key to store the dataset under.
 
     Raises:
         DatasetError: for an unknown seed, a count it refuses, or a key that is taken.
     """
-    found = seeds.find(key)
-    if found is None:
+    generator = seeds.find(key)
+    if generator is None:
         raise DatasetError(
             f"there is no seed {key!r}; there are: {', '.join(seeds.names())}, {seeds.GYM}FAMILY"
         )
     stored_as = name or seeds.dataset_key(key)
     manifests.parse_key(stored_as)
-    count = found.default_traces if num_traces is None else num_traces
-    number = seeds.DEFAULT_SEED if number is None else number
+    count = generator.default_traces if num_traces is None else num_traces
+    seed = seeds.DEFAULT_SEED if seed is None else seed
     request = {
-        "seed": key,
-        "number": number,
+        "generator": key,
+        "seed": seed,
         "num_traces": count,
         "splits": dict(manifests.HELD_OUT),
     }
     with staging.new_stage() as stage:
-        stage.add_all(seeds.examples(found, number=number, count=count))
-        built = Built(*catalog.ingest(paths.catalog_path(), stage, stored_as, request, []))
+        stage.add_all(seeds.examples(generator, seed=seed, count=count))
+        built = Built(*store.ingest(paths.catalog_path(), stage, stored_as, request, []))
     _snapshot_if_small(built.manifest)
     return built
 
@@ -108,9 +147,12 @@ def ingest(
         named: paths of files or folders, or SPLIT=PATH.
         key: of the dataset.
         form: one of formats.FORMATS, or auto.
-        mapping: field -> the column it stands in.
-        splits: shares of the prompts, used when the data has no splits; None: a tenth for test.
-        limits: lengths that are taken; None for the defaults.
+        mapping: field -> the column it is in.
+        splits: shares of the prompts, used if the data has no splits; None: a tenth each for
+            validation and test. Of data with splits, but without validation, the share of
+            validation is taken from the train prompts, and the manifest's statistics have
+            `validation_from_train`.
+        limits: maximum lengths; None for the defaults.
         skip_bad: leave bad rows out, and write them to this file with the reasons.
         progress: called with bytes done and bytes in all.
 
@@ -124,13 +166,13 @@ def ingest(
             raise DatasetError(f"--map {field}: no such field; one of {', '.join(formats.FIELDS)}")
     if form != "auto" and form not in formats.FORMATS:
         raise DatasetError(f"no format {form!r}; one of auto, {', '.join(formats.FORMATS)}")
-    wanted = dict(manifests.HELD_OUT if splits is None else splits)
-    manifests.bounds(wanted)
-    words = [str(named)] if isinstance(named, Path) else list(named)
-    sources = files.sources(words)
+    shares = dict(manifests.HELD_OUT if splits is None else splits)
+    manifests.bounds(shares)
+    arguments = [str(named)] if isinstance(named, Path) else list(named)
+    sources = find_sources(arguments)
     path = paths.catalog_path()
     with staging.new_stage() as stage:
-        parsed = parsing.of_files(
+        parsed = parsing.read_files(
             stage,
             sources,
             form=form,
@@ -140,36 +182,38 @@ def ingest(
             progress=progress,
         )
         if not stage.rows:
-            raise DatasetError(f"{', '.join(words)} holds no {parsed.form} rows that can be used")
+            raise DatasetError(
+                f"{', '.join(arguments)} holds no {parsed.form} rows that can be used"
+            )
         rejects = list(parsed.rejects)
         if skip_bad is not None:
-            torn = catalog.conflicts(path, stage)
+            conflicts = store.conflicts(path, stage)
             rejects += [
                 parsing.Reject(
                     f"{sources[c.source].path}:{c.number}",
-                    f"its prompt stands in another split than {c.split!r} too",
+                    f"its prompt is in another split than {c.split!r} too",
                     c.canonical[:2_000],
                 )
-                for c in torn
+                for c in conflicts
             ]
-            stage = stage.without({c.digest for c in torn}) if torn else stage
-        request = {"ingest": parsed.form, "splits": wanted}
+            stage = stage.without({c.digest for c in conflicts}) if conflicts else stage
+        request = {"ingest": parsed.form, "splits": shares}
         now = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"ingested_at": now, "version": importlib.metadata.version("tunix-mlflow")}
-        manifest, created = catalog.ingest(
+        manifest, created = store.ingest(
             path, stage, key, request, [source | about for source in parsed.sources]
         )
         duplicates = stage.rows - manifest.count
         rows = sum(source["rows"] for source in parsed.sources)
     if skip_bad is not None:
-        with _whole(skip_bad) as part, part.open("w", encoding="utf-8") as out:
+        with exports.writing(skip_bad) as part, part.open("w", encoding="utf-8") as out:
             parsing.write_rejects(out, rejects)
     _snapshot_if_small(manifest)
     return Ingested(manifest, created, parsed.form, rows, duplicates, len(rejects))
 
 
 def build(key: str, selection: Selection) -> Built:
-    """Make a dataset of examples that the catalog has.
+    """Make a dataset of examples that are in the catalog.
 
     Raises:
         DatasetError: if nothing is selected, or the key is taken.
@@ -181,52 +225,52 @@ def build(key: str, selection: Selection) -> Built:
         raise DatasetError("`all` takes no limit; select latest or random")
     if not paths.catalog_path().exists():
         raise DatasetError(f"there is no catalog at {paths.catalog_path()} yet; ingest first")
-    built = Built(*catalog.build(paths.catalog_path(), key, selection))
+    built = Built(*store.build(paths.catalog_path(), key, selection))
     _snapshot_if_small(built.manifest)
     return built
 
 
 def get(key: str) -> Manifest:
-    """The manifest of this key, or of the snapshot with this digest.
+    """Return the manifest of a key, or of the snapshot with a digest.
 
     Raises:
-        DatasetError: if it is not there, naming those that are.
+        DatasetError: if there is none, naming those that there are.
     """
     if snapshot.is_digest(key):
         return snapshot.index(key).manifest
     manifests.parse_key(key)
-    found = catalog.find(paths.catalog_path(), key)
-    if found is None:
-        raise DatasetError(catalog.not_found(key, paths.catalog_path()))
-    return found
+    manifest = read.find(paths.catalog_path(), key)
+    if manifest is None:
+        raise DatasetError(read.not_found(key, paths.catalog_path()))
+    return manifest
 
 
 def provenance(key: str) -> list[dict[str, Any]]:
-    """The files that a dataset was ingested from; none for a seed, a build or a digest."""
-    return [] if snapshot.is_digest(key) else catalog.provenance(paths.catalog_path(), key)
+    """Return the files that a dataset was ingested from; none for a seed, build or digest."""
+    return [] if snapshot.is_digest(key) else read.provenance(paths.catalog_path(), key)
 
 
 def verify(key: str) -> Report:
     """Compare the catalog, and the snapshot if there is one, with the manifest of `key`.
 
-    A digest names a snapshot, which is then all that is looked at.
+    Of a digest only the snapshot is verified.
     """
     manifest = get(key)
     if snapshot.is_digest(key):
         return Report([], [], [], [], [], [], snapshot.damage(key))
-    files_drifted = snapshot.drifted(manifest.digest)
+    changed_files = snapshot.changed_files(manifest.digest)
     known = snapshot.members(manifest.digest) if snapshot.exists(manifest.digest) else None
-    report = catalog.verify(paths.catalog_path(), key, known)
-    if files_drifted and not report.snapshot_drift:
-        report.notes.append(f"snapshot drift: {', '.join(files_drifted)}")
+    report = catalog_verify.verify(paths.catalog_path(), key, known)
+    if changed_files and not report.snapshot_drift:
+        report.notes.append(f"snapshot drift: {', '.join(changed_files)}")
     return report
 
 
-def ready(key: str, announce: Callable[[str], None]) -> Manifest:
-    """What a run calls first: the dataset is there, is verified, and has a snapshot.
+def ready(key: str, announce: Callable[[str], None] = lambda message: None) -> Manifest:
+    """Return a dataset after verifying it; it has a snapshot then.
 
-    A key that is not in the catalog and names a built-in seed is seeded, and said so. A digest
-    names a snapshot, and needs no catalog.
+    A seed that is not in the catalog yet is seeded, and `announce` is called with a message. A
+    digest names a snapshot, and needs no catalog.
 
     Raises:
         DatasetError: if there is no such dataset.
@@ -237,7 +281,7 @@ def ready(key: str, announce: Callable[[str], None]) -> Manifest:
             raise IntegrityError(f"the snapshot {key[:12]} is damaged: {'; '.join(damage)}")
         return snapshot.index(key).manifest
     manifests.parse_key(key)
-    if catalog.find(paths.catalog_path(), key) is None and key in seeds.names():
+    if read.find(paths.catalog_path(), key) is None and key in seeds.names():
         built = seed(key)
         announce(f"seeded {key}: {built.manifest.count} examples")
     manifest = get(key)
@@ -247,20 +291,20 @@ def ready(key: str, announce: Callable[[str], None]) -> Manifest:
             f"dataset {key} is not what its manifest says: {report.summary()}."
             f" See `tunix-mlflow datasets verify {key}`"
         )
-    snapshot.write(manifest, catalog.stream(paths.catalog_path(), key, asked=True))
+    snapshot.write(manifest, read.stream(paths.catalog_path(), key, prompt_text=True))
     return manifest
 
 
-def diff(before: str, after: str) -> catalog.Difference:
-    """What sets two datasets apart."""
+def diff(before: str, after: str) -> catalog_diff.Difference:
+    """Return how two datasets differ."""
     get(before), get(after)
-    return catalog.diff(paths.catalog_path(), before, after)
+    return catalog_diff.diff(paths.catalog_path(), before, after)
 
 
 def check_leakage(
     trained: Manifest, train_split: str, evaluated: Manifest, split: str | None
 ) -> Leakage:
-    """Look for an evaluation split in a training split; both have snapshots.
+    """Look for the prompts of an evaluation split in a training split, by their snapshots.
 
     Raises:
         DatasetError: if there is no such split.
@@ -273,66 +317,33 @@ def check_leakage(
     return snapshot.leak(trained.digest, train_split, evaluated.digest, split)
 
 
-def sample(manifest: Manifest, count: int, *, number: int, split: str | None) -> list[Example]:
-    """Examples drawn at random, the same for the same `number`."""
-    found = snapshot.read(manifest.digest, split)
-    return random.Random(number).sample(found, min(count, len(found)))
+def sample(manifest: Manifest, count: int, *, seed: int, split: str | None) -> list[Example]:
+    """Return examples drawn at random, the same for the same seed."""
+    examples = snapshot.read(manifest.digest, split)
+    return random.Random(seed).sample(examples, min(count, len(examples)))
 
 
 def export(key: str, path: Path, form: str = "trace") -> int:
-    """Write the dataset in ingest order; the file appears whole or not at all.
-
-    Args:
-        key: the dataset.
-        path: ends in .jsonl, .jsonl.gz or .parquet.
-        form: one of formats.EXPORTS.
-
-    Returns:
-        The number of examples.
-
-    Raises:
-        DatasetError: when the file cannot be written, or an example does not fit the form.
-        IntegrityError: when an example is not what its digest says.
-    """
-    if form not in formats.EXPORTS:
-        raise DatasetError(f"no format {form!r}; one of {', '.join(formats.EXPORTS)}")
-    manifest = get(key)
-    stored, record = catalog.stream(paths.catalog_path(), key), formats.writer(form)
-    count = 0
-    with contextlib.closing(stored), _whole(path) as part, _writer(part, path.name) as write:
-        for batch in stored:
-            if wrong := catalog.find_corrupted(batch):
-                raise IntegrityError(
-                    f"{canonical.id_of(wrong[0])} is not what its digest says; see"
-                    f" `tunix-mlflow datasets verify {key}`"
-                )
-            texts = batch["canonical"].cast(pa.binary()).to_pylist()
-            splits = batch["split"].to_pylist()
-            write([record(t, s) for t, s in zip(texts, splits, strict=True)])
-            count += len(texts)
-        if count != manifest.count:
-            raise IntegrityError(
-                f"dataset {key} is damaged; see `tunix-mlflow datasets verify {key}`"
-            )
-    return count
+    """Write a dataset to a file, as :func:`export.export`; return the number of examples."""
+    return exports.export(get(key), path, form)
 
 
 def leftovers() -> list[tuple[Path, int]]:
-    """Stages and half-made snapshots that a killed process left, with their bytes."""
-    found = []
+    """Return stages and incomplete snapshots that killed processes left, with their bytes."""
+    result = []
     roots = [paths.temporary_dir(), paths.snapshot_dir("0" * 64).parent]
     for root in roots:
         for path in [*root.glob("stage-*-*"), *root.glob(".making-*")]:
             owner = path.name.removeprefix(".making").removeprefix("stage").split("-")[1]
-            if not _alive(owner) or time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            if not _is_alive(owner) or time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-                found.append((path, size))
-    return found
+                result.append((path, size))
+    return result
 
 
-def _alive(owner: str) -> bool:
+def _is_alive(process_id: str) -> bool:
     try:
-        os.kill(int(owner), 0)
+        os.kill(int(process_id), 0)
     except (ProcessLookupError, ValueError):
         return False
     except PermissionError:
@@ -342,53 +353,5 @@ def _alive(owner: str) -> bool:
 
 def _snapshot_if_small(manifest: Manifest) -> None:
     if manifest.count <= SMALL and not snapshot.exists(manifest.digest):
-        stored = catalog.stream(paths.catalog_path(), manifest.key, asked=True)
-        snapshot.write(manifest, stored)
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place at the end, or is gone."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(path)
-    except OSError as error:
-        raise DatasetError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _writer(part: Path, name: str) -> Iterator[Callable[[list[Any]], None]]:
-    if name.endswith(".parquet"):
-        rows: list[Any] = []
-        yield rows.extend
-        try:
-            table = pa.Table.from_pylist(_columns(msgspec.json.decode(msgspec.json.encode(rows))))
-        except pa.ArrowException as error:
-            raise DatasetError(f"the meta of these examples has no columns: {error}") from error
-        pq.write_table(table, part, compression="zstd")
-        return
-    encoder = msgspec.json.Encoder()
-    pending: Future[Any] | None = None
-
-    def write(records: list[Any]) -> None:
-        nonlocal pending
-        data = encoder.encode_lines(records)
-        if pending is not None:
-            pending.result()
-        pending = behind.submit(out.write, data)  # while the next are made
-
-    with (
-        gzip.open(part, "wb") if name.endswith(".gz") else part.open("wb") as out,
-        ThreadPoolExecutor(1) as behind,
-    ):
-        yield write
-        if pending is not None:
-            pending.result()
-
-
-def _columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    # Parquet has no empty struct.
-    return [{k: v for k, v in row.items() if v != {}} for row in rows]
+        batches = read.stream(paths.catalog_path(), manifest.key, prompt_text=True)
+        snapshot.write(manifest, batches)

@@ -1,4 +1,4 @@
-"""The forms that examples come in and go out by.
+"""The formats that examples are read from.
 
     trace              {"prompt", "steps": [{"content", "type"?}], "answer", "split"?, "meta"?}
     messages           {"messages": [{"role", "content", ...}]}; `conversations` of from/value too
@@ -17,15 +17,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, cast
 
 import msgspec
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from tunix_mlflow.config.schema import LimitsConfig
 from tunix_mlflow.data import canonical
-from tunix_mlflow.data.examples import Example, Message, SplitName, Step, from_canonical
+from tunix_mlflow.data.examples import Example, Message, SplitName, Step
 from tunix_mlflow.errors import DatasetError
 
 FORMATS = ("trace", "messages", "prompt-completion", "question-answer", "text")
-EXPORTS = ("trace", "messages", "prompt-completion", "gemma")
 FIELDS = (
     *("prompt", "steps", "answer", "messages", "completion", "question", "text"),
     *("system", "reasoning", "split"),
@@ -37,10 +36,10 @@ _SPLIT = msgspec.json.Decoder(SplitName)
 
 
 def recognise(columns: Iterable[str]) -> str:
-    """The format of a record with these columns.
+    """Return the format of a record with these columns.
 
     Raises:
-        DatasetError: naming the columns, when they fit none.
+        DatasetError: naming the columns, if they fit no format.
     """
     have = set(columns)
     if have & {"messages", "conversations"}:
@@ -63,15 +62,15 @@ def recognise(columns: Iterable[str]) -> str:
 def reader(
     form: str, limits: LimitsConfig, mapping: Mapping[str, str], split: str | None
 ) -> Callable[[dict[str, Any]], Example]:
-    """A function from a record to an Example.
+    """Return a function from a record to an Example.
+
+    It raises ValueError, with a JSON path, for a record that does not fit.
 
     Args:
         form: one of FORMATS.
-        limits: lengths that are taken.
-        mapping: field -> the column it stands in.
+        limits: maximum lengths.
+        mapping: field -> the column it is in.
         split: the split of the file, for records that name none.
-
-    The function raises ValueError, with a JSON path, for a record that does not fit.
     """
     trace = _trace_type(limits)
     columns = {column: field for field, column in mapping.items()}
@@ -104,12 +103,12 @@ def reader(
 
 
 def trace_decoder(limits: LimitsConfig) -> Callable[[bytes], Any]:
-    """Decode a line of our own JSONL at full speed; for :func:`from_trace`."""
+    """Return a fast decoder of trace lines, for :func:`from_trace`."""
     return cast("Callable[[bytes], Any]", msgspec.json.Decoder(_trace_type(limits)).decode)
 
 
 def trace_quotes(trace: Any) -> int:
-    """The quotation marks of the line that a decoded trace came from, if no key was lost."""
+    """Return the number of quotation marks in the line of a trace, if no key was lost."""
     count = 10 + 4 * len(trace.steps)  # prompt, steps and answer; content
     for step in trace.steps:
         count += 2 * (step.i is not UNSET) + 4 * (step.type is not UNSET)
@@ -119,10 +118,10 @@ def trace_quotes(trace: Any) -> int:
 
 
 def from_trace(trace: Any, split: str | None) -> Example:
-    """The Example of a decoded trace.
+    """Return the Example of a decoded trace.
 
     Raises:
-        ValueError: when the steps are not numbered 0, 1, 2, ...
+        ValueError: if the steps are not numbered 0, 1, 2, ...
     """
     for expected, step in enumerate(trace.steps):
         if step.i != expected or step.type is UNSET:
@@ -148,26 +147,6 @@ def _numbered(given: list[Any]) -> list[Step]:
         kind = "reasoning" if step.type is UNSET else step.type
         steps.append(Step(i=expected, type=kind, content=step.content))
     return steps
-
-
-def writer(form: str) -> Callable[[bytes, str], Any]:
-    """A function from canonical bytes and the split to an object that has the form as JSON.
-
-    Args:
-        form: one of EXPORTS.
-
-    The function raises a DatasetError for an example that does not fit the form.
-    """
-    if form == "trace":
-        return _to_trace
-    shape = _OUT[form]
-
-    def record(text: bytes, split: str) -> dict[str, Any]:
-        example = from_canonical(text)
-        made = shape(example) | {"split": split}
-        return made | {"meta": example.meta} if example.meta else made
-
-    return record
 
 
 def _trace_type(limits: LimitsConfig) -> type[Struct]:
@@ -221,7 +200,7 @@ def _drop_nulls(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_value(value: Any) -> Any:
-    """Parquet has dates; JSON writes them as text."""
+    """Return dates, which Parquet has and JSON has not, as text."""
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, dict):
@@ -253,11 +232,11 @@ def _kind(value: Any) -> str:
 
 
 def _think(text: str, reasoning: str | None) -> tuple[str | None, str]:
-    """A `<think>` block at the start is reasoning, unless a field has it."""
-    found = _THINK.match(text)
-    if found is None or reasoning is not None:
+    """Split a `<think>` block off the start, unless a field has the reasoning."""
+    match = _THINK.match(text)
+    if match is None or reasoning is not None:
         return reasoning, text
-    return found[1].strip() or None, text[found.end() :]
+    return match[1].strip() or None, text[match.end() :]
 
 
 def _as_steps(reasoning: str | None, limits: LimitsConfig, path: str) -> tuple[Step, ...]:
@@ -315,7 +294,7 @@ def _turn(value: Any, path: str, limits: LimitsConfig) -> Message:
         reasoning, content = _think(content, reasoning)
         _checked(content, f"{path}.content", most, needed)
         _checked(reasoning or "", f"{path}.content", limits.step_characters, 0)
-    made = Message(
+    message = Message(
         role=cast("Literal['system', 'user', 'assistant', 'tool']", role),
         content=content,
         trained=_mark(turn, path),
@@ -326,7 +305,7 @@ def _turn(value: Any, path: str, limits: LimitsConfig) -> Message:
     )
     if turn:
         raise ValueError(f"unknown field `{sorted(turn)[0]}` - at `{path}`")
-    return made
+    return message
 
 
 def _parts(parts: list[Any], path: str) -> str:
@@ -344,7 +323,7 @@ def _optional(turn: dict[str, Any], field: str, path: str) -> str | None:
 
 
 def _mark(turn: dict[str, Any], path: str) -> bool | None:
-    """Whether a message is trained on, by any of the names in use."""
+    """Return whether a message is trained on, by any of the names in use."""
     mark: bool | None = None
     for field in ("trained", "train", "training", "weight"):
         if field in turn:
@@ -366,7 +345,7 @@ def _from_prompt_completion(known: dict[str, Any], limits: LimitsConfig) -> Exam
         return _from_messages({"messages": turns, **_take(known, "system")}, limits)
     prompt = _text(known, "prompt", limits.prompt_characters)
     answer = _text(known, field, limits.answer_characters)
-    return _asked(known, prompt, answer, limits, field)
+    return _single_turn(known, prompt, answer, limits, field)
 
 
 def _from_question_answer(known: dict[str, Any], limits: LimitsConfig) -> Example:
@@ -374,7 +353,7 @@ def _from_question_answer(known: dict[str, Any], limits: LimitsConfig) -> Exampl
     full = _text(known, "answer", limits.answer_characters)
     work, mark, result = full.rpartition("####")
     if not mark:
-        return _asked(known, prompt, full, limits, "answer")
+        return _single_turn(known, prompt, full, limits, "answer")
     lines = [line.strip() for line in work.splitlines() if line.strip()]
     if len(lines) > limits.steps:
         raise ValueError(f"{len(lines)} steps, at most {limits.steps} - at `$.answer`")
@@ -383,10 +362,12 @@ def _from_question_answer(known: dict[str, Any], limits: LimitsConfig) -> Exampl
         for i, line in enumerate(lines)
     )
     answer = _checked(result.strip(), "$.answer", limits.answer_characters)
-    return msgspec.structs.replace(_asked(known, prompt, answer, limits, "answer"), steps=steps)
+    return msgspec.structs.replace(
+        _single_turn(known, prompt, answer, limits, "answer"), steps=steps
+    )
 
 
-def _asked(
+def _single_turn(
     known: dict[str, Any], prompt: str, answer: str, limits: LimitsConfig, field: str
 ) -> Example:
     messages = [Message(role="user", content=prompt)]
@@ -416,82 +397,4 @@ _FORMS: dict[str, Callable[[dict[str, Any], LimitsConfig], Example]] = {
     "prompt-completion": _from_prompt_completion,
     "question-answer": _from_question_answer,
     "text": _from_text,
-}
-
-
-_CONTENT, _ROLE, _STEPS = b',"messages":[{"content":', b',"role":"user"}]', b',"steps":[{"content":'
-
-
-def _to_trace(text: bytes, split: str) -> Raw:
-    """The trace form, cut out of the canonical text without reading it: that is ten times as fast.
-
-    The keys stand in the order answer, messages, meta, split, steps. What is looked for has
-    quotation marks that no string can hold: there, a backslash stands before them.
-    """
-    answer, _, rest = text.partition(_CONTENT)
-    prompt, one, rest = rest.partition(_ROLE)
-    meta, _, steps = rest.rpartition(_STEPS)
-    # Of one message alone no key follows the content; the steps end the text, not meta's.
-    fits = one and steps[-2:] == b"]}" and answer[:10] == b'{"answer":'
-    if not fits or b'","' in prompt[1:-1]:
-        raise DatasetError(
-            "an example that is not one prompt with steps and an answer has no trace form;"
-            " use --format messages"
-        )
-    if meta[-1:] == b'"':
-        meta = meta[: meta.rindex(b',"split":"')]  # its own; the dataset's counts
-    own = f',"split":"{split}"'.encode()
-    parts = (b'{"prompt":', prompt, _STEPS, steps[:-1], b",", answer[1:], own, meta, b"}")
-    return Raw(b"".join(parts))
-
-
-def _to_messages(example: Example) -> dict[str, Any]:
-    turns: list[dict[str, Any]] = []
-    for message in example.messages:
-        turn = msgspec.to_builtins(message)
-        if message.tool_calls is not None:
-            turn["tool_calls"] = canonical.decode(message.tool_calls)
-        turns.append(turn)
-    if example.answer is not None:
-        final = {"role": "assistant", "content": example.answer}
-        if example.steps:
-            final["reasoning"] = "\n".join(step.content for step in example.steps)
-        turns.append(final)
-    return {"messages": turns}
-
-
-def _to_prompt_completion(example: Example) -> dict[str, Any]:
-    turns = _to_messages(example)["messages"]
-    if [turn["role"] for turn in turns] == ["user", "assistant"]:
-        completion = turns[1]["content"]
-        if turns[1].get("reasoning"):
-            completion = f"<think>\n{turns[1]['reasoning']}\n</think>\n{completion}"
-        return {"prompt": turns[0]["content"], "completion": completion}
-    if len(turns) == 1:
-        raise DatasetError("a plain text has no prompt; use --format messages or gemma")
-    return {"prompt": turns[:-1], "completion": turns[-1:]}
-
-
-def _to_gemma(example: Example) -> dict[str, Any]:
-    """Gemma's turns as text; it has no system role, so that goes before the first prompt."""
-    lead, text = "", ""
-    for turn in _to_messages(example)["messages"]:
-        content = turn["content"]
-        if turn["role"] == "system":
-            lead += content + "\n\n"
-            continue
-        if turn["role"] == "assistant" and turn.get("reasoning"):
-            content = f"{turn['reasoning']}\n{content}"
-        if turn.get("tool_calls"):
-            content += canonical.encode(turn["tool_calls"]).decode()
-        role = "model" if turn["role"] == "assistant" else "user"
-        text += f"<start_of_turn>{role}\n{lead}{content}<end_of_turn>\n"
-        lead = ""
-    return {"text": text}
-
-
-_OUT: dict[str, Callable[[Example], dict[str, Any]]] = {
-    "messages": _to_messages,
-    "prompt-completion": _to_prompt_completion,
-    "gemma": _to_gemma,
 }

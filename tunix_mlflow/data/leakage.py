@@ -1,13 +1,14 @@
-"""Does an evaluation set stand in what was trained on? By prompt, and by runs of eight words.
+"""Find evaluation prompts in a training split: by whole prompt, and by sequences of eight words.
 
-A split's 8-grams are kept as a Bloom filter (Bloom 1970): no false "no", and one false "yes" in
-some hundred, so that a prompt counts as overlapping only when half of its 8-grams are found.
+A split's 8-grams are kept as a Bloom filter (Bloom 1970), which finds every 8-gram that it has, and
+about one in a hundred that it has not. A prompt overlaps when half of its 8-grams are in the split:
+if the filter finds that many, they are looked up among all of the split's 8-grams.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 GRAM = 8  # words
-SHARE = 0.5  # of a prompt's 8-grams, from which on it overlaps
+THRESHOLD = 0.5  # share of a prompt's 8-grams, from which on it overlaps
 _BITS = 12  # of the filter, for each 8-gram
 _PROBES = 4
 _LARGEST = 2**31  # bits
@@ -25,21 +26,21 @@ Grams = npt.NDArray[np.uint64]
 
 
 class Leakage(NamedTuple):
-    """What of an evaluation split was found in a training split."""
+    """The part of an evaluation split that is in a training split."""
 
     prompts: int  # of the evaluation split
-    exact: list[str]  # digests of its examples whose prompt is trained on
-    overlapping: list[str]  # digests of those with SHARE of their 8-grams in it, or more
+    exact: list[str]  # digests of the examples whose prompt is in the training split
+    overlapping: list[str]  # digests of those with THRESHOLD of their 8-grams in it, or more
     grams: int  # distinct 8-grams of the evaluation split
-    found: int  # of them, in the training split
+    found: int  # those of them that are in the training split
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there is no leakage."""
         return not self.exact and not self.overlapping
 
     def figures(self) -> dict[str, float]:
-        """For a run's metrics."""
+        """Return the figures for a run's record."""
         return {
             "leakage_exact": float(len(self.exact)),
             "leakage_overlapping": float(len(self.overlapping)),
@@ -48,7 +49,7 @@ class Leakage(NamedTuple):
 
 
 def grams(texts: pa.Array) -> tuple[Grams, npt.NDArray[np.int64]]:
-    """Every 8-gram of some texts as a 64-bit hash, and the index of the text it is from.
+    """Return every 8-gram of some texts as a 64-bit hash, and the index of its text.
 
     Words are runs of letters and digits, in lower case. A text of fewer than eight words is
     one gram; one without words has none.
@@ -71,23 +72,22 @@ def grams(texts: pa.Array) -> tuple[Grams, npt.NDArray[np.int64]]:
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     owner = np.repeat(np.arange(len(counts)), np.maximum(counts - GRAM + 1, 1))
     first = np.concatenate([[0], np.cumsum(np.maximum(counts - GRAM + 1, 1))])[:-1]
-    place = np.arange(len(owner)) - first[owner] + starts[owner]  # a gram's first word
+    index = np.arange(len(owner)) - first[owner] + starts[owner]  # of a gram's first word
     length = np.minimum(counts[owner], GRAM)
-    made = length.astype(np.uint64)
+    mixed = length.astype(np.uint64)
     for i in range(GRAM):
         inside = i < length
         word = np.zeros(len(owner), np.uint64)
-        word[inside] = hashes[place[inside] + i]
-        made = _mix(made ^ word) + np.uint64(i + 1)
-    spoken = np.array([True] * len(table))
+        word[inside] = hashes[index[inside] + i]
+        mixed = _mix(mixed ^ word) + np.uint64(i + 1)
     if len(table):
-        spoken = np.array([word != "" for word in flat.dictionary.to_pylist()])
-        keep = spoken[flat.indices.to_numpy()[np.minimum(place, len(hashes) - 1)]]
+        is_word = np.array([word != "" for word in flat.dictionary.to_pylist()])
+        keep = is_word[flat.indices.to_numpy()[np.minimum(index, len(hashes) - 1)]]
         keep &= counts[owner] > 0
-        made, owner = made[keep], owner[keep]
+        mixed, owner = mixed[keep], owner[keep]
     else:
-        made, owner = made[:0], owner[:0]
-    return _mix(made), owner
+        mixed, owner = mixed[:0], owner[:0]
+    return _mix(mixed), owner
 
 
 class Sketch:
@@ -97,22 +97,24 @@ class Sketch:
         self.bits = bits
 
     @classmethod
-    def of(cls, found: Iterable[Grams]) -> Sketch:
-        """A filter of the right size; a power of two of bits."""
-        parts = list(found)
-        number = sum(len(part) for part in parts)
-        size = 1 << max(10, (max(number, 1) * _BITS - 1).bit_length())
+    def of(cls, grams: Iterable[Grams]) -> Sketch:
+        """Return a sketch of a size that fits; its number of bits is a power of two."""
+        parts = list(grams)
+        count = sum(len(part) for part in parts)
+        size = 1 << max(10, (max(count, 1) * _BITS - 1).bit_length())
         bits = np.zeros(min(size, _LARGEST), np.bool_)
         for part in parts:
-            for places in _places(part, len(bits)):
-                bits[places] = True
+            for positions in _positions(part, len(bits)):
+                bits[positions] = True
         return cls(np.packbits(bits, bitorder="little"))
 
-    def has(self, found: Grams) -> npt.NDArray[np.bool_]:
-        """Which of the 8-grams are in it (or look so)."""
-        inside = np.ones(len(found), np.bool_)
-        for places in _places(found, len(self.bits) * 8):
-            inside &= (self.bits[places >> 3] >> (places & 7).astype(np.uint8) & 1).astype(bool)
+    def has(self, grams: Grams) -> npt.NDArray[np.bool_]:
+        """Return for each 8-gram whether it is in the split, or seems to be."""
+        inside = np.ones(len(grams), np.bool_)
+        for positions in _positions(grams, len(self.bits) * 8):
+            inside &= (self.bits[positions >> 3] >> (positions & 7).astype(np.uint8) & 1).astype(
+                bool
+            )
         return inside
 
 
@@ -120,33 +122,46 @@ def compare(
     trained_prompts: set[str],
     sketch: Sketch,
     digests: Sequence[str],
-    prompts: Sequence[str],
-    asked: Sequence[str],
+    prompt_digests: Sequence[str],
+    prompt_texts: Sequence[str],
+    confirm: Callable[[Grams], npt.NDArray[np.bool_]],
 ) -> Leakage:
-    """Look an evaluation split up in a training split.
+    """Look for the prompts of an evaluation split in a training split.
 
     Args:
         trained_prompts: prompt digests of the training split.
         sketch: its 8-grams.
         digests: of the evaluation examples.
-        prompts: their prompt digests.
-        asked: their prompts' texts.
+        prompt_digests: theirs.
+        prompt_texts: theirs.
+        confirm: returns which of some 8-grams are in the training split, exactly; called if the
+            sketch finds an overlapping prompt.
     """
-    hashes, owner = grams(pa.array(asked, pa.string()))
+    hashes, owner = grams(pa.array(prompt_texts, pa.string()))
     inside = sketch.has(hashes)
-    total = np.bincount(owner, minlength=len(asked))
-    hits = np.bincount(owner[inside], minlength=len(asked))
-    # Short prompts are one gram: the same words are the same question.
-    over = (total > 0) & (hits >= SHARE * total)
-    exact = [d for d, p in zip(digests, prompts, strict=True) if p in trained_prompts]
+    overlaps = _overlapping(owner, inside, len(prompt_texts))
+    if overlaps.any():
+        found = np.flatnonzero(inside)
+        inside[found] = confirm(hashes[found])
+        overlaps = _overlapping(owner, inside, len(prompt_texts))
+    exact = [d for d, p in zip(digests, prompt_digests, strict=True) if p in trained_prompts]
     distinct, index = np.unique(hashes, return_index=True)
     return Leakage(
-        len(set(prompts)),
+        len(set(prompt_digests)),
         exact,
-        [digests[int(i)] for i in np.flatnonzero(over)],
+        [digests[int(i)] for i in np.flatnonzero(overlaps)],
         len(distinct),
         int(np.count_nonzero(inside[index])),
     )
+
+
+def _overlapping(
+    owner: npt.NDArray[np.int64], inside: npt.NDArray[np.bool_], count: int
+) -> npt.NDArray[np.bool_]:
+    """Return which of `count` prompts overlap. Short ones are one 8-gram: their words count."""
+    total = np.bincount(owner, minlength=count)
+    hits = np.bincount(owner[inside], minlength=count)
+    return (total > 0) & (hits >= THRESHOLD * total)
 
 
 def _mix(x: Any) -> Any:
@@ -156,7 +171,7 @@ def _mix(x: Any) -> Any:
     return x ^ (x >> np.uint64(31))
 
 
-def _places(found: Grams, size: int) -> Iterable[npt.NDArray[np.int64]]:
-    step = _mix(found) | np.uint64(1)
+def _positions(grams: Grams, size: int) -> Iterable[npt.NDArray[np.int64]]:
+    step = _mix(grams) | np.uint64(1)
     for probe in range(_PROBES):
-        yield ((found + np.uint64(probe) * step) & np.uint64(size - 1)).astype(np.int64)
+        yield ((grams + np.uint64(probe) * step) & np.uint64(size - 1)).astype(np.int64)

@@ -1,7 +1,7 @@
-"""A lock file of our own: many readers or one writer, and nobody starves.
+"""A lock file for the catalog: many readers or one writer, without starvation.
 
-DuckDB refuses a reader while a writer holds the file, and the other way round; so we wait here,
-where the wait has an end and a message. The kernel drops the lock of a process that dies.
+DuckDB refuses a reader while a writer holds the file, and the other way round. So processes wait
+here, where the wait is bounded. The kernel releases the lock of a process that dies.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunix_mlflow.errors import DatasetError
+from tunix_mlflow.errors import UnavailableError
 
 WAIT_SECONDS = 60.0
 
 
 @contextmanager
 def held(path: Path, *, write: bool) -> Iterator[None]:
-    """Hold the lock of the file at `path`, which itself is not opened.
+    """Hold the lock of the file at `path`; that file itself is not opened.
 
     Raises:
-        DatasetError: when it was not free for WAIT_SECONDS.
-        OSError: when the lock file cannot be made.
+        UnavailableError: if it was not free for WAIT_SECONDS.
+        OSError: if the lock file cannot be created.
     """
     deadline = time.monotonic() + WAIT_SECONDS
-    # Whoever waits for the lock holds the gate: readers that come later queue behind a writer.
+    # A process that waits for the lock holds the gate, so later readers queue behind a writer.
     with (
         _locked(Path(f"{path}.gate"), True, deadline, path) as gate,
         _locked(Path(f"{path}.lock"), write, deadline, path),
@@ -48,7 +48,7 @@ def _locked(file: Path, exclusive: bool, deadline: float, what: Path) -> Iterato
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise DatasetError(
+                    raise UnavailableError(
                         f"another process has held {what} for {WAIT_SECONDS:.0f} s;"
                         " wait for it or end it"
                     ) from None

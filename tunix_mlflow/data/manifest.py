@@ -1,4 +1,4 @@
-"""Manifests: which examples make a dataset, how they are split, and the digests of it."""
+"""Manifests: the members of a dataset, their splits, and its digests."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from msgspec import Meta, Struct
 from tunix_mlflow.data import canonical
 from tunix_mlflow.errors import DatasetError
 
-TRAIN = "train"
-HELD_OUT: Mapping[str, float] = {"test": 0.1}
+TRAIN, VALIDATION = "train", "validation"
+HELD_OUT: Mapping[str, float] = {VALIDATION: 0.1, "test": 0.1}
+"""Shares of the prompts that are held out where nothing else is asked for."""
 OPERATORS = ("eq", "ne", "lt", "le", "gt", "ge", "in", "not_in")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
 _VERSION = re.compile(r"v[0-9]{1,9}")
@@ -22,7 +23,7 @@ _META_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 
 
 class Selection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a build asks of the catalog."""
+    """Which examples of the catalog a build takes."""
 
     filters: dict[str, Any] = {}
     """Meta key -> the value it must have, or {operator: value}; all must hold."""
@@ -31,15 +32,16 @@ class Selection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=0, lt=2**53)] = 0
     """For random."""
     limit: Annotated[int, Meta(ge=1, le=10_000_000)] | None = None
-    """At most so many examples."""
+    """Maximum number of examples."""
     splits: dict[str, float] = msgspec.field(default_factory=lambda: dict(HELD_OUT))
-    """Split -> its share of the prompts, unless the data has splits; train gets the rest."""
+    """Split -> share of the prompts, if the data has no splits; train gets the rest. Of data with
+    splits but without validation, that share of the train prompts becomes validation."""
     parent: str | None = None
-    """Take from this dataset's examples; null: from all of the catalog."""
+    """Select from this dataset, whose splits are kept; null: from the whole catalog."""
 
 
 class Split(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One split's size and digest."""
+    """Size and digest of a split."""
 
     count: int
     digest: str
@@ -53,14 +55,14 @@ class Member(NamedTuple):
 
 
 class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An immutable record: the dataset `key` is these members and no others."""
+    """An immutable record of which members the dataset `key` has."""
 
     key: str
     digest: str
     count: int
     splits: dict[str, Split]
     request: dict[str, Any]
-    """How it was asked for: the selection, the seed, or the file."""
+    """How it was made: the selection, the seed, or the format of the files."""
     stats: dict[str, Any]
     parent: str | None = None
     """The dataset it was selected from: its key and digest."""
@@ -70,9 +72,14 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """The key without its version."""
         return parse_key(self.key)[0]
 
+    @property
+    def parent_key(self) -> str | None:
+        """The key of the dataset it was selected from."""
+        return None if self.parent is None else self.parent.rpartition("@")[0]
+
 
 def parse_key(key: str) -> tuple[str, str]:
-    """`golden-v2` -> (`golden`, `v2`); the version has no dash, so the key splits one way.
+    """Split `golden-v2` into (`golden`, `v2`); the version has no dash, so this is unambiguous.
 
     Raises:
         DatasetError: if it is not name-vN.
@@ -86,16 +93,18 @@ def parse_key(key: str) -> tuple[str, str]:
 
 
 def conditions(selection: Selection) -> list[tuple[str, str, Any]]:
-    """The filters as (key, operator, value).
+    """Return the filters as (key, operator, value).
 
     Raises:
-        DatasetError: unless every key is a plain word and every value plain.
+        DatasetError: if a key is not a plain word, or a value is not a plain value.
     """
-    found = []
-    for key, asked in selection.filters.items():
+    result = []
+    for key, condition in selection.filters.items():
         if not _META_KEY.fullmatch(key):
             raise DatasetError(f"filter key {key!r}: use letters, digits, '_' and '-'")
-        for operator, value in (asked if isinstance(asked, dict) else {"eq": asked}).items():
+        for operator, value in (
+            condition if isinstance(condition, dict) else {"eq": condition}
+        ).items():
             if operator not in OPERATORS:
                 raise DatasetError(
                     f"filter {key}: no operator {operator!r}; one of {', '.join(OPERATORS)}"
@@ -105,8 +114,8 @@ def conditions(selection: Selection) -> list[tuple[str, str, Any]]:
                 raise DatasetError(f"filter {key}: `{operator}` needs a list of values")
             for one in value if many else [value]:
                 _check_value(key, operator, one)
-            found.append((key, operator, list(value) if many else value))
-    return found
+            result.append((key, operator, list(value) if many else value))
+    return result
 
 
 def _check_value(key: str, operator: str, value: Any) -> None:
@@ -121,30 +130,30 @@ def _check_value(key: str, operator: str, value: Any) -> None:
 
 
 def bounds(splits: Mapping[str, float]) -> list[tuple[str, str]]:
-    """(split, upper bound of the prompt digest's first 16 hex digits), in order of name.
+    """Return (split, upper bound of the first 16 hex digits of a hash), in order of name.
 
-    A prompt belongs to the first whose bound is above its digest, else to train.
+    A prompt belongs to the first split whose bound is above its hash, else to train.
 
     Raises:
-        DatasetError: for a name or a share that cannot be.
+        DatasetError: for an invalid name or share.
     """
-    found, total = [], 0.0
+    result, total = [], 0.0
     for name, share in sorted(splits.items()):
         if not _SPLIT.fullmatch(name):
-            raise DatasetError(f"split {name!r}: use a-z, 0-9, '_' and '-', from a letter on")
+            raise DatasetError(f"split {name!r}: use a-z, 0-9, '_' and '-', starting with a letter")
         if not 0 <= share <= 1:  # a NaN is neither
             raise DatasetError(f"split {name}: expected a share from 0 to 1, got {share}")
         total += share
         if name != TRAIN:
             bound = round((total - splits.get(TRAIN, 0.0) * (name > TRAIN)) * 2**64)
-            found.append((name, "g" * 16 if bound >= 2**64 else f"{bound:016x}"))
+            result.append((name, "g" * 16 if bound >= 2**64 else f"{bound:016x}"))
     if total > 1 + 1e-9 or (TRAIN in splits and total < 1 - 1e-9):
         raise DatasetError(f"the splits' shares add up to {total:g}, not to 1")
-    return found
+    return result
 
 
 def to_document(manifest: Manifest) -> str:
-    """Canonical JSON text of the manifest."""
+    """Return the canonical JSON text of a manifest."""
     return canonical.encode(msgspec.to_builtins(manifest)).decode()
 
 
@@ -161,6 +170,6 @@ def from_document(text: str) -> Manifest:
 
 
 def difference(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
-    """`key: a instead of b` for every request entry that differs."""
+    """Return `key: a instead of b` for every request entry that differs."""
     keys = sorted(k for k in {*have, *want} if have.get(k) != want.get(k))
     return "; ".join(f"{k}: {want.get(k)!r} instead of {have.get(k)!r}" for k in keys)

@@ -1,10 +1,10 @@
-"""Files -> checked examples in a stage, on all processors.
+"""Read files into checked examples in a stage, on all processors.
 
-A large file of plain lines is read in spans, each by a process of its own:
+A large file of plain lines is cut into spans, and each is read by a process of its own:
 
     python -P -m tunix_mlflow.data.parsing      # a span on stdin, progress and outcome on stdout
 
-A process whose parent dies finds its pipe closed and ends.
+The process ends when its pipe is closed, which it is when the parent dies.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ import msgspec
 from msgspec import Struct
 
 from tunix_mlflow.config.schema import LimitsConfig
-from tunix_mlflow.data import canonical, files, formats
+from tunix_mlflow.data import canonical, formats, sources
 from tunix_mlflow.data.examples import Example, canonical_bytes
-from tunix_mlflow.data.files import Source
+from tunix_mlflow.data.sources import Source
 from tunix_mlflow.data.staging import Part, Stage
 from tunix_mlflow.errors import DatasetError
+from tunix_mlflow.files import one_line, sha256_file
 
 SPAN_BYTES = 32_000_000
-"""Bytes of a file that are worth a process of their own."""
-_MOST_BAD = 20  # named before a strict ingest stops looking
+"""Bytes of a file from which on another process is worth its start."""
+_MAX_BAD = 20  # bad rows after which a strict ingest stops
 _REPORT_ROWS = 20_000
 
 
@@ -41,11 +42,11 @@ class Reject(NamedTuple):
 
     where: str  # file:line
     reason: str
-    row: str  # as it came, cut at 2,000 characters
+    row: str  # as it was read, cut at 2,000 characters
 
 
 class Parsed(NamedTuple):
-    """What was read of a set of files."""
+    """The result of reading a set of files."""
 
     form: str
     sources: list[dict[str, Any]]  # provenance: name, sha256, bytes, rows, rejected, split
@@ -59,35 +60,35 @@ class _Bad(Struct, frozen=True):
 
 
 class _Span(Struct, frozen=True):
-    """A piece of a file, and how it is read."""
+    """A part of a file, and how it is read."""
 
     path: str
     kind: str
     zipped: bool
     split: str | None
-    start: int  # bytes; lines that begin at or after it
-    end: int | None  # and before it; None: to the end
+    start: int  # bytes; lines that begin at or after this position
+    end: int | None  # and before this one; None: to the end
     form: str
     mapping: dict[str, str]
     limits: LimitsConfig
     skip_bad: bool
     index: int  # of the file
-    into: str
+    part_path: str
 
 
 class _Outcome(Struct, frozen=True):
-    """What became of a span."""
+    """The result of reading a span."""
 
-    rows: int  # that were read
+    rows: int  # read
     kept: int
     bad: list[_Bad]
-    stopped: bool  # after too many that were bad
-    error: str | None = None  # the file cannot be read
+    stopped: bool  # after too many bad rows
+    error: str | None = None  # why the file cannot be read
 
 
-def of_files(
+def read_files(
     stage: Stage,
-    named: list[Source],
+    files: list[Source],
     *,
     form: str,
     mapping: Mapping[str, str],
@@ -95,36 +96,36 @@ def of_files(
     skip_bad: bool,
     progress: Callable[[int, int], None],
 ) -> Parsed:
-    """Stage the rows of files.
+    """Read the rows of files into a stage.
 
     Args:
-        stage: where they go.
-        named: the files.
+        stage: receives the examples.
+        files: the files.
         form: a format, or `auto`.
         mapping: field -> column.
-        limits: lengths that are taken.
-        skip_bad: leave bad rows out, and return them; else they are an error.
+        limits: maximum lengths.
+        skip_bad: leave bad rows out, and return them; otherwise they are an error.
         progress: called with bytes done and bytes in all.
 
     Raises:
         DatasetError: naming the bad lines, or the file that cannot be read.
     """
-    columns = files.columns(named[0], limits.body_bytes) if named else {}
+    columns = sources.columns(files[0], limits.body_bytes) if files else {}
     if mapping or form == "auto":
         missing = [column for column in mapping.values() if column not in columns]
         if missing and columns:
             raise DatasetError(
-                f"{named[0].path} has no column {missing[0]!r}; it has {', '.join(columns)[:300]}"
+                f"{files[0].path} has no column {missing[0]!r}; it has {', '.join(columns)[:300]}"
             )
     if form == "auto":
         renamed = {column: field for field, column in mapping.items()}
         names = [renamed.get(column, column) for column, filled in columns.items() if filled]
-        form = formats.recognise(names) if names else "trace"  # whose errors then say it
-    total, done = sum(files.size(source) for source in named), 0
+        form = formats.recognise(names) if names else "trace"  # whose errors tell what is wrong
+    total, done = sum(sources.size(source) for source in files), 0
     provenance: list[dict[str, Any]] = []
     rejects: list[Reject] = []
-    for index, source in enumerate(named):
-        size, start = files.size(source), done
+    for index, source in enumerate(files):
+        size, start = sources.size(source), done
         spans = [
             _Span(
                 path=str(source.path.absolute()),
@@ -138,13 +139,13 @@ def of_files(
                 limits=limits,
                 skip_bad=skip_bad,
                 index=index,
-                into=str(stage.new_part()),
+                part_path=str(stage.new_part()),
             )
             for begin, end in _cuts(source, size)
         ]
-        with ThreadPoolExecutor(1) as beside:
-            digest = beside.submit(files.digest, source)
-            outcomes = _read(spans, functools.partial(_say, progress, start, size, total))
+        with ThreadPoolExecutor(1) as pool:
+            digest = pool.submit(sha256_file, source.path)
+            outcomes = _read(spans, functools.partial(_report, progress, start, size, total))
         lines = 0
         for span, outcome in zip(spans, outcomes, strict=True):
             if outcome.error is not None:
@@ -152,7 +153,7 @@ def of_files(
             rejects += [_reject(source, bad, lines, form) for bad in outcome.bad]
             if outcome.stopped:  # the lines after it were not all counted
                 raise _refusal(rejects, more=True)
-            stage.append(Path(span.into), outcome.kept, lines)
+            stage.append(Path(span.part_path), outcome.kept, lines)
             lines += outcome.rows
         done = start + size
         progress(done, total)
@@ -166,37 +167,37 @@ def of_files(
                 "split": source.split,
             }
         )
-        if len(rejects) >= _MOST_BAD and not skip_bad:
-            raise _refusal(rejects, more=index + 1 < len(named))
+        if len(rejects) >= _MAX_BAD and not skip_bad:
+            raise _refusal(rejects, more=index + 1 < len(files))
     if rejects and not skip_bad:
         raise _refusal(rejects, more=False)
     return Parsed(form, provenance, rejects)
 
 
-def _say(
+def _report(
     progress: Callable[[int, int], None], start: int, size: int, total: int, more: int
 ) -> None:
-    progress(start + min(more, size), total)  # what is unzipped is more than the file
+    progress(start + min(more, size), total)  # unzipped it is more than the file
 
 
 def write_rejects(out: IO[str], rejects: Iterable[Reject]) -> None:
-    """One JSON object a line: where, reason, row."""
+    """Write one JSON object per line: where, reason, row."""
     for reject in rejects:
         out.write(json.dumps(reject._asdict(), ensure_ascii=True) + "\n")
 
 
 def _cuts(source: Source, size: int) -> list[tuple[int, int | None]]:
-    """Spans of about equal size: one a processor, unless the file is small or not plain lines."""
+    """Return spans of about equal size: one per processor if the file is large and plain lines."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = min(cores or 1, size // SPAN_BYTES)
     if source.zipped or source.kind != "jsonl" or count < 2:
         return [(0, None)]
-    places = [size * i // count for i in range(count)]
-    return list(zip(places, [*places[1:], None], strict=True))
+    starts = [size * i // count for i in range(count)]
+    return list(zip(starts, [*starts[1:], None], strict=True))
 
 
 def _read(spans: list[_Span], progress: Callable[[int], None]) -> list[_Outcome]:
-    """Read each span; the only one here, several in processes of their own."""
+    """Read each span: a single one in this process, several in processes of their own."""
     if len(spans) == 1:
         return [_parse(spans[0], progress)]
     command = [sys.executable, "-P", "-m", __name__]
@@ -237,29 +238,31 @@ def _read(spans: list[_Span], progress: Callable[[int], None]) -> list[_Outcome]
 def _parse(span: _Span, progress: Callable[[int], None]) -> _Outcome:
     """Read one span into its part, calling `progress` with the bytes read."""
     source = Source(Path(span.path), span.kind, span.zipped, span.split)
-    part = Part(Path(span.into), span.index)
+    part = Part(Path(span.part_path), span.index)
     bad: list[_Bad] = []
     number = done = 0
     rows: Iterable[tuple[int, Any]]
     if span.kind == "jsonl":
-        rows = enumerate(files.lines(source, span.limits.body_bytes, span.start, span.end), start=1)
+        rows = enumerate(
+            sources.lines(source, span.limits.body_bytes, span.start, span.end), start=1
+        )
         parse: Callable[[Any], Example] = _line_parser(span)
     else:
-        rows = files.records(source, span.limits.body_bytes)
+        rows = sources.records(source, span.limits.body_bytes)
         parse = _record_parser(span)
     for number, row in rows:
         try:
             part.add(canonical_bytes(parse(row)), number)
         except (ValueError, RecursionError) as error:
             bad.append(_bad(number, row, error))
-            if not span.skip_bad and len(bad) >= _MOST_BAD:
+            if not span.skip_bad and len(bad) >= _MAX_BAD:
                 break
         if span.kind == "jsonl":
             done += len(row)
             if number % _REPORT_ROWS == 0:
                 progress(done)
     part.close()
-    return _Outcome(number, part.rows, bad, not span.skip_bad and len(bad) >= _MOST_BAD)
+    return _Outcome(number, part.rows, bad, not span.skip_bad and len(bad) >= _MAX_BAD)
 
 
 def _record_parser(span: _Span) -> Callable[[dict[str, Any]], Example]:
@@ -278,13 +281,14 @@ def _line_parser(span: _Span) -> Callable[[bytes], Example]:
     read = formats.reader(span.form, limits, span.mapping, split)
     quotes, trace_quotes, from_trace = canonical.quotes, formats.trace_quotes, formats.from_trace
     decode = formats.trace_decoder(limits)
-    slow = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # the slow way says more
+    # The slow parser has better messages.
+    errors = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
     def parse_trace(line: bytes) -> Example:
         if len(line) <= most:
             try:
                 trace = decode(line)
-            except slow:
+            except errors:
                 return parse(line)
             if quotes(line) == trace_quotes(trace):
                 return from_trace(trace, split)
@@ -306,7 +310,7 @@ def _line_parser(span: _Span) -> Callable[[bytes], Example]:
 
 
 def _bad(number: int, row: Any, error: Exception) -> _Bad:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error, 10_000)
     text = row.decode("utf-8", "replace") if isinstance(row, bytes) else str(row)
     # A lone surrogate in a message would have no UTF-8.
     return _Bad(number, _printable(reason), _printable(text[:2_000]))
@@ -322,31 +326,31 @@ def _reject(source: Source, bad: _Bad, lines: int, form: str) -> Reject:
 
 
 def _refusal(rejects: list[Reject], *, more: bool) -> DatasetError:
-    said = "; ".join(f"{r.where}: {r.reason[:300]}" for r in rejects[:5])
+    message = "; ".join(f"{r.where}: {r.reason[:300]}" for r in rejects[:5])
     count = len(rejects) - 5
     if count > 0 or more:
-        said += f"; and {max(count, 0)} more" + (" so far" if more else "")
+        message += f"; and {max(count, 0)} more" + (" so far" if more else "")
     plural = "them" if len(rejects) > 1 else "it"
-    return DatasetError(f"{said}. Nothing was stored; mend {plural}, or give --skip-bad")
+    return DatasetError(f"{message}. Nothing was stored; fix {plural}, or give --skip-bad")
 
 
 def _main() -> None:
-    """Read the span that stdin names."""
+    """Read the span that is on stdin."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     span = msgspec.json.decode(sys.stdin.buffer.read(), type=_Span)
 
-    def say(line: bytes) -> None:
+    def write(line: bytes) -> None:
         try:
             sys.stdout.buffer.write(line + b"\n")
             sys.stdout.buffer.flush()
-        except BrokenPipeError:  # nobody waits for this any more
+        except BrokenPipeError:  # the parent is gone
             os._exit(1)
 
     try:
-        outcome = _parse(span, lambda done: say(b"%d" % done))
+        outcome = _parse(span, lambda done: write(b"%d" % done))
     except DatasetError as error:
         outcome = _Outcome(0, 0, [], False, str(error))
-    say(msgspec.json.encode(outcome))
+    write(msgspec.json.encode(outcome))
 
 
 if __name__ == "__main__":

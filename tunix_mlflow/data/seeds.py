@@ -1,8 +1,8 @@
-"""Finds deterministic datasets: the built-in ones by path, others' by entry point, and
-`reasoning-gym:FAMILY`.
+"""Find deterministic datasets: built-in seeds by path, those of other packages by entry point,
+and `reasoning-gym:FAMILY`.
 
 A seed is a module (or any object) with `generate(*, seed, num_traces)` and `DEFAULT_TRACES`; if
-it has `validate(traces)`, that is called too, and raises ValueError for what must not be.
+it has `validate(examples)`, that is called with the result, and raises ValueError to refuse it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from tunix_mlflow import paths
 from tunix_mlflow.data.examples import Example, Message, ReasoningTrace
 from tunix_mlflow.errors import DatasetError
+from tunix_mlflow.files import one_line
 
 DEFAULT_SEED = 42
 GROUP = "tunix_mlflow.seeds"
@@ -35,15 +36,15 @@ class Seed(NamedTuple):
 
 
 def names() -> list[str]:
-    """Keys of the built-in seeds, and of those that other packages bring."""
+    """Return the keys of the built-in seeds, and of those that other packages register."""
     return sorted({*_built_in(), *_plugins()})
 
 
 def find(key: str) -> Seed | None:
-    """The seed of this key, or None.
+    """Return the seed of a key, or None.
 
     Raises:
-        DatasetError: if another package's seed cannot be loaded, or a family is not there.
+        DatasetError: if another package's seed cannot be loaded, or a family does not exist.
     """
     if key.startswith(GYM):
         return _gym(key)
@@ -54,34 +55,38 @@ def find(key: str) -> Seed | None:
             module = plugins[key].load()
             module.generate, module.DEFAULT_TRACES  # noqa: B018
         except Exception as error:  # another's code
-            reason = " ".join(str(error).split())
-            raise DatasetError(f"seed {key} ({plugins[key].value}): {reason}") from error
+            raise DatasetError(f"seed {key} ({plugins[key].value}): {one_line(error)}") from error
     else:
         return None
     return Seed(key, module.generate, module.DEFAULT_TRACES, getattr(module, "validate", None))
 
 
 def dataset_key(key: str) -> str:
-    """The key a seed's dataset has unless it is given another."""
+    """Return the default key of a seed's dataset."""
     if key.startswith(GYM):
         return f"reasoning-gym-{key.removeprefix(GYM)}-v1"
     return key
 
 
-def examples(seed: Seed, *, number: int, count: int) -> list[Example]:
+def examples(generator: Seed, *, seed: int, count: int) -> list[Example]:
     """Run a generator.
 
+    Args:
+        generator: what is run.
+        seed: the random seed.
+        count: number of traces.
+
     Raises:
-        DatasetError: when it refuses the count, or its validator refuses what it made.
+        DatasetError: if the generator refuses the count, or its validator the result.
     """
     try:
-        made = seed.generate(seed=number, num_traces=count)
-        found = [t.example() if isinstance(t, ReasoningTrace) else t for t in made]
-        if seed.validate is not None:
-            seed.validate(found)
+        traces = generator.generate(seed=seed, num_traces=count)
+        result = [t.example() if isinstance(t, ReasoningTrace) else t for t in traces]
+        if generator.validate is not None:
+            generator.validate(result)
     except ValueError as error:
-        raise DatasetError(f"seed {seed.key}: {error}") from error
-    return found
+        raise DatasetError(f"seed {generator.key}: {error}") from error
+    return result
 
 
 def _folder() -> Path:
@@ -117,28 +122,28 @@ def _gym(key: str) -> Seed:
             f"{key} needs the package reasoning-gym: pip install 'tunix-mlflow[seeds]'"
         ) from error
 
-    def items(number: int, count: int) -> list[dict[str, Any]]:
+    def items(seed: int, count: int) -> list[dict[str, Any]]:
         # Some families draw from the module `random`; they get a state of their own.
-        kept = random.getstate()
+        state = random.getstate()
         try:
-            random.seed(number)
-            made = reasoning_gym.create_dataset(family, seed=number, size=count)
-            return [dict(made[i]) for i in range(count)]
+            random.seed(seed)
+            dataset = reasoning_gym.create_dataset(family, seed=seed, size=count)
+            return [dict(dataset[i]) for i in range(count)]
         finally:
-            random.setstate(kept)
+            random.setstate(state)
 
     def generate(*, seed: int, num_traces: int) -> Iterator[Example]:
         if num_traces < 1:
             raise ValueError("num_traces must be at least 1")
         try:
-            found, again = items(seed, num_traces), items(seed, min(num_traces, 20))
+            first, again = items(seed, num_traces), items(seed, min(num_traces, 20))
         except Exception as error:  # another's code, with errors of every kind
-            raise ValueError(f"{' '.join(str(error).split())[:300]}") from error
-        if _core(found[: len(again)]) != _core(again):
-            raise ValueError("the family is not deterministic: twice the same seed differed")
-        for idx, item in enumerate(found):
+            raise ValueError(one_line(error, 300)) from error
+        if _core(first[: len(again)]) != _core(again):
+            raise ValueError("the family is not deterministic: the same seed gave other items")
+        for idx, item in enumerate(first):
             if item["answer"] is None:
-                raise ValueError(f"item {idx} has no answer; the family has no single one")
+                raise ValueError(f"item {idx} has no answer; the family has no unique answers")
             yield Example(
                 messages=(Message(role="user", content=str(item["question"])),),
                 answer=str(item["answer"]),

@@ -1,13 +1,16 @@
-"""Snapshots: a dataset as Parquet files, named by its digest and checked when read.
+"""Snapshots: a dataset as Parquet files, named by its digest and verified when read.
 
-Training reads snapshots only, so it never holds the catalog open. A snapshot is a folder
+Training reads only snapshots, so it never holds the catalog open. A snapshot is a folder
 
     DIGEST/snapshot.json         the manifest, and the sha256 of every file; written last
-    DIGEST/examples-00000.parquet   digest, split, prompt (its digest), canonical
+    DIGEST/examples-00000.parquet   digest, split, prompt_digest, canonical
     DIGEST/grams-SPLIT.npy       the 8-gram sketch of a split, see leakage.py
 
-below the snapshot root, which may be any URL that fsspec can write to. So a colleague with that
+below the snapshot root, which may be any URL that fsspec can write to. Whoever has access to that
 root has everything that training needs, without a catalog.
+
+Within a process a file is hashed once, and the examples of a snapshot are hashed once: they are
+not hashed again while inode, size and modification time of the files are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from typing import Any
 import fsspec
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from msgspec import Struct
 
@@ -33,12 +38,16 @@ from tunix_mlflow.data import canonical, leakage
 from tunix_mlflow.data.examples import Example, from_canonical
 from tunix_mlflow.data.leakage import Leakage, Sketch
 from tunix_mlflow.data.manifest import Manifest
-from tunix_mlflow.errors import DatasetError, IntegrityError
+from tunix_mlflow.errors import DatasetError, IntegrityError, UnavailableError
+from tunix_mlflow.files import one_line, sha256_file
 
 INDEX = "snapshot.json"
-SCHEMA = pa.schema([(n, pa.string()) for n in ("digest", "split", "prompt", "canonical")])
+SCHEMA = pa.schema([(n, pa.string()) for n in ("digest", "split", "prompt_digest", "canonical")])
 SHARD_BYTES = 256_000_000  # of canonical text in one file
 _FILE = re.compile(r"[a-z0-9_-]{1,60}\.(parquet|npy)")
+_Stat = tuple[int, int, int]  # inode, size, modification time
+_hashed: dict[Path, tuple[_Stat, str]] = {}
+_verified: dict[str, list[_Stat]] = {}  # dataset digest -> its files when last verified
 
 
 class File(Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,26 +67,26 @@ class Index(Struct, frozen=True, forbid_unknown_fields=True):
     version: int = 1
 
 
-def is_digest(word: str) -> bool:
-    """Whether it is a dataset's whole digest rather than its key."""
-    return re.fullmatch("[0-9a-f]{64}", word) is not None
+def is_digest(text: str) -> bool:
+    """Return whether a text is a dataset's digest rather than its key."""
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def exists(digest: str) -> bool:
-    """Whether a snapshot of this digest is at hand, here or below the root."""
+    """Return whether there is a snapshot of this digest, locally or below the shared root."""
     return (_local(digest) / INDEX).is_file() or _remote_has(digest)
 
 
 def write(manifest: Manifest, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write the snapshot, once per digest: it appears whole or not at all.
+    """Write the snapshot of a dataset, once per digest. It appears complete or not at all.
 
     Args:
         manifest: of the dataset.
-        batches: digest, split, prompt, asked, canonical, as the catalog streams them; not
-            read when the snapshot is there already.
+        batches: digest, split, prompt_digest, prompt_text, canonical, as the catalog streams
+            them; not read if the snapshot exists already.
 
     Raises:
-        DatasetError: if the snapshot root cannot be written to.
+        UnavailableError: if the snapshot root cannot be written to.
     """
     if exists(manifest.digest):
         return
@@ -92,21 +101,20 @@ def write(manifest: Manifest, batches: Iterable[pa.RecordBatch]) -> None:
             scratch.chmod(0o755)
             _publish(scratch, manifest.digest, files)
             if final.exists() and not (final / INDEX).is_file():
-                shutil.rmtree(final)  # somebody emptied it, or an older version's
+                shutil.rmtree(final)  # incomplete: somebody deleted files of it
             try:
                 scratch.rename(final)
             except OSError:
-                if not (final / INDEX).is_file():  # else another process was first
+                if not (final / INDEX).is_file():  # otherwise another process was first
                     raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise DatasetError(f"cannot write the snapshot {final}: {reason}") from error
+        raise UnavailableError(f"cannot write the snapshot {final}: {one_line(error)}") from error
 
 
 def index(digest: str) -> Index:
-    """What the snapshot says of itself.
+    """Return the index of a snapshot.
 
     Raises:
         DatasetError: if there is no such snapshot.
@@ -114,31 +122,31 @@ def index(digest: str) -> Index:
     """
     folder = _fetch(digest)
     try:
-        found = msgspec.json.decode((folder / INDEX).read_bytes(), type=Index)
+        result = msgspec.json.decode((folder / INDEX).read_bytes(), type=Index)
     except (OSError, msgspec.DecodeError) as error:
         raise IntegrityError(f"the snapshot {folder} cannot be read: {error}") from error
-    if found.manifest.digest != digest or not all(_FILE.fullmatch(f.name) for f in found.files):
-        raise IntegrityError(f"the snapshot {folder} is damaged: it names {found.manifest.digest}")
-    return found
+    if result.manifest.digest != digest or not all(_FILE.fullmatch(f.name) for f in result.files):
+        raise IntegrityError(f"the snapshot {folder} is damaged: it names {result.manifest.digest}")
+    return result
 
 
-def drifted(digest: str) -> list[str]:
-    """Files of a snapshot that are not what snapshot.json says; empty if there is none."""
+def changed_files(digest: str) -> list[str]:
+    """Return the files whose content is not what snapshot.json says; none without a snapshot."""
     if not exists(digest):
         return []
-    folder, found = _fetch(digest), []
+    folder, result = _fetch(digest), []
     for file in index(digest).files:
         path = folder / file.name
         if not path.is_file() or _sha256(path) != file.sha256:
-            found.append(file.name)
-    return found
+            result.append(file.name)
+    return result
 
 
 def damage(digest: str) -> list[str]:
-    """What is wrong with a snapshot, by itself; empty when its content is what the digest says."""
+    """Return what is damaged in a snapshot; empty if its content is what the digest says."""
     try:
-        if found := drifted(digest):
-            return [f"changed: {name}" for name in found]
+        if names := changed_files(digest):
+            return [f"changed: {name}" for name in names]
         for _ in _checked(digest):
             pass
     except IntegrityError as error:
@@ -147,13 +155,11 @@ def damage(digest: str) -> list[str]:
 
 
 def members(digest: str) -> pa.Table | None:
-    """digest and split of each example; None if there is no snapshot that can be read."""
+    """Return digest and split of each example; None if there is no readable snapshot."""
     try:
-        folder, found = _fetch(digest), index(digest)
+        folder, files = _fetch(digest), index(digest).files
         tables = [
-            pq.read_table(folder / f.name, columns=["digest", "split"])
-            for f in found.files
-            if f.rows
+            pq.read_table(folder / f.name, columns=["digest", "split"]) for f in files if f.rows
         ]
     except (OSError, pa.ArrowException, DatasetError, IntegrityError):
         return None
@@ -161,7 +167,7 @@ def members(digest: str) -> pa.Table | None:
 
 
 def read(digest: str, split: str | None = None) -> list[Example]:
-    """The examples, sorted by digest, after every one was checked against its digest.
+    """Return the examples, sorted by digest, after comparing each with its digest.
 
     Args:
         digest: the dataset's.
@@ -171,17 +177,17 @@ def read(digest: str, split: str | None = None) -> list[Example]:
         DatasetError: if there is no such snapshot.
         IntegrityError: if its content is not what the digest says.
     """
-    found = [(d, text) for d, s, text in _checked(digest) if split is None or s == split]
-    found.sort()
-    return [from_canonical(text) for _, text in found]
+    texts = [(d, text) for d, s, text in _checked(digest) if split is None or s == split]
+    texts.sort()
+    return [from_canonical(text) for _, text in texts]
 
 
 def read_splits(digest: str, names: Collection[str]) -> dict[str, list[Example]]:
-    """Return the examples of several splits, by one pass over the files.
+    """Return the examples of several splits as :func:`read`, by one pass over the files.
 
     Args:
         digest: the dataset's.
-        names: the splits; the list of one that the dataset does not have is empty.
+        names: of splits; a split that the dataset does not have is an empty list.
 
     Raises:
         DatasetError: if there is no such snapshot.
@@ -197,18 +203,22 @@ def read_splits(digest: str, names: Collection[str]) -> dict[str, list[Example]]
 
 
 def _checked(digest: str) -> Iterator[tuple[str, str, bytes]]:
-    """digest, split and canonical bytes of every example, each checked; at the end, all."""
+    """Yield digest, split and canonical bytes of every example, each verified; at the end, all."""
+    stats = [_stat(_fetch(digest) / file.name) for file in index(digest).files]
+    is_verified = _verified.get(digest) == stats
     lines: list[str] = []
     for batch in _batches(digest, ["digest", "split", "canonical"]):
         digests, splits = batch["digest"].to_pylist(), batch["split"].to_pylist()
         texts = batch["canonical"].cast(pa.binary()).to_pylist()
         for d, s, text in zip(digests, splits, texts, strict=True):
-            if hashlib.sha256(text).hexdigest() != d:
+            if not is_verified and hashlib.sha256(text).hexdigest() != d:
                 raise _damaged(digest, f" ({canonical.id_of(d)} changed)")
             yield d, s, text
-        lines += [f"{d}:{s}" for d, s in zip(digests, splits, strict=True)]
-    if canonical.set_digest("tunix-dataset-v1", lines) != digest:
+        if not is_verified:
+            lines += [f"{d}:{s}" for d, s in zip(digests, splits, strict=True)]
+    if not is_verified and canonical.set_digest("tunix-dataset-v1", lines) != digest:
         raise _damaged(digest, "")
+    _verified[digest] = stats
 
 
 def leak(trained: str, train_split: str, evaluated: str, split: str | None) -> Leakage:
@@ -221,12 +231,12 @@ def leak(trained: str, train_split: str, evaluated: str, split: str | None) -> L
         split: its split; None for all of it.
 
     Raises:
-        DatasetError: if a snapshot is not there.
+        DatasetError: if there is no such snapshot or split.
         IntegrityError: if one is damaged.
     """
     prompts: set[str] = set()
-    for batch in _batches(trained, ["split", "prompt"]):
-        both = zip(batch["split"].to_pylist(), batch["prompt"].to_pylist(), strict=True)
+    for batch in _batches(trained, ["split", "prompt_digest"]):
+        both = zip(batch["split"].to_pylist(), batch["prompt_digest"].to_pylist(), strict=True)
         prompts.update(p for s, p in both if s == train_split)
     name = f"grams-{train_split}.npy"
     path = _fetch(trained) / name
@@ -237,20 +247,34 @@ def leak(trained: str, train_split: str, evaluated: str, split: str | None) -> L
         raise _damaged(trained, f" ({name})")
     sketch = Sketch(np.load(path, allow_pickle=False))
     digests: list[str] = []
-    asked_digests: list[str] = []
-    asked: list[str] = []
+    prompt_digests: list[str] = []
+    prompt_texts: list[str] = []
     for batch in _batches(evaluated, SCHEMA.names):
         for d, s, p, text in zip(*(batch[n].to_pylist() for n in SCHEMA.names), strict=True):
             if split is None or s == split:
                 digests.append(d)
-                asked_digests.append(p)
-                asked.append(from_canonical(text).prompt)
-    return leakage.compare(prompts, sketch, digests, asked_digests, asked)
+                prompt_digests.append(p)
+                prompt_texts.append(from_canonical(text).prompt)
+
+    def confirm(grams: leakage.Grams) -> npt.NDArray[np.bool_]:
+        return _among_grams(trained, train_split, grams)
+
+    return leakage.compare(prompts, sketch, digests, prompt_digests, prompt_texts, confirm)
+
+
+def _among_grams(digest: str, split: str, grams: leakage.Grams) -> npt.NDArray[np.bool_]:
+    """Return which 8-grams are in the prompts of a split, exactly."""
+    result = np.zeros(len(grams), np.bool_)
+    for batch in _batches(digest, ["split", "canonical"]):
+        texts = batch["canonical"].filter(pc.equal(batch["split"], split)).to_pylist()
+        prompts = pa.array([from_canonical(text).prompt for text in texts], pa.string())
+        result |= np.isin(grams, leakage.grams(prompts)[0])
+    return result
 
 
 def _write_files(folder: Path, batches: Iterable[pa.RecordBatch]) -> list[File]:
     files: list[File] = []
-    found: dict[str, list[leakage.Grams]] = {}
+    grams: dict[str, list[leakage.Grams]] = {}
     shards: list[tuple[Path, int]] = []
     writer, size = None, 0
     for batch in batches:
@@ -264,16 +288,16 @@ def _write_files(folder: Path, batches: Iterable[pa.RecordBatch]) -> list[File]:
         writer.write_batch(part)
         shards[-1] = (shards[-1][0], shards[-1][1] + part.num_rows)
         size += part.nbytes
-        hashes, owner = leakage.grams(batch["asked"])
+        hashes, owner = leakage.grams(batch["prompt_text"])
         splits = np.array(batch["split"].to_pylist(), dtype=object)
         for name in set(splits):
             inside = (splits == name)[owner] if len(owner) else np.zeros(0, bool)
-            found.setdefault(name, []).append(np.unique(hashes[inside]))
+            grams.setdefault(name, []).append(np.unique(hashes[inside]))
     if writer is not None:
         writer.close()
     for path, rows in shards:
         files.append(File(path.name, path.stat().st_size, _sha256(path), rows))
-    for name, parts in sorted(found.items()):
+    for name, parts in sorted(grams.items()):
         path = folder / f"grams-{name}.npy"
         np.save(path, Sketch.of(parts).bits, allow_pickle=False)
         files.append(File(path.name, path.stat().st_size, _sha256(path)))
@@ -290,9 +314,8 @@ def _batches(digest: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
             with pq.ParquetFile(path) as opened:
                 yield from opened.iter_batches(batch_size=10_000, columns=columns)
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())[:300]
             raise IntegrityError(
-                f"the snapshot {path} cannot be read: {reason}; delete its folder"
+                f"the snapshot {path} cannot be read: {one_line(error, 300)}; delete its folder"
             ) from error
 
 
@@ -307,7 +330,7 @@ def _local(digest: str) -> Path:
 
 
 def _root() -> str | None:
-    """The shared root, if it is not a local folder."""
+    """Return the shared root, if it is not a local folder."""
     root = paths.snapshot_root()
     return None if root.startswith("file://") or "://" not in root else root
 
@@ -329,7 +352,7 @@ def _remote_has(digest: str) -> bool:
     try:
         return bool(system.exists(f"{path}/{INDEX}"))
     except Exception as error:  # each file system has errors of its own
-        raise DatasetError(f"cannot reach {_root()}: {_said(error)}") from error
+        raise UnavailableError(f"cannot reach {_root()}: {one_line(error, 300)}") from error
 
 
 def _publish(folder: Path, digest: str, files: list[File]) -> None:
@@ -338,14 +361,17 @@ def _publish(folder: Path, digest: str, files: list[File]) -> None:
     system, path = _remote(digest)
     try:
         system.makedirs(path, exist_ok=True)
-        for name in [*(f.name for f in files), INDEX]:  # the index last: it says all is there
+        for name in [
+            *(f.name for f in files),
+            INDEX,
+        ]:  # the index last: with it the snapshot is complete
             system.put_file(str(folder / name), f"{path}/{name}")
     except Exception as error:
-        raise DatasetError(f"cannot write to {_root()}: {_said(error)}") from error
+        raise UnavailableError(f"cannot write to {_root()}: {one_line(error, 300)}") from error
 
 
 def _fetch(digest: str) -> Path:
-    """The local folder of a snapshot, copied from the shared root if need be."""
+    """Return the local folder of a snapshot, copied from the shared root if necessary."""
     folder = _local(digest)
     if (folder / INDEX).is_file():
         return folder
@@ -373,16 +399,24 @@ def _fetch(digest: str) -> Path:
     except (IntegrityError, DatasetError):
         raise
     except Exception as error:
-        raise DatasetError(f"cannot read {path}: {_said(error)}") from error
+        raise UnavailableError(f"cannot read {path}: {one_line(error, 300)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _stat(path: Path) -> _Stat:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return (0, 0, 0)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """Return the sha256 of a file, computed once per process while the file is the same."""
+    stat = _stat(path)
+    known = _hashed.get(path)
+    if known is None or known[0] != stat:
+        known = _hashed[path] = (stat, sha256_file(path))
+    return known[1]

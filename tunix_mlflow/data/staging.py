@@ -1,7 +1,7 @@
-"""A stage: checked examples on the disk, which the catalog then takes in at once.
+"""A stage: checked examples on the disk, which the catalog then stores at once.
 
-The catalog is not held while files are parsed. A stage that is left behind by a kill is a folder
-among the temporary ones and nothing else.
+The catalog is not open while files are parsed. A stage that a killed process leaves behind is a
+temporary folder and nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from tunix_mlflow import paths
 from tunix_mlflow.data.examples import Example, canonical_bytes
-from tunix_mlflow.errors import DatasetError
+from tunix_mlflow.errors import DatasetError, UnavailableError
 
 SCHEMA = pa.schema(
     [
@@ -45,42 +45,42 @@ class Part:
         self.rows = 0
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_stream(self._file, SCHEMA)
-        self._held: list[bytes] = []
+        self._buffer: list[bytes] = []
         self._numbers: list[int] = []
 
     def add(self, data: bytes, number: int) -> None:
-        """Take one more: its canonical bytes, and the line that it comes from."""
-        self._held.append(data)
+        """Append an example: its canonical bytes, and the line it is from."""
+        self._buffer.append(data)
         self._numbers.append(number)
-        if len(self._held) == _BATCH:
+        if len(self._buffer) == _BATCH:
             self._flush()
 
     def close(self) -> None:
-        """Write what is held, and end the file."""
+        """Write what is buffered, and end the file."""
         self._flush()
         self._writer.close()
         self._file.close()
 
     def _flush(self) -> None:
-        count = len(self._held)
+        count = len(self._buffer)
         if not count:
             return
-        digests = [hashlib.sha256(data).hexdigest() for data in self._held]
+        digests = [hashlib.sha256(data).hexdigest() for data in self._buffer]
         columns = [
             pa.array(np.arange(self.rows, self.rows + count)),
             pa.array(np.full(count, self.source, np.int32)),
             pa.array(np.array(self._numbers, np.int64)),
             pa.array(digests, pa.string()),
-            pa.array(self._held, pa.binary()).cast(pa.string()),
+            pa.array(self._buffer, pa.binary()).cast(pa.string()),
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
         self.rows += count
-        self._held.clear()
+        self._buffer.clear()
         self._numbers.clear()
 
 
 class Stage:
-    """Parts, one after the other."""
+    """A sequence of parts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -88,23 +88,23 @@ class Stage:
         self._parts: list[tuple[Path, int, int]] = []  # with first position and line before
 
     def new_part(self) -> Path:
-        """A path for one more part."""
+        """Return the path of a new part."""
         return Path(tempfile.mkdtemp(dir=self.folder)) / "part.arrow"
 
     def append(self, path: Path, rows: int, lines_before: int = 0) -> None:
-        """Take a finished part; its lines are numbered from `lines_before`."""
+        """Append a finished part; its lines are numbered from `lines_before`."""
         self._parts.append((path, self.rows, lines_before))
         self.rows += rows
 
-    def add_all(self, found: Iterable[Example]) -> None:
-        """Take what a program made.
+    def add_all(self, examples: Iterable[Example]) -> None:
+        """Append examples that a program made.
 
         Raises:
-            DatasetError: when an example has no canonical form.
+            DatasetError: if an example has no canonical form.
         """
         part = Part(self.new_part())
         try:
-            for number, example in enumerate(found, start=1):
+            for number, example in enumerate(examples, start=1):
                 part.add(canonical_bytes(example), number)
         except ValueError as error:
             raise DatasetError(f"an example cannot be stored: {error}") from error
@@ -112,11 +112,11 @@ class Stage:
         self.append(part.path, part.rows)
 
     def batches(self) -> pa.RecordBatchReader:
-        """All rows, streamed."""
+        """Return all rows, streamed."""
         return pa.RecordBatchReader.from_batches(SCHEMA, self._read())
 
     def without(self, digests: set[str]) -> Stage:
-        """Another stage, beside this one, that lacks some examples; it knows no lines."""
+        """Return another stage without some examples; its line numbers are 0."""
         part = Part(self.new_part())
         for batch in self.batches():
             texts = batch["canonical"].cast(pa.binary()).to_pylist()
@@ -124,9 +124,9 @@ class Stage:
                 if digest not in digests:
                     part.add(text, 0)
         part.close()
-        made = Stage(self.folder)
-        made.append(part.path, part.rows)
-        return made
+        stage = Stage(self.folder)
+        stage.append(part.path, part.rows)
+        return stage
 
     def _read(self) -> Iterator[pa.RecordBatch]:
         for path, position, lines in self._parts:
@@ -138,20 +138,20 @@ class Stage:
 
 @contextmanager
 def new_stage() -> Iterator[Stage]:
-    """A new stage, gone afterwards.
+    """Yield a new stage, and delete it afterwards.
 
     Raises:
-        DatasetError: when the state root cannot be written to.
+        UnavailableError: if the state root cannot be written to.
     """
     folder = paths.temporary_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(prefix=f"stage-{os.getpid()}-", dir=folder)
+        stage = tempfile.mkdtemp(prefix=f"stage-{os.getpid()}-", dir=folder)
     except OSError as error:
-        raise DatasetError(f"cannot write below {folder}: {error.strerror}") from error
+        raise UnavailableError(f"cannot write below {folder}: {error.strerror}") from error
     try:
-        yield Stage(Path(made))
+        yield Stage(Path(stage))
     except OSError as error:
-        raise DatasetError(f"cannot write below {folder}: {error}") from error
+        raise UnavailableError(f"cannot write below {folder}: {error}") from error
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(stage, ignore_errors=True)

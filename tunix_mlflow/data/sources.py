@@ -1,13 +1,12 @@
-"""Files that people have: JSONL, JSONL.gz, Parquet, text, and folders of them.
+"""The files that a dataset is ingested from: JSONL, JSONL.gz, Parquet, text, and folders of them.
 
-A folder may be one that Hugging Face `datasets` saved, or hold one file or more a split.
+A folder may be one that Hugging Face `datasets` saved, or have one or more files per split.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gzip
-import hashlib
 import itertools
 import json
 import re
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tunix_mlflow.errors import DatasetError
+from tunix_mlflow.files import one_line
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 KINDS |= {".txt": "text", ".arrow": "arrow"}
@@ -35,7 +35,7 @@ _SPLITS = {
 
 
 class Source(NamedTuple):
-    """One file, how it is read, and the split it stands for."""
+    """One file, how it is read, and its split."""
 
     path: Path
     kind: str  # jsonl, parquet, text or arrow
@@ -43,15 +43,15 @@ class Source(NamedTuple):
     split: str | None
 
 
-def sources(named: Sequence[str]) -> list[Source]:
-    """The files that `PATH` or `SPLIT=PATH` words mean, folders opened.
+def find_sources(named: Sequence[str]) -> list[Source]:
+    """Return the files that `PATH` or `SPLIT=PATH` arguments name, with those of folders.
 
-    Several files, or a folder's, get their splits from their names; one file alone does not.
+    Several files, or those of a folder, get their splits from their names; a single file does not.
 
     Raises:
-        DatasetError: for what is not there, or of no known kind.
+        DatasetError: for a file that does not exist or is of no known kind.
     """
-    found: list[Source] = []
+    result: list[Source] = []
     single = len(named) == 1
     for word in named:
         path, split = Path(word), None
@@ -60,34 +60,30 @@ def sources(named: Sequence[str]) -> list[Source]:
             split, path = match[1], Path(match[2])
         try:
             if path.is_dir():
-                found += _folder(path, split)
+                result += _folder(path, split)
             else:
                 given = split or (None if single else _split_of(path.name))
-                found.append(_source(path, given))
+                result.append(_source(path, given))
         except (OSError, ValueError) as error:
-            raise DatasetError(f"cannot read {str(path)[:200]!r}: {_reason(error)}") from error
-    return found
+            raise DatasetError(
+                f"cannot read {str(path)[:200]!r}: {one_line(error, 300)}"
+            ) from error
+    return result
 
 
 def size(source: Source) -> int:
-    """Bytes on the disk, for progress."""
+    """Return the bytes on the disk, for progress."""
     return source.path.stat().st_size
 
 
-def digest(source: Source) -> str:
-    """sha256 (64 hex) of the file as it is."""
-    with source.path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def columns(source: Source, longest: int) -> dict[str, bool]:
-    """Column -> whether the first row has a value there; of the first line that can be read."""
-    found: Iterable[Any]
+    """Return column -> whether it has a value, of the first row that can be read."""
+    trees: Iterable[Any]
     if source.kind == "jsonl":
-        found = (_tree(line) for line in lines(source, longest))
+        trees = (_tree(line) for line in lines(source, longest))
     else:
-        found = (record for _, record in records(source, longest))
-    for tree in itertools.islice(found, 100):
+        trees = (record for _, record in records(source, longest))
+    for tree in itertools.islice(trees, 100):
         if isinstance(tree, dict) and tree:
             return {name: value is not None for name, value in tree.items()}
     return {}
@@ -100,30 +96,30 @@ def _tree(line: bytes) -> Any:
 
 
 def lines(source: Source, longest: int, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """Every line of a JSONL file, with its end, in order.
+    """Yield every line of a JSONL file, with its line end, in order.
 
     Args:
         source: the file.
-        longest: bytes that are read of one line; a line that is longer comes as its first
-            `longest` + 2 bytes.
-        start: leave out lines that begin before this byte.
-        end: and those that begin at or after this one.
+        longest: maximum bytes of a line; of a longer one only the first `longest` + 2 bytes
+            are yielded.
+        start: skip lines that begin before this byte.
+        end: stop before a line that begins at or after this one; None: at the end.
 
     Raises:
-        DatasetError: when the file cannot be read.
+        DatasetError: if the file cannot be read.
     """
     try:
         with _open(source) as handle:
             yield from _lines(handle, longest, start, end)
     except (OSError, EOFError) as error:
-        raise DatasetError(f"cannot read {source.path}: {_reason(error)}") from error
+        raise DatasetError(f"cannot read {source.path}: {one_line(error, 300)}") from error
 
 
 def records(source: Source, longest: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every row of a file of another kind, with its number from 1, in order.
+    """Yield every row of a file of another kind, with its number from 1, in order.
 
     Raises:
-        DatasetError: when the file cannot be read.
+        DatasetError: if the file cannot be read.
     """
     number = 0
     try:
@@ -140,7 +136,7 @@ def records(source: Source, longest: int) -> Iterator[tuple[int, dict[str, Any]]
     except UnicodeDecodeError as error:
         raise DatasetError(f"{source.path}:{number}: not UTF-8: {error.reason}") from error
     except (OSError, EOFError, pa.ArrowException, ValueError) as error:
-        raise DatasetError(f"cannot read {source.path}: {_reason(error)}") from error
+        raise DatasetError(f"cannot read {source.path}: {one_line(error, 300)}") from error
 
 
 def _open(source: Source) -> IO[bytes]:
@@ -150,21 +146,21 @@ def _open(source: Source) -> IO[bytes]:
 
 
 def _lines(handle: IO[bytes], longest: int, start: int, end: int | None) -> Iterator[bytes]:
-    most = longest + 2  # with its end
-    place = start
+    most = longest + 2  # with the line end
+    position = start
     if start:
         handle.seek(start - 1)
-        place -= 1
+        position -= 1
         while line := handle.readline(most):  # the rest of the line before
-            place += len(line)
+            position += len(line)
             if line.endswith(b"\n"):
                 break
-    while (end is None or place < end) and (line := handle.readline(most)):
-        place += len(line)
+    while (end is None or position < end) and (line := handle.readline(most)):
+        position += len(line)
         yield line
         while len(line) == most and not line.endswith(b"\n"):  # the rest of one too long
             line = handle.readline(most)
-            place += len(line)
+            position += len(line)
 
 
 def _batches(source: Source) -> Iterator[pa.RecordBatch]:
@@ -186,28 +182,29 @@ def _folder(path: Path, split: str | None) -> list[Source]:
     listed = path / "dataset_dict.json"
     if listed.is_file():  # datasets.DatasetDict.save_to_disk
         names = json.loads(listed.read_text(encoding="utf-8"))["splits"]
-        return [s for name in names for s in _folder(path / _plain(name), split or _plain(name))]
+        checked = [_checked_name(name) for name in names]
+        return [s for name in checked for s in _folder(path / name, split or name)]
     if (path / "state.json").is_file():  # datasets.Dataset.save_to_disk
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        named = [_plain(file["filename"]) for file in state["_data_files"]]
+        named = [_checked_name(file["filename"]) for file in state["_data_files"]]
         return [_source(path / name, split) for name in named]
-    found = [
+    files = [
         file
         for file in sorted(path.rglob("*"))
         if file.is_file() and _kind(file) is not None and not file.name.startswith(".")
         if file.name not in ("dataset_info.json", "dataset_infos.json")
     ]
-    if not found:
-        raise ValueError("the folder holds no JSONL, Parquet, Arrow or text file")
+    if not files:
+        raise ValueError("the folder has no JSONL, Parquet, Arrow or text file")
     return [
         _source(file, split or _split_of(file.name) or _split_of(file.parent.name))
-        for file in found
+        for file in files
     ]
 
 
-def _plain(name: Any) -> str:
+def _checked_name(name: Any) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}", name) or ".." in name:
-        raise ValueError(f"the folder names a strange file or split, {name!r}")
+        raise ValueError(f"the folder names a file or split {name!r}, which is not allowed")
     return name
 
 
@@ -217,7 +214,7 @@ def _source(path: Path, split: str | None) -> Source:
         raise FileNotFoundError(2, "No such file or directory")
     if kind is None:
         known = ", ".join(sorted(KINDS))
-        raise ValueError(f"its kind is not known; expected {known}, or one of them with .gz")
+        raise ValueError(f"unknown kind of file; expected {known}, or one of them with .gz")
     return Source(path, kind, path.suffix == ".gz", split)
 
 
@@ -230,12 +227,6 @@ def _kind(path: Path) -> str | None:
 
 
 def _split_of(name: str) -> str | None:
-    """train-00000-of-00001.parquet -> train; the first word counts, or the last."""
+    """Return the split in a file name, which is its first or last word: train-00000-of-00001."""
     words = re.split(r"[^a-z]+", re.sub(r"-\d+-of-\d+", "", name.lower()).partition(".")[0])
     return _SPLITS.get(words[0]) or _SPLITS.get(words[-1])
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:300]

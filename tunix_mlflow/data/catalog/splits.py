@@ -1,0 +1,91 @@
+"""Assign the examples of a dataset to its splits, by prompt.
+
+No prompt is ever in two splits. Data with splits of its own keeps them. What it lacks is decided
+by the hash of the prompt, so that a prompt keeps its split when the dataset grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import duckdb
+
+from tunix_mlflow.data import canonical
+from tunix_mlflow.data import manifest as manifests
+from tunix_mlflow.data.manifest import TRAIN, VALIDATION
+from tunix_mlflow.errors import DatasetError
+
+
+def assign(con: duckdb.DuckDBPyConnection, shares: Mapping[str, float]) -> int:
+    """Write the table `divided` (position, digest, split) for the table `chosen`.
+
+    Args:
+        con: with the temporary table `chosen` (position, digest, prompt_digest, split, ...).
+        shares: split -> share of the prompts, used when no example has a split. When examples
+            have splits, but none is in validation, the share of validation is taken from the
+            train prompts; an example without a split joins its prompt's, else train.
+
+    Returns:
+        How many examples went from train to validation; 0 if the data has a validation split, or
+        no splits of its own, or so few prompts that train would be empty.
+
+    Raises:
+        DatasetError: if the examples of one prompt have different splits.
+    """
+    _refuse_conflicts(con)
+    own = {name for (name,) in con.execute("SELECT DISTINCT split FROM chosen").fetchall()}
+    own.discard(None)
+    if not own:
+        case, params = _by_prompt("prompt_digest", manifests.bounds(shares))
+        con.execute(
+            f"CREATE TEMP TABLE divided AS SELECT position, digest, {case} AS split FROM chosen",
+            params,
+        )
+        return 0
+    split, params = f"coalesce(own.split, '{TRAIN}')", []
+    take = VALIDATION not in own and shares.get(VALIDATION, 0.0) > 0
+    if take:
+        # Another hash than the prompt digest itself: of data that was split by that before, for
+        # example an export, the train prompts are not spread evenly.
+        hashed = f"sha256('{VALIDATION}:' || prompt_digest)"
+        case, params = _by_prompt(hashed, manifests.bounds({VALIDATION: shares[VALIDATION]}))
+        split = f"CASE {split} WHEN '{TRAIN}' THEN {case} ELSE own.split END"
+    con.execute(
+        f"""CREATE TEMP TABLE divided AS
+            SELECT c.position, c.digest, {split} AS split
+            FROM chosen c LEFT JOIN (SELECT prompt_digest, min(split) AS split FROM chosen
+                 WHERE split IS NOT NULL GROUP BY prompt_digest) own USING (prompt_digest)""",
+        params,
+    )
+    if not take:
+        return 0
+    counts = dict(con.execute("SELECT split, count(*) FROM divided GROUP BY 1").fetchall())
+    if TRAIN not in counts:
+        con.execute(f"UPDATE divided SET split = '{TRAIN}' WHERE split = '{VALIDATION}'")
+        return 0
+    return int(counts.get(VALIDATION, 0))
+
+
+def _refuse_conflicts(con: duckdb.DuckDBPyConnection) -> None:
+    conflicts = con.execute(
+        """SELECT min(digest), list_sort(list(DISTINCT split)) FROM chosen
+           WHERE split IS NOT NULL
+           GROUP BY prompt_digest HAVING count(DISTINCT split) > 1 ORDER BY 1 LIMIT 1"""
+    ).fetchall()
+    if conflicts:
+        digest, (first, second, *_) = conflicts[0]
+        raise DatasetError(
+            f"the same prompt is in the splits {first!r} and {second!r}"
+            f" (example {canonical.id_of(digest)}); leave it in one of them, or ingest with"
+            " --skip-bad, which keeps the held-out one"
+        )
+
+
+def _by_prompt(hashed: str, bounds: list[tuple[str, str]]) -> tuple[str, list[str]]:
+    """Return an SQL expression for the split by a hash of the prompt, and its parameters."""
+    params: list[str] = []
+    whens = ""
+    for name, bound in bounds:
+        whens += f" WHEN ({hashed})[1:16] < ? THEN ?"
+        params += [bound, name]
+    return (f"CASE{whens} ELSE '{TRAIN}' END" if whens else f"'{TRAIN}'"), params

@@ -1,0 +1,105 @@
+"""Write a dataset to a file."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tunix_mlflow import paths
+from tunix_mlflow.data import canonical, writers
+from tunix_mlflow.data.catalog import read
+from tunix_mlflow.data.catalog.digests import find_corrupted
+from tunix_mlflow.data.manifest import Manifest
+from tunix_mlflow.errors import DatasetError, IntegrityError
+from tunix_mlflow.files import one_line, replacing
+
+
+def export(manifest: Manifest, path: Path, form: str) -> int:
+    """Write a dataset in order of ingest. The file appears complete or not at all.
+
+    Args:
+        manifest: of the dataset.
+        path: ends in .jsonl, .jsonl.gz or .parquet.
+        form: one of writers.EXPORTS.
+
+    Returns:
+        The number of examples.
+
+    Raises:
+        DatasetError: if the file cannot be written, or an example does not fit the form.
+        IntegrityError: if an example is not what its digest says.
+    """
+    if form not in writers.EXPORTS:
+        raise DatasetError(f"no format {form!r}; one of {', '.join(writers.EXPORTS)}")
+    batches, record = read.stream(paths.catalog_path(), manifest.key), writers.writer(form)
+    advice = f"see `tunix-mlflow datasets verify {manifest.key}`"
+    count = 0
+    with contextlib.closing(batches), writing(path) as part, _writer(part, path.name) as write:
+        for batch in batches:
+            if wrong := find_corrupted(batch):
+                name = canonical.id_of(wrong[0])
+                raise IntegrityError(f"{name} is not what its digest says; {advice}")
+            texts = batch["canonical"].cast(pa.binary()).to_pylist()
+            splits = batch["split"].to_pylist()
+            write([record(t, s) for t, s in zip(texts, splits, strict=True)])
+            count += len(texts)
+        if count != manifest.count:
+            raise IntegrityError(f"dataset {manifest.key} is damaged; {advice}")
+    return count
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path as :func:`files.replacing`.
+
+    Raises:
+        DatasetError: if the file cannot be written.
+    """
+    try:
+        with replacing(path) as part:
+            yield part
+    except OSError as error:
+        raise DatasetError(f"cannot write {path}: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _writer(part: Path, name: str) -> Iterator[Callable[[list[Any]], None]]:
+    if name.endswith(".parquet"):
+        rows: list[Any] = []
+        yield rows.extend
+        try:
+            table = pa.Table.from_pylist(_columns(msgspec.json.decode(msgspec.json.encode(rows))))
+        except pa.ArrowException as error:
+            raise DatasetError(f"the meta of these examples has no columns: {error}") from error
+        pq.write_table(table, part, compression="zstd")
+        return
+    encoder = msgspec.json.Encoder()
+    pending: Future[Any] | None = None
+
+    def write(records: list[Any]) -> None:
+        nonlocal pending
+        data = encoder.encode_lines(records)
+        if pending is not None:
+            pending.result()
+        pending = pool.submit(out.write, data)  # while the next records are encoded
+
+    with (
+        gzip.open(part, "wb") if name.endswith(".gz") else part.open("wb") as out,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        yield write
+        if pending is not None:
+            pending.result()
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    # Parquet has no empty struct.
+    return [{k: v for k, v in row.items() if v != {}} for row in rows]
