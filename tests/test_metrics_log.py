@@ -1,4 +1,4 @@
-"""The metrics journal: what is written once, read again, compared and merged."""
+"""The metrics metrics log: what is written once, read again, compared and merged."""
 
 from __future__ import annotations
 
@@ -14,28 +14,41 @@ from tunix_mlflow.errors import TrackingError
 from tunix_mlflow.tracking.record.metrics_log import MetricsLog, Point, merge, points, read, summary
 
 
-def open_journal(path: Path, reports: list[str]) -> MetricsLog:
+def open_log(path: Path, reports: list[str]) -> MetricsLog:
     return MetricsLog(path, reports.append)
 
 
 def test_a_resumed_run_repeats_in_silence_and_reports_a_difference(tmp_path: Path) -> None:
-    """The same values are not written again; another one is lost determinism; perf may differ."""
+    """The same values are not written again; another one is lost determinism; perf may differ, and
+    a metric of the user's own is recorded as they say it."""
     path, reports = tmp_path / "metrics.jsonl", list[str]()
-    first = open_journal(path, reports)
+    first = open_log(path, reports)
     for step in range(4):
-        first.write_scalars(step, {"train/loss": float(step), "perf/ms": 1.0})
+        first.log_metrics({"train/loss": float(step), "perf/ms": 1.0, "own": 1.0}, step)
     first.close()
-    second = open_journal(path, reports)
-    second.write_scalars(2, {"train/loss": 2.0, "perf/ms": 9.0})
+    second = open_log(path, reports)
+    second.log_metrics({"train/loss": 2.0, "perf/ms": 9.0, "own": 1.0}, 2)
     assert reports == []
-    second.write_scalars(3, {"train/loss": 3.5, "perf/ms": 9.0})
-    second.write_scalars(4, {"train/loss": 4.0})
+    second.log_metrics({"train/loss": 3.5, "perf/ms": 9.0, "own": 5.0}, 3)
+    second.log_metrics({"train/loss": 4.0}, 4)
     second.close()
     assert len(reports) == 1
     assert "train/loss at step 3: 3.0, now 3.5" in reports[0]
-    points = [line for line in read(path) if "metrics" in line]
-    assert [line["step"] for line in points] == [0, 1, 2, 3, 4]
-    assert points[3]["metrics"]["train/loss"] == 3.0
+    found = [line for line in read(path) if "metrics" in line]
+    assert [line["step"] for line in found] == [0, 1, 2, 3, 3, 4]
+    assert found[3]["metrics"]["train/loss"] == 3.0
+    assert found[4]["metrics"] == {"own": 5.0}
+
+
+def test_within_a_process_every_point_counts(tmp_path: Path) -> None:
+    """As in MLflow: two values at one step are two points."""
+    log = open_log(tmp_path / "metrics.jsonl", [])
+    log.log_metrics({"a": 1.0}, 0)
+    log.log_metrics({"a": 2.0}, 0, 7, "m-1", ("data/test", "abc"))
+    log.close()
+    found = [p for line in read(tmp_path / "metrics.jsonl") for p in points(line)]
+    assert [p.value for p in found] == [1.0, 2.0]
+    assert found[1] == Point("a", 2.0, 7, 0, "m-1", ("data/test", "abc"))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -48,8 +61,8 @@ def test_a_line_torn_by_a_kill_is_dropped(tmp_path: Path, cut: int) -> None:
     data = ("\n".join(lines) + "\n").encode()[:cut]
     path.write_bytes(data)
     whole = data.count(b"\n")
-    it = open_journal(path, [])
-    it.write_scalars(99, {"train/loss": 1.0})
+    it = open_log(path, [])
+    it.log_metrics({"train/loss": 1.0}, 99)
     it.close()
     found = [line["step"] for line in read(path) if "step" in line]
     assert found == [*range(whole), 99]
@@ -94,8 +107,8 @@ def test_nan_is_kept_as_it_is(tmp_path: Path) -> None:
     """A foreign loop may write one; it is not equal to itself, and is no difference."""
     reports: list[str] = []
     for _ in range(2):
-        it = open_journal(tmp_path / "metrics.jsonl", reports)
-        it.write_scalars(1, {"train/loss": math.nan})
+        it = open_log(tmp_path / "metrics.jsonl", reports)
+        it.log_metrics({"train/loss": math.nan}, 1)
         it.close()
     assert reports == []
 
