@@ -222,8 +222,8 @@ def verify(key: str, as_json: bool) -> None:
     """
     from tunix_mlflow.cli.terminal import print_json
     from tunix_mlflow.data import canonical
-    from tunix_mlflow.data.catalog.verify import KINDS
     from tunix_mlflow.data import datasets as operations
+    from tunix_mlflow.data.catalog.verify import KINDS
 
     report = operations.verify(key)
     named = {kind: [canonical.id_of(d) for d in getattr(report, kind)] for kind in KINDS}
@@ -258,8 +258,8 @@ def diff(before: str, after: str, examples: int, as_json: bool) -> None:
     from tunix_mlflow import paths
     from tunix_mlflow.cli.terminal import print_json
     from tunix_mlflow.data import canonical
-    from tunix_mlflow.data.catalog import read
     from tunix_mlflow.data import datasets as operations
+    from tunix_mlflow.data.catalog import read
     from tunix_mlflow.data.examples import from_canonical
 
     difference = operations.diff(before, after)
@@ -373,7 +373,6 @@ def gc(yes: bool, as_json: bool) -> None:
 
     from tunix_mlflow import paths
     from tunix_mlflow.cli.terminal import print_json
-    from tunix_mlflow.data import catalog
     from tunix_mlflow.data import datasets as operations
 
     leftovers = operations.leftovers()
