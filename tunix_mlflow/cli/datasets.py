@@ -374,6 +374,7 @@ def gc(yes: bool, as_json: bool) -> None:
     from tunix_mlflow import paths
     from tunix_mlflow.cli.terminal import print_json
     from tunix_mlflow.data import datasets as operations
+    from tunix_mlflow.data.catalog import store
 
     leftovers = operations.leftovers()
     count, size = (0, 0)
