@@ -17,15 +17,21 @@ import optax
 import pytest
 from flax import nnx
 
-from tunix_mlflow.config.schema import DataConfig, ModelConfig, OptimizerConfig
+from tunix_mlflow.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
 from tunix_mlflow.data.examples import reasoning_trace
 from tunix_mlflow.input import batches
 from tunix_mlflow.input.batches import Batch
+from tunix_mlflow.input.packing import TokenRows, lay_out_rows
+from tunix_mlflow.input.tokens import encode_examples
 from tunix_mlflow.models import decoder, generation, layers
-from tunix_mlflow.text.tokenizer import ByteTokenizer
+from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 from tunix_mlflow.training import optimizer as optimizers
 from tunix_mlflow.training import step
 from tunix_mlflow.training.losses import FLOAT32, PrecisionPolicy, cross_entropy, token_losses
+from tunix_mlflow.training.spec import StepSpec
+from tunix_mlflow.training.state import InitialState, TrainState, init_state
+from tunix_mlflow.training.step import StepMetrics
+from tunix_mlflow.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -339,9 +345,15 @@ def test_the_seed_makes_the_parameters() -> None:
 
 
 @lru_cache
-def data() -> batches.TokenRows:
+def data() -> TokenRows:
     examples = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 9)]
-    return batches.tokenize(examples, ByteTokenizer(), DataConfig(), LENGTH)
+    return lay_out_rows(encode_examples(examples, ByteTokenizer(), True), DataConfig(), LENGTH)
+
+
+def new_trainer(spec: StepSpec, params: decoder.Params) -> Trainer:
+    device = jax.local_devices(backend="cpu")[0]
+    initial = InitialState(init_state(spec, params, device), None, None)
+    return Trainer(Config(), ByteTokenizer.vocab_size, device, spec, initial)
 
 
 @lru_cache
@@ -353,10 +365,10 @@ def test_loss_is_that_of_the_trained_tokens() -> None:
     """The masked mean equals one computed token by token without packing."""
     graph, params = of_bytes()
     rows = data()
-    spec = step.StepSpec(graph, optax.identity())
+    spec = StepSpec(graph, optax.identity())
     total, count = step.eval_step(params, batches.assemble(rows, rows.rows), spec=spec)
     expected, tokens = 0.0, 0
-    for ids, trained in zip(rows.ids, rows.trained, strict=True):
+    for ids, trained in (rows.example(index) for index in range(rows.examples.count)):
         raw = logits(graph, params, ids[:-1]).astype(np.float64)
         log_probabilities = raw - np.log(np.sum(np.exp(raw), axis=-1, keepdims=True))
         for position in np.flatnonzero(trained[1:]):
@@ -383,7 +395,7 @@ def gradients(rows: list[list[int]], policy: PrecisionPolicy = FLOAT32) -> list[
 
 def test_packing_changes_no_gradient() -> None:
     """The gradient of packed rows is that of the same examples one a row."""
-    one_each = [[i] for i in range(len(data().ids))]
+    one_each = [[i] for i in range(data().examples.count)]
     for a, b in zip(gradients(data().rows), gradients(one_each), strict=True):
         assert np.allclose(a, b, atol=1e-6)
 
@@ -411,8 +423,8 @@ def update_rule(name: str) -> optax.GradientTransformation:
 class Updates(NamedTuple):
     """Of two updates on one batch."""
 
-    states: list[step.TrainState]  # before the first and after each, as NumPy arrays
-    metrics: list[step.StepMetrics]
+    states: list[TrainState]  # before the first and after each, as NumPy arrays
+    metrics: list[StepMetrics]
 
 
 @lru_cache
@@ -430,16 +442,15 @@ def updates(
     config, vocabulary = SHAPES["one head, untied"], ByteTokenizer.vocab_size
     graph = decoder.shape(config, vocabulary, fused=True)[0]
     rule = update_rule(name)
-    spec = step.StepSpec(graph, rule, parts, policy=PrecisionPolicy(dtype), fuse=config)
+    spec = StepSpec(graph, rule, parts, policy=PrecisionPolicy(dtype), fuse=config)
     batch = batches.assemble(data(), [[i] for i in range(8)])
     params = decoder.init(config, vocabulary, 0)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(params_dtype)), params)
-    state = step.init_state(params, rule)
-    result = Updates([jax.tree.map(np.asarray, state)], [])
+    trainer = new_trainer(spec, params)
+    result = Updates([jax.tree.map(np.array, trainer.state)], [])
     for _ in range(2):
-        state, metrics = step.train_step(state, batch, spec=spec)
-        result.states.append(jax.tree.map(np.asarray, state))
-        result.metrics.append(metrics)
+        result.metrics.append(trainer.step(batch))
+        result.states.append(jax.tree.map(np.array, trainer.state))
     return result
 
 
@@ -477,13 +488,12 @@ def test_microbatches_change_no_update(name: str) -> None:
 
 
 def test_a_step_is_compiled_once() -> None:
-    """After compile_step neither the first step nor those after it, nor a last partial batch,
-    compile anything."""
+    """After `compile` neither the first step nor those after it, nor a last partial batch, compile
+    anything."""
     config = SHAPES["one head, untied"]
     graph, params = decoder.build(config, ByteTokenizer.vocab_size, 0)
     rule = optimizers.build(OptimizerConfig(), 10)  # its own, which no other test has compiled
-    spec = step.StepSpec(graph, rule, 2)
-    state = step.init_state(params, rule)
+    trainer = new_trainer(StepSpec(graph, rule, 2), params)
     full = batches.assemble(data(), [[i] for i in range(8)])
     partial = batches.assemble(data(), [[i] for i in range(5)] + [[]] * 3)
     compiled: list[str] = []
@@ -493,10 +503,10 @@ def test_a_step_is_compiled_once() -> None:
             compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(heard)
-    step.compile_step(state, full, spec=spec)
+    trainer.compile(full)
     before = len(compiled)
     for batch in (full, full, partial):
-        state, _ = step.train_step(state, batch, None, spec=spec)
+        trainer.step(batch)
     assert len(compiled) == before == 1
 
 
