@@ -156,12 +156,12 @@ def tiny(**more: str) -> dict[str, str]:
 
 
 def as_arguments(overrides: Mapping[str, str]) -> list[str]:
-    """`key=value` words for our command line."""
+    """Return `key=value` arguments for our command line."""
     return [f"{key}={value}" for key, value in overrides.items()]
 
 
 def as_parameters(overrides: Mapping[str, str]) -> list[str]:
-    """`-P key=value` words for `mlflow run`."""
+    """Return `-P key=value` arguments for `mlflow run`."""
     return [word for key, value in overrides.items() for word in ("-P", f"{key}={value}")]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -141,6 +143,19 @@ def test_any_command_line_is_read_or_refused(arguments: list[str]) -> None:
         assert "--help" in arguments
     except (click.ClickException, ConfigError) as error:
         assert str(error)
+
+
+def test_the_demo_has_an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the user's store or state, and libraries as quiet as in other commands."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ |= {"MLFLOW_EXPERIMENT_NAME": "theirs", "MLFLOW_DISABLE_TELEMETRY": "false"}
+    assert run_here("demo", "training.steps=many") == 2
+    folder = Path.cwd() / ".demo"
+    ours = {k: v for k, v in os.environ.items() if k.startswith(("MLFLOW_", "TUNIX_MLFLOW_"))}
+    assert ours.pop("TUNIX_MLFLOW_HOME") == str(folder / "state")
+    assert ours.pop("MLFLOW_TRACKING_URI") == f"sqlite:///{folder / 'mlflow.db'}"
+    assert ours["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert "MLFLOW_EXPERIMENT_NAME" not in ours
 
 
 def test_click_errors_are_ours() -> None:

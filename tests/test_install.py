@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, as_arguments, as_parameters, last_json, tiny
+from tunix_mlflow import __version__
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = pytest.mark.install
@@ -34,6 +36,8 @@ def test_the_wheel_is_enough(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist")]
     subprocess.run([*words, str(ROOT)], check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name.startswith(f"tunix_mlflow-{__version__}-")
+    assert "tunix_mlflow/py.typed" in zipfile.ZipFile(wheel).namelist()
     assert len(list((tmp_path / "dist").glob("*.tar.gz"))) == 1
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)

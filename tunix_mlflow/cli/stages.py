@@ -10,6 +10,7 @@ import click
 
 from tunix_mlflow.cli.arguments import ConfigurableCommand, Number
 from tunix_mlflow.errors import ConfigError, InputError
+from tunix_mlflow.runtime.process import set_defaults
 
 if TYPE_CHECKING:
     from tunix_mlflow.config.schema import Config
@@ -204,6 +205,7 @@ def demo(ctx: click.Context, overrides: dict[str, str]) -> None:
         raise InputError(f"cannot create {folder}: {error.strerror}") from error
     for name in [n for n in os.environ if n.startswith(("MLFLOW_", "TUNIX_MLFLOW_"))]:
         del os.environ[name]
+    set_defaults()
     os.environ["TUNIX_MLFLOW_HOME"] = str(folder / "state")
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
     ctx.invoke(main, config=None, overrides=overrides)

@@ -68,7 +68,7 @@ def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     if "MLFLOW_RUN_ID" in os.environ:
         _follow_parent()
-    _set_defaults()
+    set_defaults()
     _resolve_relative_store()
     try:
         main(argv)
@@ -107,7 +107,8 @@ def _classify(error: Exception) -> TunixMlflowError | None:
     return None
 
 
-def _set_defaults() -> None:
+def set_defaults() -> None:
+    """Quieten libraries that read the environment when they are imported."""
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
     for name in ("absl", "asyncio"):  # Orbax: hundreds of lines when the disk is full
         logging.getLogger(name).setLevel(logging.CRITICAL)
