@@ -68,8 +68,6 @@ def test_overrides_come_last_and_extends_first(tmp_path: Path) -> None:
         ({"device": "cuda"}, "device: expected auto, cpu, gpu or tpu"),
         ({"promotion.thresholds": "{a"}, "promotion.thresholds: expected object, got '{a'"),
         ({"data.validation_split": "train"}, "data.train_split and data.validation_split are both"),
-        ({"evaluation.split": "train"}, "data.train_split and evaluation.split are both 'train'"),
-        ({"evaluation.split": "validation"}, "data.validation_split and evaluation.split are both"),
     ],
 )
 def test_errors_name_the_key(overrides: dict[str, str], expected: str) -> None:

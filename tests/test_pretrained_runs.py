@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import jax
 import mlflow
@@ -19,21 +18,31 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from safetensors.numpy import load_file, save_file
 
-from projects import train as training
-from projects.train import Start
-from tests.conftest import ROOT, run_here, tiny, write_traces
+from tests.conftest import as_arguments, run_here, tiny, write_traces
 from tests.test_hub_tokenizer import CHATML, files
 from tunix_mlflow.config.load import load_config
 from tunix_mlflow.config.schema import Config, LoraConfig, ModelConfig
 from tunix_mlflow.data import datasets
-from tunix_mlflow.errors import Interrupted, ModelError, Refused, TrackingError
-from tunix_mlflow.input import batches
+from tunix_mlflow.errors import (
+    Interrupted,
+    ModelError,
+    TrackingError,
+    UnavailableError,
+)
+from tunix_mlflow.input.batches import Batch, TrainBatches
 from tunix_mlflow.models import arrays, decoder
 from tunix_mlflow.models.hub import base as bases
 from tunix_mlflow.models.hub import names, pretrained
+from tunix_mlflow.pipelines.resume import ResumePoint
+from tunix_mlflow.pipelines.train import plan, train
 from tunix_mlflow.runtime import devices
 from tunix_mlflow.tracking.models import flavor
-from tunix_mlflow.training import loop, memory, setup, step
+from tunix_mlflow.training import memory
+from tunix_mlflow.training.inputs import read_inputs
+from tunix_mlflow.training.resolve import resolve_auto
+from tunix_mlflow.training.spec import step_spec
+from tunix_mlflow.training.step import StepMetrics
+from tunix_mlflow.training.trainer import Trainer, lower_step
 
 SHAPE = ModelConfig(
     family="qwen3",
@@ -61,13 +70,16 @@ def folder(tmp_path: Path, store: str) -> Path:
     return written(tmp_path / "pretrained")
 
 
-def config(folder: Path, **more: str) -> Config:
+def given(folder: Path, **more: str) -> dict[str, str]:
     small = {
         **{"dataset": "doubles-v1", "training__steps": "8", "evaluation__samples": "2"},
         **{"base": str(folder), "training__save_every_steps": "4"},
     }
-    words = {k: v for k, v in tiny(**(small | more)).items() if not k.startswith("model.")}
-    return load_config(None, words, ROOT / "projects" / "configs")
+    return {k: v for k, v in tiny(**(small | more)).items() if not k.startswith("model.")}
+
+
+def config(folder: Path, **more: str) -> Config:
+    return load_config(None, given(folder, **more))
 
 
 def model_of(run_id: str) -> str:
@@ -80,6 +92,15 @@ def losses(run_id: str) -> list[float]:
     return [m.value for m in sorted(found, key=lambda m: m.step)]
 
 
+def trainer_and_batches(chosen: Config, folder: Path | None) -> tuple[Trainer, TrainBatches]:
+    """What `train` trains with; the step is compiled ahead."""
+    manifest, device = datasets.ready("doubles-v1", print), devices.use("cpu")
+    base = None if folder is None else bases.find(folder)
+    inputs = read_inputs(chosen, manifest, device, base)
+    trainer = Trainer.create(inputs.config, inputs.vocab_size, device, base, compile_ahead=True)
+    return trainer, inputs.train_batches()
+
+
 @pytest.mark.parametrize(
     "way", [{}, LORA, LORA | {"lora__dropout": "0.3", "training__remat": "block"}]
 )
@@ -87,28 +108,28 @@ def test_killed_and_resumed_is_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, str]
 ) -> None:
     """Whole, by adapters, in a loop with dropout: the same bits. What is frozen is not saved."""
-    whole = training.train(config(folder, **way))
+    whole = train(config(folder, **way))
     values = losses(whole.run_id)
     assert values[-1] < values[0]
-    real, calls = loop.train_step, 0
+    real, calls = Trainer.step, 0
 
-    def dying(*words: Any, **named: Any) -> Any:
+    def dying(self: Trainer, batch: Batch) -> StepMetrics:
         nonlocal calls
         calls += 1
         if calls == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*words, **named)
+        return real(self, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "train_step", dying)
+        patched.setattr(Trainer, "step", dying)
         with pytest.raises(Interrupted):
-            training.train(config(folder, **way))
+            train(config(folder, **way))
     client = MlflowClient()
     experiment = client.get_run(whole.run_id).info.experiment_id
     (killed, *_) = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
     run_id = killed.info.run_id
     assert killed.info.status == "KILLED"
-    training.train(config(folder, **way), start=Start(run_id))
+    train(config(folder, **way), resume=ResumePoint(run_id))
     assert losses(run_id) == values
     tags = [
         client.get_run(r).data.tags["tunix_mlflow.weights_digest"] for r in (run_id, whole.run_id)
@@ -116,10 +137,8 @@ def test_killed_and_resumed_is_the_same(
     assert tags[0] == tags[1]
     assert run_here("runs", "verify", run_id) == 0
     if way:
-        made = config(folder, **way)
-        manifest = datasets.ready("doubles-v1", print)
-        built = setup.assemble(made, manifest, devices.use("cpu"), bases.find(folder))
-        held = arrays.flatten(built.state.params)  # what a checkpoint holds
+        trainer, _ = trainer_and_batches(config(folder, **way), folder)
+        held = arrays.flatten(trainer.state.params)  # what a checkpoint holds
         assert held
         assert all("/lora_" in name for name in held)
 
@@ -128,45 +147,40 @@ def test_killed_and_resumed_is_the_same(
 def test_a_step_is_compiled_once(folder: Path, way: dict[str, str] | None) -> None:
     """All updates find what was compiled ahead, before there were parameters; of a base, and from
     scratch."""
-    manifest, cpu = datasets.ready("doubles-v1", print), devices.use("cpu")
-    made = config(folder, **(way or {}))
+    chosen = config(folder, **(way or {}))
     if way is None:
-        made = msgspec.structs.replace(made, base=None)
-    base = None if way is None else bases.find(folder)
-    inputs = setup.read(made, manifest, cpu, base)
-    took = setup.compile_ahead(inputs.plan, inputs.config, inputs.vocab_size, cpu)
-    built = setup.build(inputs, base)
-    state_, compiled = built.state, []
-    assert took.result() > 0
+        chosen = msgspec.structs.replace(chosen, base=None)
+    trainer, stream = trainer_and_batches(chosen, None if way is None else folder)
+    assert trainer.compile(stream.at(0)) > 0
+    compiled: list[str] = []
 
     def heard(event: str, _: float, **__: object) -> None:
         if event.endswith("backend_compile_duration"):
             compiled.append(event)
 
-    stream = built.train_batches()
     jax.monitoring.register_event_duration_secs_listener(heard)
-    for number in range(3):
-        state_, _ = step.train_step(state_, stream.at(number), built.frozen, plan=built.plan)
+    for index in range(3):
+        trainer.step(stream.at(index))
     assert compiled == []
 
 
 def test_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
     """By its weights, wherever they lie; the same ones elsewhere are welcome."""
-    run_id = training.train(config(folder, **LORA)).run_id
+    run_id = train(config(folder, **LORA)).run_id
     kept = folder.with_name("kept")
     folder.rename(kept)
     written(folder, seed=1)
     with pytest.raises(TrackingError, match="base_digest"):
-        training.train(config(folder, **LORA, training__steps="10"), start=Start(run_id))
+        train(config(folder, **LORA, training__steps="10"), resume=ResumePoint(run_id))
     shutil.rmtree(folder)
     kept.rename(folder)
-    training.train(config(folder, **LORA, training__steps="10"), start=Start(run_id))
+    train(config(folder, **LORA, training__steps="10"), resume=ResumePoint(run_id))
     assert len(losses(run_id)) == 10
 
 
 def test_what_was_trained_is_handed_on(folder: Path, tmp_path: Path) -> None:
     """The logged model answers prompts and conversations, and goes out merged or as an adapter."""
-    run_id = training.train(config(folder, **LORA)).run_id
+    run_id = train(config(folder, **LORA)).run_id
     bundle = flavor.load_model(f"models:/{model_of(run_id)}")
     assert bundle.adapter is not None
     served = mlflow.pyfunc.load_model(f"models:/{model_of(run_id)}")
@@ -212,8 +226,8 @@ def test_a_logged_folder_is_a_base_too(folder: Path) -> None:
     with mlflow.start_run() as run:
         mlflow.log_artifacts(str(folder), "base")
     uri = f"runs:/{run.info.run_id}/base"
-    there = training.train(config(folder, **(LORA | {"base": uri})))
-    here = training.train(config(folder, **LORA))
+    there = train(config(folder, **(LORA | {"base": uri})))
+    here = train(config(folder, **LORA))
     assert losses(there.run_id) == losses(here.run_id)
     assert run_here("models", "import", str(folder), "--max-new-tokens", "8") == 0
     (logged,) = [
@@ -223,21 +237,22 @@ def test_a_logged_folder_is_a_base_too(folder: Path) -> None:
         )
         if m.source_run_id not in (there.run_id, here.run_id)
     ]
-    assert run_here("evaluate", logged.model_id, "dataset=doubles-v1") == 0
+    assert run_here("evaluate", logged.model_id, "--dataset", "doubles-v1") == 0
 
 
 def test_what_cannot_fit_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before anything is allocated, with what would fit; --force trains all the same."""
-    foreseen = training.foresee(config(folder, data__sequence_length="64"))
-    room = foreseen["bytes"]["total"] - 1  # type: ignore[index]
-    monkeypatch.setattr(memory, "capacity", lambda device, count: room)
-    with pytest.raises(Refused, match=r"What would fit: .*lora.rank"):
-        training.train(config(folder, data__sequence_length="64"))
+    """Before anything is allocated, with what would fit; --force trains anyway."""
+    foreseen = plan(config(folder, data__sequence_length="64"))
+    available = foreseen.bytes["total"] - 1
+    monkeypatch.setattr(memory, "device_capacity", lambda device, count: available)
+    with pytest.raises(UnavailableError, match=r"What would fit: .*lora.rank"):
+        train(config(folder, data__sequence_length="64"))
     assert MlflowClient().search_runs(["0"]) == []
-    training.train(config(folder, data__sequence_length="64", training__steps="2"), force=True)
-    assert "training all the same" in capsys.readouterr().err
+    words = as_arguments(given(folder, data__sequence_length="64", training__steps="2"))
+    assert run_here("train", "--force", *words) == 0
+    assert "training anyway" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +262,7 @@ def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str])
         ((f"base={folder}x",), "there is no"),
         (("lora.rank=4",), "set base"),
         ((f"base={folder}", "lora.rank=4", "lora.targets=[]"), "lora.targets is empty"),
-        ((f"base={folder}", "model.width=64"), "another shape"),
+        ((f"base={folder}", "model.width=64"), "differs from the shape"),
         ((f"base={folder}", "data.sequence_length=512"), "made for"),
         ((f"base={folder}", "lora.targets=[q]"), "lora.targets"),
     ):
@@ -285,16 +300,15 @@ def test_the_forecast_is_near_what_xla_reserves(
             **{"training.scan_layers": scan},
             **{"training.fused": fused, "training.loss_chunk": "0"},
         },
-        ROOT / "projects" / "configs",
     )
     made = msgspec.structs.replace(made, model=shape, base="there", lora=LoraConfig(rank=rank))
-    made = setup.resolve_auto(made, 2048, "cpu")
-    plan = setup.step_spec(made, 2048, devices.use("cpu"))
-    state_, frozen = setup.abstract(plan, made, 2048, devices.use("cpu"))
-    compiled = step.train_step.lower(state_, batches.blank(4, 128), frozen, plan=plan).compile()
+    made, device = resolve_auto(made, 2048, "cpu"), devices.use("cpu")
+    lowered = lower_step(step_spec(made, 2048, device), made, 2048, device)
+    # Without LLVM's optimization, on which memory does not depend.
+    compiled = lowered.compile({"xla_backend_optimization_level": "0"})
     found = compiled.memory_analysis()
     real = found.argument_size_in_bytes + found.temp_size_in_bytes
-    assert memory.of(made, 2048).total == pytest.approx(real, rel=1 / 3)
+    assert memory.forecast(made, 2048).total == pytest.approx(real, rel=1 / 3)
 
 
 def test_inspect_reads_no_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 
@@ -44,17 +43,11 @@ def check_relations(config: Config) -> None:
             f"training.batch_size={training.batch_size} must be a multiple of"
             f" {' times '.join(parts)}"
         )
-    splits = {
-        "data.train_split": config.data.train_split,
-        "data.validation_split": config.data.validation_split,
-        "evaluation.split": config.evaluation.split,
-    }
-    for (one, split), (other, same) in itertools.combinations(splits.items(), 2):
-        if split == same:
-            raise ConfigError(
-                f"{one} and {other} are both {split!r}: what is trained on, what training chooses"
-                " by and what is evaluated must be three splits"
-            )
+    if config.data.train_split == config.data.validation_split:
+        raise ConfigError(
+            f"data.train_split and data.validation_split are both {config.data.train_split!r}:"
+            " what training chooses by must be another split than what is trained on"
+        )
     device, _, index = config.device.partition(":")
     if device not in ("auto", "cpu", "gpu", "tpu") or (
         ":" in config.device and not re.fullmatch("[0-9]{1,4}", index)

@@ -19,6 +19,9 @@ from tunix_mlflow.tracking.models import flavor, registry
 from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
 from tunix_mlflow.tracking.run import open_run
 
+_READ_BY_TRAINING = {"training": "trained on", "validation": "chosen by"}
+"""MLflow's contexts of the inputs of a training run, and what they say of the model."""
+
 
 class EvaluationResult(NamedTuple):
     """What evaluation returns."""
@@ -103,7 +106,7 @@ def evaluate(
             progress=lambda done: reporter.progress("evaluate", done, len(examples), {}),
         )
         share = scoring.exact_match(scores)
-        reason = _not_the_whole_split(config, bundle.max_new_tokens) or _trained_on(
+        reason = _not_the_whole_split(config, bundle.max_new_tokens) or _read_by_training(
             client, logged.source_run_id, given
         )
         if reason is not None:
@@ -135,13 +138,13 @@ def _not_the_whole_split(config: Config, max_new_tokens: int) -> str | None:
     return None
 
 
-def _trained_on(
+def _read_by_training(
     client: MlflowClient, run_id: str | None, dataset: TunixMlflowDataset
 ) -> str | None:
-    """Return whether the split is one that the model was trained on, as a reason."""
+    """Return why a figure on this split is not independent of the training, if it is not."""
     inputs = client.get_run(run_id).inputs if run_id else None
     for given in inputs.dataset_inputs if inputs else []:
         context = {tag.key: tag.value for tag in given.tags}.get("mlflow.data.context")
-        if context == "training" and given.dataset.digest == dataset.digest:
-            return f"the model was trained on {dataset.name}"
+        if context in _READ_BY_TRAINING and given.dataset.digest == dataset.digest:
+            return f"the model was {_READ_BY_TRAINING[context]} {dataset.name}"
     return None

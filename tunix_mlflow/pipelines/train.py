@@ -87,6 +87,11 @@ def train(
         TrainingStopped: when the loss is not finite.
     """
     environment.require(config)
+    if config.evaluation.split in (config.data.train_split, config.data.validation_split):
+        raise ConfigError(
+            f"evaluation.split is {config.evaluation.split!r}, which training reads: nothing would"
+            " be left to evaluate on"
+        )
     client, _ = store.reach(config.tracking)  # one that cannot be used fails before any work
     given = artifacts.anchored(config)
     with _open_inputs(given, reporter) as (inputs, base):
