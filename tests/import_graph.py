@@ -184,10 +184,12 @@ def _walk(
             test, negated = test.operand, True
         typed = _is_false_at_run_time(test)
         yield from _walk(node.test, is_lazy, is_for_types)
-        for child in node.body:
-            yield from _walk(child, is_lazy, is_for_types or (typed and not negated))
-        for child in node.orelse:
-            yield from _walk(child, is_lazy, is_for_types or (typed and negated))
+        for body, typed_here in (
+            (node.body, typed and not negated),
+            (node.orelse, typed and negated),
+        ):
+            for statement in body:
+                yield from _walk(statement, is_lazy, is_for_types or typed_here)
     else:
         is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
