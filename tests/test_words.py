@@ -44,7 +44,7 @@ PHRASES = (
         "lease lost to another process",
         ("was taken up by another process", "has taken up the run"),
     ),
-    Phrase(r"can( not|not)? believe", "can trust", ("runs they can believe", "you can believe")),
+    Phrase(r"believ(e|es|ed|able)", "trust", ("runs they can believe", "resume and believe")),
     Phrase(
         r"([0-9]|\{\})( ?[x%])? by (the )?(Peft ?Trainer|HF ?Trainer)|\| by (Peft|HF) ?Trainer",
         "times PeftTrainer",
@@ -187,7 +187,7 @@ def find_phrases(text: str) -> Iterator[tuple[int, str, str]]:
 def find_in_text(path: str, text: str, first: int = 1) -> list[str]:
     return [
         f"{path}:{first + line}: {shown!r} -> {instead}"
-        for line, shown, instead in find_phrases(text)
+        for line, shown, instead in sorted(find_phrases(text))
     ]
 
 
