@@ -19,7 +19,7 @@ SMALL = """
 import os
 before = dict(os.environ)
 import signal
-handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+handlers = {{n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}}
 import jax, jax.numpy as jnp
 jnp.zeros(()).block_until_ready()  # jax is loaded, and has its backend, before anything of ours
 import tunix_mlflow as tm
@@ -47,7 +47,7 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env=environment({"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:2]])}),
+        env=environment({"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}),
         capture_output=True,
         text=True,
         check=False,
