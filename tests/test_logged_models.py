@@ -23,7 +23,7 @@ from tunix_mlflow.tracking.models import flavor, gate, registry
 from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
 from tunix_mlflow.tracking.record import event_log
 from tunix_mlflow.tracking.run import Run, open_run
-from tunix_mlflow.tracking.sync import upload
+from tunix_mlflow.tracking.sync import upload, worker
 
 QUIET = TrackingConfig(system_metrics=False)
 
@@ -143,6 +143,7 @@ def test_a_delivery_that_was_cut_off_is_completed(
             real(self, *args, **kwargs)
         raise ConnectionError("the process died")
 
+    monkeypatch.setattr(worker, "RETRY_SECONDS", 0.05)
     with opened("train", tags={tags.DATASET_DIGEST: "d" * 64}) as run:
         run.sync()
         monkeypatch.setattr(MlflowClient, call, dying)
