@@ -47,6 +47,7 @@ FLAVOR = "tunix_mlflow"
 MAX_NEW_TOKENS = 8192
 _DATA = "bundle"
 _LOADER = "tunix_mlflow.tracking.models.flavor"
+_WRITTEN_BY_DOWNLOAD = "registered_model_meta"  # by MLflow's client, beside the model's files
 _ROWS = 64  # prompts generated at a time
 
 _MESSAGE = Object([Property("role", DataType.string), Property("content", DataType.string)])
@@ -253,7 +254,8 @@ def _examples(data: Any) -> list[Example]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+    written = folder / _WRITTEN_BY_DOWNLOAD
+    return [path for path in folder.rglob("*") if path.is_file() and path != written]
 
 
 def _link(source: str, target: str) -> None:
