@@ -23,7 +23,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.models.utils import _save_example
-from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.types.schema import (
     Array,
     ColSpec,
@@ -38,6 +37,7 @@ from mlflow.types.schema import (
 from tunix_mlflow import __version__, files, paths
 from tunix_mlflow.data import canonical
 from tunix_mlflow.errors import DatasetError, IntegrityError, TrackingError
+from tunix_mlflow.tracking.download import download_uri
 
 if TYPE_CHECKING:
     from tunix_mlflow.data.examples import Example
@@ -47,7 +47,6 @@ FLAVOR = "tunix_mlflow"
 MAX_NEW_TOKENS = 8192
 _DATA = "bundle"
 _LOADER = "tunix_mlflow.tracking.models.flavor"
-_WRITTEN_BY_DOWNLOAD = "registered_model_meta"  # by MLflow's client, beside the model's files
 _ROWS = 64  # prompts generated at a time
 
 _MESSAGE = Object([Property("role", DataType.string), Property("content", DataType.string)])
@@ -175,7 +174,7 @@ def fetch_package(model_uri: str) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as scratch:
         try:
-            folder = Path(_download_artifact_from_uri(model_uri, output_path=scratch))
+            folder = download_uri(model_uri, Path(scratch))
             flavors = Model.load(str(folder / MLMODEL_FILE_NAME)).flavors
         except (MlflowException, OSError) as error:
             raise TrackingError(f"cannot load {model_uri}: {files.one_line(error)}") from error
@@ -254,8 +253,7 @@ def _examples(data: Any) -> list[Example]:
 
 
 def _files(folder: Path) -> list[Path]:
-    written = folder / _WRITTEN_BY_DOWNLOAD
-    return [path for path in folder.rglob("*") if path.is_file() and path != written]
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def _link(source: str, target: str) -> None:
