@@ -26,7 +26,7 @@ from tunix_mlflow.config.schema import Config, MeshConfig
 from tunix_mlflow.errors import BenchmarkError
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
-_OPTIONS = {"xla_backend_optimization_level": "0"}
+_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 """The program is never run, so LLVM need not optimize it; this changes no figure of a forecast."""
 _BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "s64": 8, "u8": 1}
 _COLLECTIVE = re.compile(
