@@ -148,7 +148,7 @@ def test_what_surrounds_a_step(store: str, capfd: pytest.CaptureFixture[str], su
         (["suite=tracking", "benchmark.delay_ms=50"], "needs a tracking server at http://"),
         (["suite=peers", "benchmark.peers_python=/nowhere"], "the peers' environment is missing"),
         (["suite=startup", "benchmark.peers_python=/nowhere"], "the peers' environment is missing"),
-        (["suite=speed"], "benchmark.suite"),
+        (["suite=speed"], "'speed' is not one of 'train'"),
     ],
 )
 def test_a_mistake_is_one_line(
