@@ -18,6 +18,7 @@ import numpy.typing as npt
 from flax import nnx
 
 from tunix_mlflow.config.schema import LoraConfig, ModelConfig
+from tunix_mlflow.models.attention import softcap
 from tunix_mlflow.models.layers import (
     AttentionContext,
     Block,
@@ -25,10 +26,8 @@ from tunix_mlflow.models.layers import (
     Linear,
     Norm,
     fold_in,
-    frequencies,
-    rope_sin_cos,
-    softcap,
 )
+from tunix_mlflow.models.rotary import frequencies, rope_sin_cos
 
 Graph: TypeAlias = "nnx.GraphDef[Decoder]"
 """The static part of a decoder: structure, no arrays."""
