@@ -83,7 +83,7 @@ def check_integrity(client: MlflowClient, model: LoggedModel) -> str:
             )
     if not run.data.tags.get("tunix_mlflow.dataset_digest"):
         raise IntegrityError(f"run {run.info.run_id} does not say what data it was trained on")
-    return bundles.model_digest(bundle)
+    return bundles.content_digest(bundle)
 
 
 def promote(
