@@ -150,7 +150,7 @@ def package_digest(folder: Path) -> str:
 
 
 def content_digest(bundle: Path) -> str:
-    """Return the content digest of a saved bundle, as `models.bundle.model_digest` does.
+    """Return the content digest of a saved bundle, as `models.bundle.content_digest` does.
 
     It is over weights, tokenizer, template and limits. The weights are not read: bundle.json has
     their digest.

@@ -61,7 +61,7 @@ def check_integrity(client: MlflowClient, model: LoggedModel) -> Digests:
         package_digest = flavor.package_digest(package)
         bundle = bundles.load(flavor.bundle_folder(package))
     _compare(name, "the logged model", model.tags, tags.PACKAGE_DIGEST, package_digest)
-    digests = Digests(bundles.model_digest(bundle), package_digest)
+    digests = Digests(bundles.content_digest(bundle), package_digest)
     _compare(name, "the logged model", model.tags, tags.CONTENT_DIGEST, digests.content)
     weights = bundles.weights_digest(bundle.params)
     _compare(name, "the logged model", model.tags, tags.WEIGHTS_DIGEST, weights)
