@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT, tiny, write_traces
@@ -27,6 +27,7 @@ def prompts(path: Path, *texts: str) -> Path:
     return path
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=60), max_size=8))
 def test_grams_are_those_of_the_definition(texts: list[str]) -> None:
     """As many as a plain count of windows says, equal exactly where the words are equal."""

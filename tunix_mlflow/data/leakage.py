@@ -141,8 +141,8 @@ def compare(
     inside = sketch.has(hashes)
     overlaps = _overlapping(owner, inside, len(prompt_texts))
     if overlaps.any():
-        found = np.flatnonzero(inside)
-        inside[found] = confirm(hashes[found])
+        candidates = np.flatnonzero(inside)
+        inside[candidates] = confirm(hashes[candidates])
         overlaps = _overlapping(owner, inside, len(prompt_texts))
     exact = [d for d, p in zip(digests, prompt_digests, strict=True) if p in trained_prompts]
     distinct, index = np.unique(hashes, return_index=True)

@@ -137,10 +137,10 @@ def build(path: Path, key: str, selection: Selection) -> tuple[Manifest, bool]:
     with connect(path, write=True) as con, transaction(con):
         parent, source = None, "examples"
         if selection.parent is not None:
-            found = read.find_in(con, selection.parent)
-            if found is None:
+            manifest = read.find_in(con, selection.parent)
+            if manifest is None:
                 raise DatasetError(f"there is no dataset {selection.parent!r} to select from")
-            parent = f"{found.key}@{found.digest}"
+            parent = f"{manifest.key}@{manifest.digest}"
             source = """(SELECT e.* REPLACE (m.split AS split) FROM examples e
                          JOIN members m ON m.digest = e.digest AND m.key = ?)"""
             arguments = [selection.parent, *arguments]
@@ -160,13 +160,13 @@ def build(path: Path, key: str, selection: Selection) -> tuple[Manifest, bool]:
 def unreferenced(path: Path, *, remove: bool) -> tuple[int, int]:
     """Return the number of examples in no dataset, and the bytes of their texts."""
     with connect(path, write=remove) as con, transaction(con):
-        found = con.execute(
+        rows = con.execute(
             """SELECT count(*), coalesce(sum(strlen(canonical)), 0)::BIGINT
                FROM examples ANTI JOIN members USING (digest)"""
         ).fetchall()
         if remove:
             con.execute("DELETE FROM examples WHERE digest NOT IN (SELECT digest FROM members)")
-    return int(found[0][0]), int(found[0][1])
+    return int(rows[0][0]), int(rows[0][1])
 
 
 def _register_stage(con: duckdb.DuckDBPyConnection, stage: Stage) -> None:
