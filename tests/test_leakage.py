@@ -116,7 +116,8 @@ def test_training_on_an_evaluation_set_is_refused(store: str, tmp_path: Path) ->
     from projects.train import train
     from tunix_mlflow.config.load import load_config
 
-    datasets.ingest(write_traces(tmp_path / "a.jsonl", 40, split="train"), "doubles-v1")
+    path = write_traces(tmp_path / "a.jsonl", 40, split="train")
+    datasets.ingest(path, "doubles-v1", splits={"validation": 0.0})  # all is trained on
     datasets.ingest(write_traces(tmp_path / "b.jsonl", 4, start=2), "asked-v1")
     words = tiny(dataset="doubles-v1", data__evaluation_sets="[asked-v1]")
     presets = ROOT / "projects" / "configs"
