@@ -100,7 +100,7 @@ def test_verify_names_what_was_done(
     else:
         assert digest in named
         assert canonical.id_of(digest) in report.summary()
-    with pytest.raises(Refused, match="not what its manifest says"):
+    with pytest.raises(Refused, match="does not match its manifest"):
         datasets.ready(doubles, print)
 
 

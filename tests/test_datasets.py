@@ -226,6 +226,8 @@ def test_a_snapshot_is_hashed_once(doubles: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         snapshot, "sha256_file", lambda path: (hashed.append(path), sha256_file(path))[1]
     )
+    snapshot._hashed.clear()  # as in a process that did not write it
+    snapshot._verified.clear()
     manifest = datasets.ready(doubles)
     both = snapshot.read_splits(digest, ["train", "validation", "absent"])
     assert both == {

@@ -176,5 +176,5 @@ def test_a_shared_snapshot_root(
     shutil.rmtree(tmp_path / "colleague")
     file = root / digest / "examples-00000.parquet"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(IntegrityError, match="not what its digest says"):
+    with pytest.raises(IntegrityError, match="does not match its digest"):
         datasets.ready(digest, print)

@@ -165,7 +165,7 @@ def _overlapping(
 
 
 def _mix(x: Any) -> Any:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
+    """Return the finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

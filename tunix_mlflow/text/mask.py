@@ -27,7 +27,7 @@ class Span(NamedTuple):
 
 
 def is_trained(message: Message) -> bool:
-    """Whether a message is trained on: the assistant's, unless it is marked otherwise."""
+    """Return whether a message is trained on: the assistant's, unless it is marked otherwise."""
     return message.role == "assistant" and message.trained is not False
 
 
@@ -38,7 +38,7 @@ def template_spans(
 
     Args:
         template: the template.
-        example: what is rendered.
+        example: the example.
         eos_tokens: the tokens, as text, that end a turn of the assistant.
         include_steps: whether reasoning is rendered.
 

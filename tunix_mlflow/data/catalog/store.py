@@ -69,7 +69,7 @@ def ingest(
         path: the catalog.
         stage: examples; one that is stored already is kept once.
         key: of the dataset.
-        request: how it was asked for; its `splits` are used, its `content` is added.
+        request: how the dataset was made; its `splits` are used, its `content` is added.
         sources: provenance.
 
     Returns:
@@ -185,7 +185,7 @@ def _manifest_of_chosen(
 ) -> Manifest:
     """Return the manifest of the table `chosen`; its members are written to `divided`.
 
-    With `content`, the request gets the digest of what was given.
+    With `content`, the request gets the digest of the examples.
     """
     from_train = splits.assign(con, request["splits"])
     digests = digests_of(con, "divided")
