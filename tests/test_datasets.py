@@ -110,6 +110,7 @@ def test_filters_compare_by_type_and_operator(doubles: str) -> None:
     assert count(parity={"ne": "even"}) == 20
     assert count(nowhere={"ne": "x"}) == 40
     assert count(n={"gt": 36.5}) == 3
+    bad: dict[str, Any]
     for bad in ({"like": "a"}, {"in": []}, {"in": "x"}, {"lt": True}, {"eq": None}):
         with pytest.raises(DatasetError, match="filter n"):
             count(n=bad)
@@ -223,9 +224,12 @@ def test_a_snapshot_is_hashed_once(doubles: str, monkeypatch: pytest.MonkeyPatch
     """Verifying, reading and comparing hash each file and each example once; a change is seen."""
     digest = datasets.get(doubles).digest
     hashed: list[Path] = []
-    monkeypatch.setattr(
-        snapshot, "sha256_file", lambda path: (hashed.append(path), sha256_file(path))[1]
-    )
+
+    def counting(path: Path) -> str:
+        hashed.append(path)
+        return sha256_file(path)
+
+    monkeypatch.setattr(snapshot, "sha256_file", counting)
     snapshot._hashed.clear()  # as in a process that did not write it
     snapshot._verified.clear()
     manifest = datasets.ready(doubles)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -133,14 +134,14 @@ def test_a_dataset_in_mlflow(store: str, tmp_path: Path) -> None:
     import mlflow
     import mlflow.data
 
+    from_tunix_mlflow: Any = getattr(mlflow.data, "from_tunix_mlflow")  # noqa: B009  added by our plugin
     datasets.ingest(write_traces(tmp_path / "a.jsonl", 40), "doubles-v1")
     manifest = datasets.get("doubles-v1")
     with mlflow.start_run() as run:
         for split in manifest.splits:
-            mlflow.log_input(
-                mlflow.data.from_tunix_mlflow("doubles-v1", split=split), context=split
-            )
-    inputs = mlflow.get_run(run.info.run_id).inputs.dataset_inputs
+            mlflow.log_input(from_tunix_mlflow("doubles-v1", split=split), context=split)
+    logged: Any = mlflow.get_run(run.info.run_id)
+    inputs = logged.inputs.dataset_inputs
     assert {i.dataset.digest for i in inputs} == {s.digest[:32] for s in manifest.splits.values()}
     for one in inputs:
         split = one.dataset.name.partition("/")[2]
@@ -151,9 +152,9 @@ def test_a_dataset_in_mlflow(store: str, tmp_path: Path) -> None:
         rows = mlflow.data.get_source(one).load()
         assert rows == snapshot.read(manifest.digest, split)
     with pytest.raises(DatasetError, match="has the digest"):
-        mlflow.data.from_tunix_mlflow("doubles-v1", digest="0" * 8)
+        from_tunix_mlflow("doubles-v1", digest="0" * 8)
     with pytest.raises(DatasetError, match="no split"):
-        mlflow.data.from_tunix_mlflow("doubles-v1", split="nowhere")
+        from_tunix_mlflow("doubles-v1", split="nowhere")
 
 
 def test_a_shared_snapshot_root(
