@@ -29,7 +29,7 @@ def doubles(tmp_path: Path, store: str) -> str:
 
 
 def here(run_id: str) -> list[int]:
-    return [int(p.name) for p in checkpoint.steps(paths.run_dir(run_id) / "checkpoints")]
+    return [int(p.name) for p in checkpoint.sealed_checkpoints(paths.run_dir(run_id) / "checkpoints")]
 
 
 def uploaded(run_id: str) -> list[int]:
@@ -76,7 +76,7 @@ def many(doubles: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     stranger = paths.run_dir("f" * 32) / "checkpoints"
     source = paths.run_dir(found["plain"]) / "checkpoints"
     stranger.mkdir(parents=True)
-    for folder in checkpoint.steps(source):
+    for folder in checkpoint.sealed_checkpoints(source):
         (stranger / folder.name).symlink_to(folder)
     found["stranger"] = "f" * 32
     return found
