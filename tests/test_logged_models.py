@@ -86,7 +86,7 @@ def test_a_logged_model_has_a_name_two_digests_and_its_figures(trained: str) -> 
     digests = gate.check_integrity(client, model)
     assert model.tags[tags.CONTENT_DIGEST] == digests.content
     assert model.tags[tags.PACKAGE_DIGEST] == digests.package
-    (figure,) = model.metrics
+    (figure,) = model.metrics or []
     assert (figure.key, figure.value, figure.step) == ("eval/exact_match", 0.9, 3)
     assert (figure.dataset_name, figure.run_id) == ("doubles-v1/test", trained)
     assert len(client.get_metric_history(trained, "eval/exact_match")) == 1
@@ -153,8 +153,9 @@ def test_a_delivery_that_was_cut_off_is_completed(
     for _ in range(2):
         model = registry.resolve(client, run.run_id)
         assert gate.check_integrity(client, model).package == model.tags[tags.PACKAGE_DIGEST]
-        assert len(model.metrics) == 1
+        assert len(model.metrics or []) == 1
         found = client.get_run(run.run_id)
+        assert found.outputs is not None
         assert [o.model_id for o in found.outputs.model_outputs] == [model.model_id]
         assert len(client.search_logged_models([run.experiment_id or ""])) == 1
         event_log.move_cursor(run.folder, event_log.Cursor())
@@ -184,7 +185,7 @@ def test_a_run_does_not_judge_its_own_model(trained: str, held_out: TunixMlflowD
     model = registry.resolve(client, trained)
     with opened("bench") as other:
         other.log_metrics({"eval/exact_match": 1.0}, model_id=model.model_id, dataset=held_out)
-    asked = {"thresholds": {"exact_match": 0.8}, "dataset": "doubles-v1"}
+    asked: dict[str, Any] = {"thresholds": {"exact_match": 0.8}, "dataset": "doubles-v1"}
     with pytest.raises(Refused, match="never evaluated"):
         gate.promote(client, registry.resolve(client, trained), "doubles", **asked)
     evaluated(model.model_id, 0.7, held_out)

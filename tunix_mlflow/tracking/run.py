@@ -100,16 +100,16 @@ class Run(Recording):
         """MLflow's info of the run, as it was when the run began."""
         link = read_link(self.folder) if self._info.run_id == self.folder.name else None
         if link is not None and link.run_id != self._info.run_id:
-            known = self._info
+            first = self._info
             self._info = RunInfo(
                 run_id=link.run_id,
                 experiment_id=link.experiment_id,
-                user_id=known.user_id,
-                status=known.status,
-                start_time=known.start_time,
+                user_id=first.user_id,
+                status=first.status,
+                start_time=first.start_time,
                 end_time=None,
-                lifecycle_stage=known.lifecycle_stage,
-                run_name=known.run_name,
+                lifecycle_stage=first.lifecycle_stage,
+                run_name=first.run_name,
             )
         return self._info
 

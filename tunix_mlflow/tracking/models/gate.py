@@ -171,7 +171,7 @@ def _reason_to_refuse(
     metrics = evaluation_metrics(client, model)
     measured_on = _latest_dataset(metrics, dataset)
     if measured_on is None:
-        where = f" on the whole of {dataset}" if dataset else ""
+        where = f" on all of {dataset}" if dataset else ""
         return (
             f"it was never evaluated{where}; run"
             f" `tunix-mlflow evaluate {model.model_id} --dataset {dataset or 'KEY'}`"
