@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, as_arguments, as_parameters, last_json, tiny
-from tunix_mlflow import __version__
+from tunix_mlflow.version import __version__
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = pytest.mark.install

@@ -25,7 +25,6 @@ import mlflow
 from mlflow.entities import RunInfo
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow import __version__
 from tunix_mlflow.config.schema import TrackingConfig
 from tunix_mlflow.errors import TrackingError
 from tunix_mlflow.tracking import active, ending, git, opening, store
@@ -38,6 +37,7 @@ from tunix_mlflow.tracking.record.system_metrics import SystemMetrics
 from tunix_mlflow.tracking.record.values import split_values
 from tunix_mlflow.tracking.recording import Recording, dataset_entity
 from tunix_mlflow.tracking.sync.worker import SyncWorker
+from tunix_mlflow.version import __version__
 
 if TYPE_CHECKING:
     from mlflow.data.dataset import Dataset

@@ -34,10 +34,11 @@ from mlflow.types.schema import (
     Schema,
 )
 
-from tunix_mlflow import __version__, files, paths
+from tunix_mlflow import files, paths
 from tunix_mlflow.data import canonical
 from tunix_mlflow.errors import DatasetError, IntegrityError, TrackingError
 from tunix_mlflow.tracking.download import download_uri
+from tunix_mlflow.version import __version__
 
 if TYPE_CHECKING:
     from tunix_mlflow.data.examples import Example
