@@ -350,7 +350,7 @@ def gguf_of(name: str, path: Path) -> None:
     writer.add_eos_token_id(1)
     writer.add_chat_template("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
     parts = {theirs: ours for ours, theirs in gguf_file._BLOCK.items()}
-    whole = {theirs: ours for ours, theirs in gguf_file._WHOLE.items()}
+    whole = {theirs: ours for ours, theirs in gguf_file._TOP_LEVEL.items()}
     for key, shape in about(name)["tensors"].items():
         array = weights(key, tuple(shape), False)
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):

@@ -50,7 +50,7 @@ LORA = {"lora__rank": "4", "optimizer__learning_rate": "0.01"}
 def written(place: Path, seed: int = 0) -> Path:
     """A small model with its tokenizer, as others would hand it to us."""
     params = decoder.init(SHAPE, SHAPE.vocab_size or 0, seed)
-    pretrained.save(place, SHAPE, params, carried=files(CHATML), tokens={"eos_token_id": 0})
+    pretrained.save(place, SHAPE, params, files=files(CHATML), tokens={"eos_token_id": 0})
     return place
 
 

@@ -44,7 +44,7 @@ def folder(
     """The same model in Hugging Face's layout."""
     place = tmp_path_factory.mktemp("smollm2") / "model"
     graph = decoder.shape(base.config, base.config.vocab_size or 0)[0]
-    export.whole(Bundle(base.config, graph, params, base.tokenizer, 16), place)
+    export.merged(Bundle(base.config, graph, params, base.tokenizer, 16), place)
     return place
 
 
@@ -63,8 +63,8 @@ def test_perplexity_and_greedy_text_are_transformers(
     model = nnx.merge(graph, params)
     mask = decoder.segment_mask(jnp.ones((1, len(ids)), jnp.int32))
     logits = model(jnp.asarray(ids)[None], jnp.arange(len(ids))[None], mask)[0][0]
-    shares = jax.nn.log_softmax(logits[:-1].astype(jnp.float32))
-    loss = -float(jnp.mean(shares[jnp.arange(len(ids) - 1), ids[1:]]))
+    log_probabilities = jax.nn.log_softmax(logits[:-1].astype(jnp.float32))
+    loss = -float(jnp.mean(log_probabilities[jnp.arange(len(ids) - 1), ids[1:]]))
     assert np.exp(loss) == pytest.approx(np.exp(GOLDEN["loss"]), rel=1e-3)
     prompt = np.asarray(base.tokenizer._encode("The capital of France is"), np.int32)
     (made,) = generation.generate(
@@ -95,7 +95,7 @@ _IMPORT = """
 import re, sys, time
 from pathlib import Path
 import jax
-from tunix_mlflow.models import base as bases
+from tunix_mlflow.models.hub import base as bases
 def anonymous():
     found = re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024
@@ -142,7 +142,7 @@ made = configs.load(None, words, Path("projects/configs"))
 bootstrap.prepare(made)
 import jax, msgspec
 from tunix_mlflow.benchmarks import workload
-from tunix_mlflow.models import base as bases
+from tunix_mlflow.models.hub import base as bases
 from tunix_mlflow.training import devices, setup, step
 def anonymous():
     found = re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())

@@ -97,11 +97,11 @@ def export(model: str, folder: Path, adapter: bool, dtype: str, as_json: bool) -
     from tunix_mlflow.tracking import store
     from tunix_mlflow.tracking.models import flavor, registry
 
-    pretrained.refuse(folder)  # before a model is fetched
+    pretrained.require_absent(folder)  # before a model is fetched
     client = store.connect(TrackingConfig())
     logged = registry.resolve(client, model)
     bundle = flavor.load_model(f"models:/{logged.model_id}")
-    write = export.adapter if adapter else export.whole
+    write = export.adapter if adapter else export.merged
     write(bundle, folder, dtype)
     said: dict[str, Any] = {"model_id": logged.model_id, "folder": str(folder)}
     click.echo(json.dumps(said) if as_json else f"{logged.model_id} is in {folder}")
