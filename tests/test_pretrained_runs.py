@@ -175,7 +175,7 @@ def test_what_was_trained_is_handed_on(folder: Path, tmp_path: Path) -> None:
     for wrong in ([{"role": "user"}], [{"role": "assistant", "content": "x"}]):
         with pytest.raises(MlflowException):
             served.predict(pd.DataFrame({"messages": [wrong]}))
-    with pytest.raises(MlflowException, match="made for 256"):
+    with pytest.raises(MlflowException, match="has 256 positions"):
         served.predict(pd.DataFrame({"prompt": ["long " * 200]}))
 
     assert run_here("models", "export", run_id, str(tmp_path / "out")) == 0

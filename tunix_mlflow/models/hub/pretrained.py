@@ -258,10 +258,10 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    found = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(found, dict) or any(Path(str(v)).name != v for v in found.values()):
+    files = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or any(Path(str(v)).name != v for v in files.values()):
         raise ModelError(f"{folder / INDEX} has no weight_map of files beside it")
-    return found
+    return files
 
 
 def _check_index(folder: Path, present: set[str]) -> None:
