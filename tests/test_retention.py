@@ -29,7 +29,8 @@ def doubles(tmp_path: Path, store: str) -> str:
 
 
 def here(run_id: str) -> list[int]:
-    return [int(p.name) for p in checkpoint.sealed_checkpoints(paths.run_dir(run_id) / "checkpoints")]
+    folder = paths.run_dir(run_id) / "checkpoints"
+    return [int(path.name) for path in checkpoint.sealed_checkpoints(folder)]
 
 
 def uploaded(run_id: str) -> list[int]:
