@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 import mlflow
 from filelock import FileLock
+from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient, fluent
@@ -209,6 +211,26 @@ def ui_command() -> str | None:
     # In an environment that is not activated, the plain name is not found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")
     return f"{program} server --backend-store-uri {public(uri)} --port 5000"
+
+
+def end_run(client: MlflowClient, run_id: str, status: str, end_time: int | None = None) -> None:
+    """Set a run's final status.
+
+    `MlflowClient.set_terminated` prints the run's address to stdout, unless a variable of the
+    process says otherwise; a library must do neither.
+
+    Args:
+        client: reaches MLflow.
+        run_id: MLflow's id.
+        status: FINISHED, FAILED or KILLED.
+        end_time: milliseconds since the epoch; None: now.
+
+    Raises:
+        MlflowException: if MLflow refuses or does not answer.
+    """
+    client._tracking_client.store.update_run_info(
+        run_id, RunStatus.from_string(status), end_time or int(time.time() * 1000), None
+    )
 
 
 def delete_artifacts(client: MlflowClient, run_id: str, artifact: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
@@ -13,6 +14,7 @@ from tunix_mlflow.files import one_line
 from tunix_mlflow.tracking import store, tags
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+_READY_SECONDS = 300
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,199}")
 
 
@@ -66,7 +68,7 @@ def register(
         package_digest: of the model's files; a tag of the new version.
 
     Raises:
-        MlflowException: if MLflow does not answer.
+        MlflowException: if MLflow does not answer, or the registry fails to make the version.
     """
     try:
         client.get_registered_model(name)
@@ -83,8 +85,21 @@ def register(
         run_id=model.source_run_id,
         model_id=model.model_id,
         tags={tags.CONTENT_DIGEST: content_digest, tags.PACKAGE_DIGEST: package_digest},
+        await_creation_for=0,  # MLflow's own waiting logs a line, whether it waits or not
     )
+    _wait_until_ready(client, name, str(created.version))
     return str(created.version)
+
+
+def _wait_until_ready(client: MlflowClient, name: str, version: str) -> None:
+    """Wait for a registry that copies a version's files after it has answered."""
+    deadline = time.monotonic() + _READY_SECONDS
+    while (found := client.get_model_version(name, version)).status == "PENDING_REGISTRATION":
+        if time.monotonic() > deadline:
+            raise MlflowException(f"{name} version {version} is not ready after {_READY_SECONDS} s")
+        time.sleep(1)
+    if found.status != "READY":
+        raise MlflowException(f"{name} version {version} is {found.status}: {found.status_message}")
 
 
 def aliased(client: MlflowClient, name: str, alias: str) -> str | None:

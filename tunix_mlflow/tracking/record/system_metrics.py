@@ -1,14 +1,19 @@
 """CPU, memory, disk, network and GPU use, sampled into the metrics log.
 
 MLflow's own monitor asks the server before each sample and gives up when it is away, so only its
-sensors are used.
+sensors are used. It also logs a line where there is no GPU, which a library must not.
 """
 
 from __future__ import annotations
 
 import threading
 
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
 
 from tunix_mlflow.tracking.record.metrics_log import MetricsLog
 
@@ -22,7 +27,7 @@ class SystemMetrics:
     def __init__(self, log: MetricsLog) -> None:
         self._log = log
         self._step = log.next_step(PREFIX)
-        self._sensors = SystemMetricsMonitor("").monitors
+        self._sensors = _sensors()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="system-metrics", daemon=True)
         self._thread.start()
@@ -45,3 +50,13 @@ class SystemMetrics:
             metrics = {f"{PREFIX}{name}": float(value) for name, value in sample.items()}
             self._log.log_metrics(metrics, self._step)
             self._step += 1
+
+
+def _sensors() -> list[BaseMetricsMonitor]:
+    sensors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    for gpu in (GPUMonitor, ROCMMonitor):
+        try:
+            return [*sensors, gpu()]
+        except Exception:  # its library is missing, or finds no GPU: they raise what they like
+            continue
+    return sensors
