@@ -71,13 +71,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def quick_compile() -> Iterator[None]:
     """Leave out LLVM's expensive passes in this process, for modules that mostly compile.
 
-    XLA's own passes are the same: so are the program and the sizes of its buffers.
+    XLA's own passes are the same: so are the program and the sizes of its buffers. Rounding may
+    differ, so no other module sees what was compiled here.
     """
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

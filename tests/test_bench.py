@@ -135,7 +135,7 @@ def test_the_command(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["nothing", "--baseline", "nothing"], "there is no run 'nothing'"),
         (["nothing", "--baseline", "@never"], "no run is the baseline 'never'"),
-        (["a", "--baseline", "b", "--max-drop", "much"], "expected a share such as 5%"),
+        (["a", "--baseline", "b", "--max-drop", "much"], "expected a percentage such as 5%"),
         (["a"], "Missing option '--baseline'"),
     ],
 )

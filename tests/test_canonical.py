@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunix_mlflow.data import canonical
@@ -68,6 +68,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(values)
 def test_round_trip(value: object) -> None:
     """Decoding gives an equal value, and encoding that gives the same bytes."""
@@ -76,6 +77,7 @@ def test_round_trip(value: object) -> None:
     assert canonical.encode(canonical.decode(data)) == data
 
 
+@settings(deadline=None)
 @given(st.dictionaries(texts, numbers))
 def test_order_and_spelling_do_not_matter(value: dict[str, float]) -> None:
     """Key order and white space of the source leave no trace."""

@@ -23,7 +23,7 @@ from tunix_mlflow.input import batches
 from tunix_mlflow.input.batches import Batch
 from tunix_mlflow.input.packing import TokenRows, lay_out_rows
 from tunix_mlflow.input.tokens import encode_examples
-from tunix_mlflow.models import decoder, generation, layers
+from tunix_mlflow.models import cpu_kernels, decoder, generation, rotary
 from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 from tunix_mlflow.training import optimizer as optimizers
 from tunix_mlflow.training import step
@@ -120,11 +120,11 @@ def test_rotation_keeps_lengths_and_depends_on_distance() -> None:
     rng = np.random.default_rng(1)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
-    frequency = layers.frequencies(8, 10_000.0)
+    frequency = rotary.frequencies(8, 10_000.0)
 
     def score(i: int, j: int) -> float:
-        a = layers.rotate(q, *layers.rope_sin_cos(jnp.asarray([[i]]), frequency))
-        b = layers.rotate(k, *layers.rope_sin_cos(jnp.asarray([[j]]), frequency))
+        a = rotary.rotate(q, *rotary.rope_sin_cos(jnp.asarray([[i]]), frequency))
+        b = rotary.rotate(k, *rotary.rope_sin_cos(jnp.asarray([[j]]), frequency))
         assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(q), rel=1e-6)
         return float(jnp.sum(a * b))
 
@@ -282,7 +282,7 @@ def test_attention_is_the_librarys(
         return jax.nn.dot_product_attention(*arrays, mask=mask)
 
     def ours(*arrays: jax.Array) -> jax.Array:
-        return layers.attend(*arrays, mask, causal=causal)
+        return cpu_kernels.dot_product_attention(*arrays, mask, causal=causal)
 
     (value, *gradients), (expected, *expected_gradients) = (
         value_and_gradients(f, q, k, v) for f in (ours, library)
@@ -303,10 +303,10 @@ def test_attention_in_pieces_is_that_of_the_whole(dtype: str) -> None:
     mask = np.asarray(decoder.segment_mask(segments)) & near
 
     def values(*, causal: bool) -> list[jax.Array]:
-        attend = partial(layers.attend, mask=mask, causal=causal)
+        attend = partial(cpu_kernels.dot_product_attention, mask=mask, causal=causal)
         return value_and_gradients(attend, q, k, v, cotangent=cotangent)
 
-    assert layers._block_count(512) > 1
+    assert cpu_kernels._block_count(512) > 1
     for whole, blocks in zip(values(causal=False), values(causal=True), strict=True):
         assert blocks.dtype == whole.dtype
         tolerance = 1e-5 if dtype == "float32" else 0.1

@@ -172,6 +172,7 @@ def test_ends_come_from_generation_config_too() -> None:
         files(CHATML) | {"generation_config.json": json.dumps(said).encode()}, "here"
     )
     own = made._tokenizer.token_to_id("<|im_end|>")
+    assert own is not None
     assert made.eos_ids == tuple(sorted({3, 5, own}))
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, as_arguments, as_parameters, last_json, tiny
-from tunix_mlflow import __version__
+from tests.conftest import ROOT, as_arguments, as_parameters, last_json, tiny, write_traces
+from tunix_mlflow.version import __version__
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = pytest.mark.install
@@ -32,7 +32,8 @@ def test_uv_builds_the_environment(store: str, command: Command, tmp_path: Path)
 
 
 def test_the_wheel_is_enough(tmp_path: Path) -> None:
-    """In an empty environment and an empty folder, the demo runs; it writes ./.demo alone."""
+    """In an empty environment and an empty folder, the demo runs, and writes ./.demo alone; so does
+    the script of the docs on a user's own file."""
     words = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist")]
     subprocess.run([*words, str(ROOT)], check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
@@ -55,3 +56,19 @@ def test_the_wheel_is_enough(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert last_json(done.stdout)["version"] == "1"
     assert [p.name for p in empty.iterdir()] == [".demo"]
+    own = tmp_path / "own"
+    own.mkdir()
+    write_traces(own / "own.jsonl", 60)
+    home = {"HOME": str(tmp_path / "home"), "TUNIX_MLFLOW_HOME": str(tmp_path / "state")}
+    home |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}", "PYTHONPATH": ""}
+    done = subprocess.run(
+        [str(venv / "bin" / "python"), str(ROOT / "docs" / "own_data.py"), "own.jsonl", "support"],
+        cwd=own,
+        env={**os.environ, **home},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "support version 1: promoted, the first" in done.stdout
+    assert [p.name for p in own.iterdir()] == ["own.jsonl"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -77,7 +78,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 def test_summary_sums_over_resumed_parts() -> None:
     """Two parts with a gap between them, and a step that both of them did once."""
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"part": 1, "timestamp": 1_000},
         {"step": 1, "timestamp": 2_000, "metrics": {"train/loss": 3.0, "train/tokens": 10}},
         {

@@ -1,4 +1,4 @@
-"""What must not get slow, as ratios of what runs in turns; never a time."""
+"""What must stay fast, as ratios of measurements taken in turns; never a time."""
 
 from __future__ import annotations
 

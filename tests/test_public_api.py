@@ -16,12 +16,11 @@ import tunix_mlflow as tm
 from tests.conftest import ROOT, environment, tiny, write_traces
 
 SMALL = """
-import os
-before = dict(os.environ)
-import signal
-handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+import os, signal
+handlers = {{n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}}
 import jax, jax.numpy as jnp
 jnp.zeros(()).block_until_ready()  # jax is loaded, and has its backend, before anything of ours
+before = dict(os.environ)
 import tunix_mlflow as tm
 dataset = tm.load_dataset("own.jsonl", key="own-v1")
 trained = tm.train(tm.load_config(None, {overrides!r} | {{"dataset": dataset.key}}))
@@ -47,7 +46,7 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env=environment({"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:2]])}),
+        env=environment({"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}),
         capture_output=True,
         text=True,
         check=False,

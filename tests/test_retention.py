@@ -1,4 +1,4 @@
-"""What may go and what stays: as a rule, in one run, and over a store of many."""
+"""Which checkpoints may be deleted and which stay: in one run, and over a store of many."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from projects import promote as promoting
-from projects import train as training
 from tests.conftest import run_here, write_traces
+from tests.test_pipelines import log_score
 from tests.test_resume import config, interrupted
-from tests.test_stages import log_score
 from tunix_mlflow import paths
 from tunix_mlflow.data import datasets
+from tunix_mlflow.pipelines.promote import promote
+from tunix_mlflow.pipelines.train import train
 from tunix_mlflow.tracking.models import flavor
 from tunix_mlflow.tracking.sync import lease
 from tunix_mlflow.training import checkpoint
@@ -29,7 +29,9 @@ def doubles(tmp_path: Path, store: str) -> str:
 
 
 def here(run_id: str) -> list[int]:
-    return [int(p.name) for p in checkpoint.steps(paths.run_dir(run_id) / "checkpoints")]
+    return [
+        int(p.name) for p in checkpoint.sealed_checkpoints(paths.run_dir(run_id) / "checkpoints")
+    ]
 
 
 def uploaded(run_id: str) -> list[int]:
@@ -39,7 +41,7 @@ def uploaded(run_id: str) -> list[int]:
 
 def test_a_run_keeps_what_it_is_told(doubles: str) -> None:
     """The last one, the best by its held-out loss, every sixth; here and in MLflow alike."""
-    run_id = training.train(
+    run_id = train(
         config(
             training__steps="12",
             training__eval_every_steps="2",
@@ -60,12 +62,12 @@ def many(doubles: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     client = MlflowClient()
     longer = {"training__steps": "8", "checkpoints__keep_last": "9"}
     names = ("champion", "registered", "plain", "deleted", "deleted but registered", "open")
-    found = {n: training.train(config(seed=str(i), **longer)).run_id for i, n in enumerate(names)}
+    found = {n: train(config(seed=str(i), **longer)).run_id for i, n in enumerate(names)}
     for name in ("champion", "registered", "deleted but registered"):
         model = client.get_run(found[name]).outputs.model_outputs[0].model_id
         if name == "champion":
             log_score(model, 0.9)
-            promoting.promote(config(promotion__model="doubles"), found[name])
+            promote(found[name], "doubles", config=config())
         else:
             mlflow.register_model(f"models:/{model}", "others")
     found["killed"] = interrupted(monkeypatch, 7, seed="9", **longer)
@@ -76,7 +78,7 @@ def many(doubles: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     stranger = paths.run_dir("f" * 32) / "checkpoints"
     source = paths.run_dir(found["plain"]) / "checkpoints"
     stranger.mkdir(parents=True)
-    for folder in checkpoint.steps(source):
+    for folder in checkpoint.sealed_checkpoints(source):
         (stranger / folder.name).symlink_to(folder)
     found["stranger"] = "f" * 32
     return found
@@ -88,9 +90,9 @@ def test_prune_takes_nothing_that_is_needed(many: dict[str, str], capsys: Any) -
     assert set(map(tuple, everything.values())) == {(2, 4, 6, 8), (2, 4, 6, 7)}
     capsys.readouterr()
     assert run_here("checkpoints", "prune", "--json") == 0
-    step_spec = json.loads(capsys.readouterr().out)
-    assert not step_spec["done"]
-    assert step_spec["freed_bytes"] > 0
+    survey = json.loads(capsys.readouterr().out)
+    assert not survey["done"]
+    assert survey["freed_bytes"] > 0
     assert {name: here(run_id) for name, run_id in many.items()} == everything
     assert run_here("checkpoints", "prune", "--yes") == 0
     assert "deleted" in capsys.readouterr().out
@@ -118,7 +120,7 @@ def test_prune_takes_nothing_that_is_needed(many: dict[str, str], capsys: Any) -
 
 def test_verify_names_the_damaged(doubles: str, capsys: Any) -> None:
     """Here and in MLflow, file by file; exit code 3."""
-    run_id = training.train(config()).run_id
+    run_id = train(config()).run_id
     assert run_here("checkpoints", "verify") == 0
     place = Path(MlflowClient().get_run(run_id).info.artifact_uri.removeprefix("file://"))
     for root in (paths.run_dir(run_id), place):

@@ -93,11 +93,12 @@ def test_a_finished_run_has_everything(store: str) -> None:
     assert found.data.tags["mlflow.note.content"] == "# Hello"
     assert found.data.metrics["train/loss"] == 2.0
     assert found.data.metrics["total_steps"] == 1
+    assert found.inputs is not None
     inputs = found.inputs.dataset_inputs
     assert {i.dataset.name for i in inputs} == {f"golden-v2/{split}" for split in manifest.splits}
     assert len({i.dataset.digest for i in inputs}) == len(manifest.splits)
     assert json.loads(artifact(run.run_id, "config.json")) == {"optimizer": {}}
-    experiment = MlflowClient().get_experiment(run.experiment_id)
+    experiment = MlflowClient().get_experiment(run.experiment_id or "")
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert list(Path.cwd().iterdir()) == []
 
@@ -112,12 +113,14 @@ def test_the_dataset_source_gives_the_very_rows_back(store: str) -> None:
     manifest = datasets.seed("golden-v2").manifest
     with opened() as run:
         run.log_input(TunixMlflowDataset(manifest, "test"), "evaluation")
-    (given,) = MlflowClient().get_run(run.run_id).inputs.dataset_inputs
+    inputs = MlflowClient().get_run(run.run_id).inputs
+    assert inputs is not None
+    (given,) = inputs.dataset_inputs
     source = mlflow.data.get_source(given.dataset)
     rows = source.load()
     assert len(rows) == manifest.splits["test"].count
     assert all(row.meta["golden"] == "v2" for row in rows)
-    assert json.loads(given.dataset.profile)["dataset_digest"] == manifest.digest
+    assert json.loads(given.dataset.profile or "")["dataset_digest"] == manifest.digest
 
 
 @pytest.mark.parametrize(
@@ -276,7 +279,7 @@ def test_a_value_that_is_no_number_is_named_once(
     bad = {"none": None, "text": "0.5", "nan": math.nan, "inf": -math.inf, "many": [1.0, 2.0]}
     with caplog.at_level(logging.WARNING, "tunix_mlflow"), started() as run:
         for step in range(3):
-            run.log_metrics({"good": step, **bad}, step=step)  # type: ignore[arg-type]
+            run.log_metrics({"good": step, **bad}, step=step)
     messages = [r.getMessage() for r in caplog.records if r.name == "tunix_mlflow"]
     assert len(messages) == len(bad)
     for key in bad:
@@ -292,7 +295,7 @@ def test_numpy_and_jax_numbers_are_taken(store: str) -> None:
     steps = [np.int64(1), jnp.int32(2), np.array(3), 4.0, np.uint8(5)]
     with started() as run:
         for value, step in zip(values, steps, strict=True):
-            run.log_metrics({"x": value}, step=step)  # type: ignore[dict-item, arg-type]
+            run.log_metrics({"x": value}, step=step)
         run.log_metric("flag", True)
         with pytest.raises(TrackingError, match="expected an integer"):
             run.log_metric("x", 1.0, step=2.5)  # type: ignore[arg-type]
@@ -309,6 +312,9 @@ def test_our_run_is_mlflows_active_run(store: str) -> None:
         mlflow.log_metric("theirs", 2.0)
         mlflow.log_text("x", "theirs.txt")
     assert mlflow.active_run() is None
+    last = mlflow.last_active_run()
+    assert last is not None
+    assert last.info.run_id == run.run_id
     found = MlflowClient().get_run(run.run_id)
     assert found.data.metrics["theirs"] == 2.0
     assert found.info.status == "FINISHED"
@@ -382,7 +388,7 @@ def test_the_experiment_is_mlflows_choice(store: str, monkeypatch: pytest.Monkey
     def name(**more: str) -> str:
         with started(**more) as run:
             pass
-        return str(client.get_experiment(run.experiment_id).name)
+        return str(client.get_experiment(run.experiment_id or "").name)
 
     assert name() == "tunix-mlflow"
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", number)
@@ -472,34 +478,46 @@ def test_a_parameter_that_differs_is_named(store: str, caplog: pytest.LogCapture
 
 def test_a_run_that_nobody_ended_ends_with_the_process(store: str) -> None:
     """FINISHED at the end of a script, FAILED after an error that nobody caught."""
-    for line, status in (("", "FINISHED"), ("raise ValueError('bug')", "FAILED")):
+    ways = (("", "FINISHED"), ("raise ValueError('bug')", "FAILED"))
+    processes = []
+    for line, _ in ways:
         code = "import tunix_mlflow.tracking.run as t\n"
         code += f"print(t.start_run(log_system_metrics=False).run_id)\n{line}\n"
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment(),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                env=environment(),
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         )
-        run = MlflowClient().get_run(done.stdout.split()[-1])
-        assert run.info.status == status, done.stderr
+    for process, (_, status) in zip(processes, ways, strict=True):
+        out, err = process.communicate(timeout=240)
+        run = MlflowClient().get_run(out.split()[-1])
+        assert run.info.status == status, err
     assert run.data.tags["tunix_mlflow.error"] == "bug"
 
 
-def test_launched_by_mlflow_run(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run that `mlflow run` made is taken over; parameters that it logged stay as they are."""
+def test_a_launcher_of_another_run_says_so(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that `mlflow run` made to continue another is tagged, and ends as that one."""
     client = MlflowClient()
-    made = client.create_run("0").info.run_id
-    client.log_param(made, "dataset", "'as the shell quoted it'")
-    monkeypatch.setenv("MLFLOW_RUN_ID", made)
-    with opened() as run:
-        assert run.run_id == made
-        run.log_params({"dataset": "golden-v2"})
-        assert "MLFLOW_RUN_ID" not in os.environ
-    found = client.get_run(made)
-    assert found.data.params["dataset"] == "'as the shell quoted it'"
-    assert found.data.tags["tunix_mlflow.stage"] == "train"
+    with pytest.raises(ValueError, match="boom"), started(key="job", resume=True) as first:
+        raise ValueError("boom")
+    for more in ({"run_id": first.run_id}, {"key": "job", "resume": True}):
+        launcher = client.create_run("0").info.run_id
+        monkeypatch.setenv("MLFLOW_RUN_ID", launcher)
+        with pytest.raises(KeyboardInterrupt), started(**more) as run:
+            raise KeyboardInterrupt
+        assert run.run_id == first.run_id
+        found = client.get_run(launcher)
+        assert found.data.tags["tunix_mlflow.launcher_of"] == first.run_id
+        assert found.info.status == "KILLED"
+    monkeypatch.setenv("MLFLOW_RUN_ID", launcher)
+    with pytest.raises(TrackingError):
+        started(run_id="0" * 32)
+    assert os.environ["MLFLOW_RUN_ID"] == launcher  # so that whoever reports it finds it
 
 
 def test_an_unreachable_server_costs_nothing(
@@ -641,7 +659,7 @@ def test_an_upload_that_fails_is_made_good(store: str, monkeypatch: pytest.Monke
     the last file to arrive."""
     real, calls, order = MlflowClient.log_artifacts, iter([True]), []
 
-    def flaky(self: MlflowClient, *words: object) -> None:
+    def flaky(self: MlflowClient, *words: Any) -> None:
         if next(calls, False):
             raise ConnectionError("away")
         order.append(words[-1])
@@ -754,7 +772,7 @@ def test_a_table_is_replaced_not_doubled(store: str) -> None:
         run.log_table(pd.DataFrame(columns), "t.json")
         with pytest.raises(TrackingError, match="different lengths"):
             run.log_table({"a": [1], "b": [1, 2]}, "u.json")
-    table = MlflowClient().load_table(run.experiment_id, "t.json", run_ids=[run.run_id])
+    table = MlflowClient().load_table(run.experiment_id or "", "t.json", run_ids=[run.run_id])
     assert list(table["prompt"]) == ["a", "b"]
     assert table["score"][0] == 0.1
     shown = MlflowClient().get_run(run.run_id).data.tags["mlflow.loggedArtifacts"]

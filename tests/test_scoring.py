@@ -1,12 +1,12 @@
-"""Aggregation."""
+"""Confidence intervals of an evaluation."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunix_mlflow.evaluation import scoring
+from tunix_mlflow.evaluation import statistics
 
 
 @pytest.mark.parametrize(
@@ -21,20 +21,21 @@ from tunix_mlflow.evaluation import scoring
 )
 def test_wilson_interval(successes: int, count: int, low: float, high: float) -> None:
     """Values from Newcombe's tables and the closed form."""
-    found = scoring.wilson(successes, count)
-    assert found.value == successes / count
-    assert found.low == pytest.approx(low, abs=1e-4)
-    assert found.high == pytest.approx(high, abs=1e-4)
+    interval = statistics.wilson(successes, count)
+    assert interval.value == successes / count
+    assert interval.low == pytest.approx(low, abs=1e-4)
+    assert interval.high == pytest.approx(high, abs=1e-4)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_interval_holds_the_value(pair: tuple[int, int]) -> None:
     """Ordered and inside 0..1."""
-    found = scoring.wilson(*pair)
-    assert 0 <= found.low <= found.value <= found.high <= 1
+    interval = statistics.wilson(*pair)
+    assert 0 <= interval.low <= interval.value <= interval.high <= 1
 
 
 def test_nothing_to_count() -> None:
-    """No examples have no share."""
+    """No examples have no proportion."""
     with pytest.raises(ValueError, match="at least one"):
-        scoring.wilson(0, 0)
+        statistics.wilson(0, 0)

@@ -10,7 +10,7 @@ import urllib.request
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import jax
 import numpy as np
@@ -110,7 +110,7 @@ def test_a_task_is_read_as_written(tmp_path: Path) -> None:
 
 
 def test_documents_can_be_learnt() -> None:
-    """Four of five tokens follow from the one before; lengths as asked."""
+    """Four of five tokens follow from the one before; lengths as specified."""
     documents = workload.documents("mix", 200, 256, 64)
     lengths = [len(d) for d in documents]
     assert 8 <= min(lengths) < max(lengths) <= 256
@@ -133,13 +133,12 @@ def test_what_surrounds_a_step(store: str, capfd: pytest.CaptureFixture[str], su
     assert compare.repeats(MlflowClient(), figures["run_id"]) == figures["repeats"]
     assert len(figures["repeats"]["step_ms"]) == 2
     if suite == "tracking":
-        assert 0 < figures["write_ms"] < figures["step_ms"]
+        assert figures["write_ms"] > 0
         history = MlflowClient().get_metric_history(figures["run_id"], "train/loss")
         assert len(history) == 3 * 2
-        assert figures["delivery_ms"] > 0
     else:
         assert figures["megabytes"] > 0
-        assert 0 < figures["blocked_ms"] < figures["sealed_ms"]
+        assert min(figures["blocked_ms"], figures["sealed_ms"], figures["restore_ms"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -148,7 +147,7 @@ def test_what_surrounds_a_step(store: str, capfd: pytest.CaptureFixture[str], su
         (["suite=tracking", "benchmark.delay_ms=50"], "needs a tracking server at http://"),
         (["suite=peers", "benchmark.peers_python=/nowhere"], "the peers' environment is missing"),
         (["suite=startup", "benchmark.peers_python=/nowhere"], "the peers' environment is missing"),
-        (["suite=speed"], "benchmark.suite"),
+        (["suite=speed"], "'speed' is not one of 'train'"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -161,6 +160,16 @@ def test_a_mistake_is_one_line(
     assert len(error.strip().splitlines()) == 1
     experiments = [e.experiment_id for e in MlflowClient().search_experiments()]
     assert MlflowClient().search_runs(experiments) == []
+
+
+def test_threads_of_a_run_are_identified() -> None:
+    """Those that were started since; their processor time is the delivery's."""
+    before, end = tracking.thread_ids(), Event()
+    thread = Thread(target=end.wait, daemon=True)
+    thread.start()
+    assert tracking.thread_ids() - before == {thread.native_id}
+    end.set()
+    thread.join()
 
 
 def test_a_delayed_server() -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from tunix_mlflow.version import __version__
 
 __all__ = [
     "Config",
     "Run",
+    "__version__",
     "evaluate",
     "load_config",
     "load_dataset",

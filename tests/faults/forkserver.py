@@ -44,7 +44,7 @@ def main() -> None:
     from tunix_mlflow.tracking import run  # noqa: F401
     from tunix_mlflow.training import (
         loop,  # noqa: F401
-        setup,  # noqa: F401
+        trainer,  # noqa: F401
     )
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -23,7 +23,7 @@ import pytest
 from tests.conftest import ROOT, environment
 from tunix_mlflow.errors import CheckpointError, IntegrityError
 from tunix_mlflow.models import arrays
-from tunix_mlflow.training.checkpoint import QUARANTINE, Checkpoints, Retention, steps
+from tunix_mlflow.training.checkpoint import QUARANTINE, Checkpoints, Retention, sealed_checkpoints
 
 LONG = int(os.environ.get("TUNIX_FAULTS", "4")) >= 50
 DAMAGES = 500 if LONG else 60
@@ -80,7 +80,7 @@ def test_every_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise AssertionError("a damaged checkpoint was read")
 
     save_all(tmp_path, range(1, 2))
-    (folder,) = steps(tmp_path)
+    (folder,) = sealed_checkpoints(tmp_path)
     kept = manager(tmp_path)
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     assert len(files) > 5
@@ -203,8 +203,8 @@ def crash(folder: Path, places: list[int]) -> list[int]:
 
 
 def test_a_crash_at_any_operation(tmp_path: Path) -> None:
-    """Before every operation of four saves: what is restored is whole and the newest that was
-    called sealed, the one before it is there too, and saving goes on from there."""
+    """Before every operation of four saves: what is restored is complete and the newest that was
+    called sealed, the one before it is there too, and saving continues from there."""
     (total,) = crash(tmp_path, [0])
     assert total > 40
     places = list(range(1, total + 1))
@@ -216,10 +216,10 @@ def test_a_crash_at_any_operation(tmp_path: Path) -> None:
     for at in places:
         folder = tmp_path / f"at-{at}"
         told = [int(n) for n in (tmp_path / f"at-{at}.sealed").read_text().split()]
-        whole = [int(p.name) for p in steps(folder) if arrays.check(p)]
-        assert set(told[-2:]) <= set(whole)
+        complete = [int(p.name) for p in sealed_checkpoints(folder) if arrays.check(p)]
+        assert set(told[-2:]) <= set(complete)
         last = newest(folder)
-        assert last == max(whole, default=0) >= max(told, default=0)
+        assert last == max(complete, default=0) >= max(told, default=0)
         save_all(folder, range(last + 1, last + 3))
         assert newest(folder) == last + 2
         left = {p.name for p in folder.iterdir()}
@@ -233,7 +233,7 @@ FULL = """
 import logging, resource, signal, sys
 from pathlib import Path
 from tests.faults.test_checkpoints import newest, save_all, manager, state
-from tunix_mlflow.errors import CheckpointError
+from tunix_mlflow.errors import UnavailableError
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 logging.disable()
 save_all(folder, range(1, 2))
@@ -243,7 +243,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 try:
     kept.save(2, state(2))
     kept.wait()
-except CheckpointError as error:
+except UnavailableError as error:
     print(error)
 print(newest(folder))
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

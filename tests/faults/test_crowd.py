@@ -13,12 +13,10 @@ from tests.conftest import BIN, ROOT, as_arguments, environment, last_json, tiny
 
 PROGRAM = """
 import sys
-from tunix_mlflow import session
-from tunix_mlflow.config import Config, TrackingConfig
-config = Config(tracking=TrackingConfig(system_metrics=False))
-with session(config, stage="train") as run:
+from tunix_mlflow.tracking.run import start_run
+with start_run(log_system_metrics=False) as run:
     for step in range(1, 101):
-        run.write_scalars(step, {"train/loss": step + float(sys.argv[1])})
+        run.log_metrics({"train/loss": step + float(sys.argv[1])}, step=step)
 print(run.run_id)
 """
 

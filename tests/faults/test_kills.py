@@ -2,7 +2,7 @@
 uninterrupted one.
 
 KILLS=200 (`make faults KILLS=200`) for the long count, CRASHES=all for a crash at every place. A
-chain begins a run by a key of its own, and whoever comes after a kill goes on with it by that key,
+chain begins a run by a key of its own, and whoever comes after a kill resumes it by that key,
 until it has finished.
 """
 
@@ -67,7 +67,7 @@ class Victims:
         of its operations on files."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        arguments = ["golden-v2", "resume=auto", f"tracking.key={key}", *as_arguments(RUN)]
+        arguments = ["golden-v2", "--resume", "auto", f"tracking.key={key}", *as_arguments(RUN)]
         request = {
             "arguments": arguments,
             "environment": {"TUNIX_MLFLOW_HOME": str(home)},
@@ -210,7 +210,7 @@ def _moment(home: Path, key: str) -> str:
 
 def test_a_crash_before_any_operation(store: str, spawn: Spawn, home: Path) -> None:
     """Dead before a rename, a removal, a mkdir or an opening for writing, of ours or Orbax's, in a
-    run's folder: the run comes back all the same."""
+    run's folder: the run comes back anyway."""
     first = spawn()
     assert first.run("whole", home) == 0, first.log.read_text()[-2000:]
     expected = outcome("whole")
@@ -237,7 +237,7 @@ def test_a_crash_before_any_operation(store: str, spawn: Spawn, home: Path) -> N
 
 
 def test_a_lost_disk_goes_on_elsewhere(team: str, spawn: Spawn, tmp_path: Path) -> None:
-    """Killed, and everything on the machine is gone: another one takes up what was uploaded."""
+    """Killed, and everything on the machine is gone: another continues from what was uploaded."""
     victims, begun = spawn(), time.monotonic()
     assert victims.run("whole", tmp_path / "first") == 0, victims.log.read_text()[-2000:]
     took = time.monotonic() - begun
@@ -260,14 +260,14 @@ def test_a_lost_disk_goes_on_elsewhere(team: str, spawn: Spawn, tmp_path: Path) 
         points += len(shipped)
     fetched = victims.log.read_text().count("fetched the checkpoint")
     print(
-        f"{team}: {LOST_DISKS} of {LOST_DISKS} runs went on elsewhere, {fetched} from an uploaded"
-        f" checkpoint; 0 of {points} shipped points of train/loss lost, 0 doubled"
+        f"{team}: {LOST_DISKS} of {LOST_DISKS} runs were resumed elsewhere, {fetched} from an"
+        f" uploaded checkpoint; 0 of {points} shipped points of train/loss lost, 0 doubled"
     )
 
 
 @pytest.mark.long
 def test_a_killed_mlflow_run_comes_back(store: str) -> None:
-    """kill -9 of `mlflow run` and its child together; the next `mlflow run` goes on."""
+    """kill -9 of `mlflow run` and its child together; the next `mlflow run` resumes."""
 
     def go(key: str, after: float | None) -> bool:
         """Whether it was killed."""

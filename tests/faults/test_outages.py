@@ -21,16 +21,15 @@ from mlflow.tracking import MlflowClient
 
 from tests.conftest import BIN, as_arguments, tiny
 from tests.test_server import end, free_port, launch, wait_for
-from tunix_mlflow import session
-from tunix_mlflow.config.schema import Config, TrackingConfig
+from tunix_mlflow.config.schema import TrackingConfig
 from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking.record import event_log
-from tunix_mlflow.tracking.run import RunSession
-from tunix_mlflow.tracking.runs import lookup
-from tunix_mlflow.tracking.sync import worker
+from tunix_mlflow.tracking.record.folder import read_link
+from tunix_mlflow.tracking.run import Run, open_run
+from tunix_mlflow.tracking.sync import delivery, worker
 
 SECONDS = 60.0 if int(os.environ.get("TUNIX_FAULTS", "4")) >= 50 else 6.0
-QUIET = Config(tracking=TrackingConfig(system_metrics=False))
+QUIET = TrackingConfig(system_metrics=False)
 KEYS = ("train/loss", "train/grad_norm", "train/learning_rate", "perf/step_time_ms")
 
 
@@ -130,13 +129,13 @@ class Loop:
         self.step = 0
         self.took: list[float] = []
 
-    def go(self, run: RunSession, seconds: float) -> float:
+    def go(self, run: Run, seconds: float) -> float:
         """Median milliseconds of one write in that time."""
         until, before = time.monotonic() + seconds, len(self.took)
         while time.monotonic() < until:
             self.step += 1
             begun = time.perf_counter()
-            run.write_scalars(self.step, dict.fromkeys(KEYS, self.step / 7))
+            run.log_metrics(dict.fromkeys(KEYS, self.step / 7), self.step)
             self.took.append(1000 * (time.perf_counter() - begun))
             time.sleep(0.01)
         return statistics.median(self.took[before:])
@@ -151,12 +150,14 @@ def assert_all_there(client: MlflowClient, run_id: str, steps: int) -> None:
 
 @pytest.mark.parametrize("fault", ["down", "flapping", "hang", "500"])
 def test_an_outage_loses_and_doubles_nothing(proxy: Proxy, fault: str) -> None:
-    """The loop goes on, the user is told, and everything arrives before the run ends."""
+    """The loop continues, the user is told, and everything arrives before the run ends."""
     proxy.be("pass")
     reports: list[tuple[float, str]] = []
     loop = Loop()
-    with session(
-        QUIET, stage="train", report=lambda m: reports.append((time.monotonic(), m))
+    with open_run(
+        stage="train",
+        tracking=QUIET,
+        report=lambda m: reports.append((time.monotonic(), m)),
     ) as run:
         calm = loop.go(run, 2.0)
         began = time.monotonic()
@@ -179,7 +180,7 @@ def test_an_outage_loses_and_doubles_nothing(proxy: Proxy, fault: str) -> None:
     if fault != "flapping":
         # A busy machine may fall silent once more while it catches up.
         kinds = [m.partition(" (")[0].partition(":")[0] for _, m in said]
-        assert kinds[:2] == ["MLflow does not answer", "MLflow takes records again"]
+        assert kinds[:2] == ["MLflow does not answer", "MLflow answers again"]
         assert kinds == kinds[:2] * (len(kinds) // 2)
         print(f"{fault}: said after {said[0][0]:.1f} s; ", end="")
     points = loop.step * len(KEYS)
@@ -190,20 +191,20 @@ def test_an_outage_loses_and_doubles_nothing(proxy: Proxy, fault: str) -> None:
 
 
 def test_a_server_dead_from_the_start(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run is recorded here; MLflow gets all of it when it is told, and only once."""
+    """The run is recorded here; MLflow gets all of it when it is uploaded, and only once."""
     monkeypatch.setattr(worker, "PATIENCE_SECONDS", 1.0)
     loop, reports = Loop(), list[str]()
-    with session(QUIET, stage="train", report=reports.append) as run:
+    with open_run(stage="train", tracking=QUIET, report=reports.append) as run:
         loop.go(run, 2.0)
         run.log_text("hello", "notes/a.txt")
-    assert not event_log.known(run.folder)
+    assert not read_link(run.folder)
     proxy.be("pass")
     client = MlflowClient()
-    while event_log.waiting(run.folder):  # as many processes that die after each delivery
-        at = event_log.cursor(run.folder)
-        lookup.delivery.step(client, run.folder, reports.append)
+    while event_log.pending_bytes(run.folder):  # as many processes that die after each delivery
+        at = event_log.read_cursor(run.folder)
+        delivery.deliver_next(client, run.folder, reports.append)
         event_log.move_cursor(run.folder, at)
-        lookup.delivery.step(client, run.folder, reports.append)
+        delivery.deliver_next(client, run.folder, reports.append)
     found = client.get_run(run.run_id)
     assert found.info.status == "FINISHED"
     assert_all_there(client, run.run_id, loop.step)
@@ -226,7 +227,7 @@ def test_a_server_that_dies_as_a_run_begins(proxy: Proxy, monkeypatch: pytest.Mo
         return found
 
     monkeypatch.setattr(store, "reach", then_down)
-    with session(QUIET, stage="train", report=reports.append) as run:
+    with open_run(stage="train", tracking=QUIET, report=reports.append) as run:
         assert "went away" in reports[0]
         loop.go(run, 1.0)
         proxy.be("pass")
@@ -237,7 +238,7 @@ def test_a_server_that_dies_as_a_run_begins(proxy: Proxy, monkeypatch: pytest.Mo
 def test_a_run_goes_on_when_the_server_comes_back(proxy: Proxy, tmp_path: Path) -> None:
     """Dead at the start and alive at the end: nothing is left to do by hand."""
     loop, reports = Loop(), list[str]()
-    with session(QUIET, stage="train", report=reports.append) as run:
+    with open_run(stage="train", tracking=QUIET, report=reports.append) as run:
         local = run.run_id
         loop.go(run, 1.0)
         proxy.be("pass")

@@ -17,10 +17,11 @@ from mlflow.tracking import MlflowClient
 from tunix_mlflow.errors import TrackingError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.tracking.runs import lookup
+from tunix_mlflow.tracking.tags import PREFIX
 
 REPEATS = "repeat/"
 """Prefix of the metrics that hold the single repeats of a benchmark, one per step."""
-BASELINE_TAG = "tunix_mlflow.baseline"
+BASELINE_TAG = f"{PREFIX}baseline"
 
 
 class Change(NamedTuple):

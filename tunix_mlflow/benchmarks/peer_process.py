@@ -62,7 +62,7 @@ class PeerResult(NamedTuple):
 
 
 class PeerProcess:
-    """A trainer's process. It is made when the process has paused for the first time.
+    """A trainer's process; the constructor returns when it has paused for the first time.
 
     Args:
         peer: which trainer.

@@ -72,11 +72,6 @@ def run(config: Config, reporter: Reporter = SILENT) -> dict[str, Any]:
     return {"suite": suite, **suites[suite](config, reporter)}
 
 
-def default_preset(suite: str) -> str:
-    """Return the preset that a suite measures where no configuration is named."""
-    return "column-addition" if suite == "train" else "shape-s"
-
-
 def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
     from tunix_mlflow.benchmarks import train
 
@@ -219,9 +214,10 @@ def _recorded(
 ) -> Iterator[tuple[Run, Path]]:
     """Open a run for a suite, and an empty folder for its work."""
     from tunix_mlflow.tracking.run import open_run
+    from tunix_mlflow.tracking.tags import CONFIG_DIGEST
 
     suite = config.benchmark.suite
-    tags = {"tunix_mlflow.config_digest": config_digest(config)}
+    tags = {CONFIG_DIGEST: config_digest(config)}
     if workload is not None:
         tags |= workload.environment_tags()
     paths.temporary_dir().mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ class Forecast(NamedTuple):
     axis: str  # data, or fsdp
     devices: int
     state_bytes: int  # parameters and optimizer state
-    working_bytes: int  # what the step needs besides
+    working_bytes: int  # what the step needs in addition
     flops: float  # of an update
     collectives: dict[str, int]  # kind -> how many
     collective_bytes: int  # of their results, per update

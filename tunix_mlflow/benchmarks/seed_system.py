@@ -139,11 +139,11 @@ def verify(file: Path, manifest: Path) -> None:
     """
     trace, _, _ = models()
     ids = json.loads(manifest.read_text())["ids"]
-    found = []
+    stored = []
     for row in _rows(file, ids):
         trace(**row.payload)
-        found.append(str(row.id))
-    if found != ids:
+        stored.append(str(row.id))
+    if stored != ids:
         raise RuntimeError("the seed system's rows are not those of its manifest")
 
 

@@ -16,6 +16,7 @@ from tunix_mlflow.input.batches import TrainBatches
 from tunix_mlflow.input.packing import TokenRows, lay_out_rows
 from tunix_mlflow.models.hub.base import Base
 from tunix_mlflow.runtime import devices
+from tunix_mlflow.tracking.tags import PREFIX
 from tunix_mlflow.training.inputs import read_inputs
 from tunix_mlflow.training.resolve import resolve_auto, with_base_shape
 from tunix_mlflow.training.trainer import Trainer
@@ -33,9 +34,9 @@ class Workload(NamedTuple):
     device: jax.Device
 
     def environment_tags(self) -> dict[str, str]:
-        """Return what the figures depend on besides the configuration, as tags of a run."""
+        """Return, as tags of a run, what the figures depend on in addition to the configuration."""
         fingerprint = devices.fingerprint(self.device, self.config.mesh)
-        return {f"tunix_mlflow.{name}": value for name, value in fingerprint.items()}
+        return {f"{PREFIX}{name}": value for name, value in fingerprint.items()}
 
 
 def from_dataset(

@@ -12,7 +12,6 @@ from typing import NoReturn
 
 import click
 
-from tunix_mlflow import __version__
 from tunix_mlflow.cli import stages
 from tunix_mlflow.cli.bench import bench
 from tunix_mlflow.cli.checkpoints import checkpoints
@@ -21,6 +20,7 @@ from tunix_mlflow.cli.models import models
 from tunix_mlflow.cli.runs import runs, sync
 from tunix_mlflow.errors import InputError, Interrupted
 from tunix_mlflow.runtime import process
+from tunix_mlflow.version import __version__
 
 _COMPUTE = ("train", "resume", "evaluate", "main", "demo", "bench")
 """Commands that are worth a restart for huge pages."""

@@ -1,4 +1,4 @@
-"""Canonical JSON, version 1, and the digests made from it.
+"""Canonical JSON, version 1, and digests of it.
 
 The rules, frozen by test vectors in tests/test_canonical.py:
 
@@ -6,8 +6,8 @@ The rules, frozen by test vectors in tests/test_canonical.py:
 - integers from -2^53 to 2^53; a float with an integral value in that range is written as
   that integer, any other float in its shortest form that reads back the same;
 - no NaN, no Infinity, no lone surrogates, no NUL, no duplicate keys, at most 100 levels;
-- in `meta`, a null and an empty object are the same as an absent key, at every depth: formats
-  with columns invent both.
+- in `meta`, a null and an empty object are the same as an absent key, at every depth:
+  formats with columns add both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENCODER = msgspec.json.Encoder(order="deterministic")
 
 
 def encode(value: Any) -> bytes:
-    """Canonical bytes of a plain JSON value.
+    """Return the canonical bytes of a plain JSON value.
 
     Raises:
         ValueError: naming what cannot be written.
@@ -39,7 +39,7 @@ def decode(text: str | bytes) -> Any:
     """Parse strict JSON.
 
     Raises:
-        ValueError: for anything that is not JSON, a duplicate key or a NaN among it.
+        ValueError: if it is not strict JSON, for example if it has a duplicate key or a NaN.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -48,7 +48,7 @@ def decode(text: str | bytes) -> Any:
 
 
 def parse(data: bytes) -> Any:
-    """As :func:`decode`, several times as fast; strict about UTF-8 too.
+    """Parse strict JSON in strict UTF-8, several times as fast as :func:`decode`.
 
     Raises:
         ValueError: as :func:`decode`.
@@ -56,27 +56,27 @@ def parse(data: bytes) -> Any:
     try:
         tree = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return decode(data)  # whose message says more
+        return decode(data)  # it has better messages
     return tree if lossless(data, tree) else decode(data)
 
 
 def lossless(data: bytes, tree: Any) -> bool:
-    """Whether `tree` has every key of the JSON text it was read from.
+    """Return whether `tree` has every key of the JSON text it was parsed from.
 
-    A parser that keeps one of two equal keys loses quotation marks, so counting them tells.
+    A parser that keeps one of two equal keys loses quotation marks, so they are counted.
     """
     return quotes(data) == quotes(msgspec.json.encode(tree))
 
 
 def quotes(data: bytes) -> int:
-    """Quotation marks of a JSON text that begin or end a string: two for each."""
+    """Return the number of quotation marks of a JSON text that begin or end a string."""
     if b"\\" in data:
         data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     return data.count(b'"')
 
 
 def clean_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    """`meta` without nulls and empty objects, its numbers in canonical form.
+    """Return `meta` without nulls and empty objects, its numbers in canonical form.
 
     Raises:
         ValueError: naming what has no canonical form.
@@ -84,13 +84,13 @@ def clean_meta(meta: dict[str, Any]) -> dict[str, Any]:
     for value in meta.values():
         kind = type(value)
         if kind is not str and kind is not bool and (kind is not int or abs(value) > _LIMIT):
-            cleaned: dict[str, Any] = _without_nothing(_plain(meta, "$.meta"))
+            cleaned: dict[str, Any] = _without_empty(_plain(meta, "$.meta"))
             return cleaned
     return meta
 
 
 def encode_struct(value: msgspec.Struct) -> bytes:
-    """Canonical bytes of a Struct whose numbers are canonical already.
+    """Return the canonical bytes of a Struct whose numbers are canonical already.
 
     Raises:
         ValueError: naming what cannot be written.
@@ -105,18 +105,18 @@ def encode_struct(value: msgspec.Struct) -> bytes:
 
 
 def digest(data: bytes) -> str:
-    """sha256, 64 hex digits."""
+    """Return the sha256 of bytes, 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def id_of(digest_hex: str) -> str:
-    """The UUID made from a digest: its first 16 bytes, marked as version 8 (RFC 9562)."""
+    """Return the UUID of a digest: its first 16 bytes, marked as version 8 (RFC 9562)."""
     number = int(digest_hex[:32], 16) & ~(0xF << 76) & ~(0x3 << 62)
     return str(uuid.UUID(int=number | 0x8 << 76 | 0x2 << 62))
 
 
 def set_digest(tag: str, digests: Iterable[str]) -> str:
-    """One digest for a multiset of digests: over a domain tag, the count, and them sorted."""
+    """Return the digest of a multiset of digests: of a domain tag, the count, and them sorted."""
     members = sorted(digests)
     hasher = set_hasher(tag, len(members))
     for member in members:
@@ -125,7 +125,7 @@ def set_digest(tag: str, digests: Iterable[str]) -> str:
 
 
 def set_hasher(tag: str, count: int) -> hashlib._Hash:
-    """What :func:`set_digest` begins with; the sorted members are to follow, a line each."""
+    """Return the hasher of :func:`set_digest`, before the sorted members, which follow as lines."""
     return hashlib.sha256(f"{tag}\n{count}\n".encode())
 
 
@@ -161,22 +161,22 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
     raise ValueError(f"{type(value).__name__} at {path} has no JSON form")
 
 
-def _without_nothing(value: Any) -> Any:
+def _without_empty(value: Any) -> Any:
     if isinstance(value, list):
-        return [_without_nothing(item) for item in value]
+        return [_without_empty(item) for item in value]
     if isinstance(value, dict):
-        kept = {key: _without_nothing(item) for key, item in value.items() if item is not None}
+        kept = {key: _without_empty(item) for key, item in value.items() if item is not None}
         return {key: item for key, item in kept.items() if item != {}}
     return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    result = dict(pairs)
+    if len(result) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"duplicate key {twice!r}")
-    return made
+    return result
 
 
 def _no_constant(name: str) -> Any:

@@ -76,7 +76,7 @@ def load_dataset(
 
     Raises:
         DatasetError: if there is no such dataset, or a row of the files is wrong.
-        Refused: if what is stored is not what the manifest says.
+        Refused: if what is stored does not match the manifest.
     """
     if key is None:
         if not isinstance(source, str):
@@ -100,7 +100,7 @@ def seed(
     """Generate a dataset into the catalog; generating the same one again changes nothing.
 
     Args:
-        key: of the seed, and unless `name` is given of the dataset.
+        key: of the seed; also of the dataset, unless `name` is given.
         num_traces: how many; None for the seed's default.
         seed: the random seed; None for 42.
         name: the key to store the dataset under.
@@ -274,7 +274,7 @@ def ready(key: str, announce: Callable[[str], None] = lambda message: None) -> M
 
     Raises:
         DatasetError: if there is no such dataset.
-        Refused: if the catalog, or the snapshot, does not hold what the manifest says.
+        Refused: if the catalog, or the snapshot, does not match the manifest.
     """
     if snapshot.is_digest(key):
         if damage := snapshot.damage(key):
@@ -288,7 +288,7 @@ def ready(key: str, announce: Callable[[str], None] = lambda message: None) -> M
     report = verify(key)
     if not report.ok:
         raise Refused(
-            f"dataset {key} is not what its manifest says: {report.summary()}."
+            f"dataset {key} does not match its manifest: {report.summary()}."
             f" See `tunix-mlflow datasets verify {key}`"
         )
     snapshot.write(manifest, read.stream(paths.catalog_path(), key, prompt_text=True))

@@ -1,8 +1,7 @@
-"""What is trained on: an Example, and its common case, a ReasoningTrace.
+"""Training examples: Example, and its common case ReasoningTrace.
 
-An Example is general (messages with roles, reasoning steps, expected answer, split, meta).
-A ReasoningTrace is what seeds make and a line of our own JSONL holds: one prompt, steps, an
-answer.
+An Example is general: messages with roles, reasoning steps, expected answer, split and meta.
+A ReasoningTrace is one prompt, its steps and its answer, as seeds generate it.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from tunix_mlflow.errors import DatasetError
 SplitName = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}\Z")]
 
 
-# The fields of these three stand in the order of their names: so they are encoded, without
-# sorting, in canonical order. None can be part of a cycle, so the collector need not look.
+# The fields of these three are sorted by name, so that they are encoded in canonical order.
+# None can be part of a reference cycle, so the garbage collector need not track them.
 
 
 class Step(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
@@ -37,23 +36,22 @@ class Message(
 
     content: str
     name: str | None = None
-    """Who speaks, where the data says so."""
+    """The speaker's name, if the data has one."""
     reasoning: str | None = None
-    """What the assistant thought before it said `content`."""
+    """The assistant's reasoning before `content`."""
     role: Literal["system", "user", "assistant", "tool"]
     tool_call_id: str | None = None
-    """Of a tool's reply: the call it answers."""
+    """In a tool's reply: the call it answers."""
     tool_calls: str | None = None
     """Canonical JSON of the calls that follow `content`."""
     trained: bool | None = None
-    """None: trained on when the role is assistant."""
+    """Whether it is trained on; None: if the role is assistant."""
 
 
 class Example(
     Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, gc=False
 ):
-    """One thing to learn. With an answer, the completion is steps and answer; without one,
-    it is the last message."""
+    """A training example; see :func:`completion` for what is learned of it."""
 
     answer: str | None = None
     messages: Annotated[tuple[Message, ...], Meta(min_length=1)]
@@ -68,7 +66,7 @@ class Example(
 
 
 class ReasoningTrace(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One prompt, its steps, its answer."""
+    """One prompt, its steps and its answer."""
 
     prompt: Annotated[str, Meta(min_length=1)]
     steps: Annotated[tuple[Step, ...], Meta(min_length=1)]
@@ -77,7 +75,7 @@ class ReasoningTrace(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     meta: dict[str, Any] = {}
 
     def example(self) -> Example:
-        """The same, in the general form."""
+        """Return the trace as an Example."""
         return Example(
             messages=(Message(role="user", content=self.prompt),),
             steps=self.steps,
@@ -95,7 +93,7 @@ def reasoning_trace(
     split: str | None = None,
     meta: dict[str, Any] | None = None,
 ) -> ReasoningTrace:
-    """Shorthand for generators: `steps` are (type, content) pairs, numbered from 0."""
+    """Return a trace whose `steps` are (type, content) pairs; they are numbered from 0."""
     numbered = tuple(Step(i=i, type=t, content=c) for i, (t, c) in enumerate(steps))
     return ReasoningTrace(
         prompt=prompt, steps=numbered, answer=answer, split=split, meta=meta or {}
@@ -103,10 +101,10 @@ def reasoning_trace(
 
 
 def canonical_bytes(example: Example) -> bytes:
-    """The bytes whose sha256 is the example's digest.
+    """Return the bytes whose sha256 is the example's digest.
 
     Raises:
-        ValueError: when a value has no canonical form.
+        ValueError: if a value has no canonical form.
     """
     meta = canonical.clean_meta(example.meta)
     if meta is not example.meta:
@@ -115,15 +113,15 @@ def canonical_bytes(example: Example) -> bytes:
 
 
 def canonical_text(example: Example) -> str:
-    """:func:`canonical_bytes` as text."""
+    """Return :func:`canonical_bytes` as text."""
     return canonical_bytes(example).decode("utf-8")
 
 
 def from_canonical(text: str | bytes) -> Example:
-    """Read back what :func:`canonical_bytes` wrote.
+    """Return the example of its canonical text.
 
     Raises:
-        DatasetError: if it is not that.
+        DatasetError: if the text is not an example.
     """
     try:
         return _DECODER.decode(text)
@@ -137,8 +135,8 @@ _DECODER = msgspec.json.Decoder(Example)
 def expected_answer(example: Example) -> str | None:
     """Return the answer that a completion is compared with; None if the example has none.
 
-    This is the only place that decides it. An example with an expected answer has a completion
-    made of steps and answer; without one, the last message is the completion.
+    Nothing else decides it. An example with an expected answer has a completion
+    of steps and answer; without one, the last message is the completion.
     """
     return example.answer
 
@@ -158,7 +156,7 @@ def completion(example: Example) -> Message:
 
 
 def to_answer(messages: tuple[Message, ...]) -> Example:
-    """Return an example whose messages are all prompt, for a model to answer."""
+    """Return an example that is a prompt only, for a model to answer."""
     return Example(messages=messages, answer="")
 
 

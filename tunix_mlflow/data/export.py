@@ -35,7 +35,7 @@ def export(manifest: Manifest, path: Path, form: str) -> int:
 
     Raises:
         DatasetError: if the file cannot be written, or an example does not fit the form.
-        IntegrityError: if an example is not what its digest says.
+        IntegrityError: if an example does not match its digest.
     """
     if form not in writers.EXPORTS:
         raise DatasetError(f"no format {form!r}; one of {', '.join(writers.EXPORTS)}")
@@ -46,7 +46,7 @@ def export(manifest: Manifest, path: Path, form: str) -> int:
         for batch in batches:
             if wrong := find_corrupted(batch):
                 name = canonical.id_of(wrong[0])
-                raise IntegrityError(f"{name} is not what its digest says; {advice}")
+                raise IntegrityError(f"{name} does not match its digest; {advice}")
             texts = batch["canonical"].cast(pa.binary()).to_pylist()
             splits = batch["split"].to_pylist()
             write([record(t, s) for t, s in zip(texts, splits, strict=True)])

@@ -138,9 +138,9 @@ def from_trace(trace: Any, split: str | None) -> Example:
     )
 
 
-def _numbered(given: list[Any]) -> list[Step]:
+def _numbered(raw_steps: list[Any]) -> list[Step]:
     steps = []
-    for expected, step in enumerate(given):
+    for expected, step in enumerate(raw_steps):
         number = expected if step.i is UNSET else step.i
         if number != expected:
             raise ValueError(f"steps[{expected}].i is {number}, expected {expected}")
@@ -180,7 +180,7 @@ def _trace_type(limits: LimitsConfig) -> type[Struct]:
 
 
 def _number(known: dict[str, Any]) -> None:
-    # Columns of numbers with gaps come as floats.
+    # Parquet reads an integer column with nulls as floats.
     steps = known.get("steps")
     for step in steps if isinstance(steps, list) else ():
         if isinstance(step, dict) and isinstance(step.get("i"), float) and step["i"].is_integer():

@@ -141,8 +141,8 @@ def compare(
     inside = sketch.has(hashes)
     overlaps = _overlapping(owner, inside, len(prompt_texts))
     if overlaps.any():
-        found = np.flatnonzero(inside)
-        inside[found] = confirm(hashes[found])
+        candidates = np.flatnonzero(inside)
+        inside[candidates] = confirm(hashes[candidates])
         overlaps = _overlapping(owner, inside, len(prompt_texts))
     exact = [d for d, p in zip(digests, prompt_digests, strict=True) if p in trained_prompts]
     distinct, index = np.unique(hashes, return_index=True)
@@ -165,7 +165,7 @@ def _overlapping(
 
 
 def _mix(x: Any) -> Any:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
+    """Return the finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

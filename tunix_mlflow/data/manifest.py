@@ -14,7 +14,7 @@ from tunix_mlflow.errors import DatasetError
 
 TRAIN, VALIDATION = "train", "validation"
 HELD_OUT: Mapping[str, float] = {VALIDATION: 0.1, "test": 0.1}
-"""Shares of the prompts that are held out where nothing else is asked for."""
+"""Shares of the prompts that are held out by default."""
 OPERATORS = ("eq", "ne", "lt", "le", "gt", "ge", "in", "not_in")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
 _VERSION = re.compile(r"v[0-9]{1,9}")

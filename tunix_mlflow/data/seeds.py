@@ -72,7 +72,7 @@ def examples(generator: Seed, *, seed: int, count: int) -> list[Example]:
     """Run a generator.
 
     Args:
-        generator: what is run.
+        generator: the generator.
         seed: the random seed.
         count: number of traces.
 

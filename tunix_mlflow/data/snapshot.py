@@ -10,7 +10,7 @@ below the snapshot root, which may be any URL that fsspec can write to. Whoever 
 root has everything that training needs, without a catalog.
 
 Within a process a file is hashed once, and the examples of a snapshot are hashed once: they are
-not hashed again while inode, size and modification time of the files are the same.
+not hashed again while inode, size and modification time of the files stay the same.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from tunix_mlflow.data import canonical, leakage
 from tunix_mlflow.data.examples import Example, from_canonical
 from tunix_mlflow.data.leakage import Leakage, Sketch
 from tunix_mlflow.data.manifest import Manifest
-from tunix_mlflow.errors import DatasetError, IntegrityError, UnavailableError
+from tunix_mlflow.errors import DatasetError, IntegrityError, TunixMlflowError, UnavailableError
 from tunix_mlflow.files import one_line, sha256_file
 
 INDEX = "snapshot.json"
 SCHEMA = pa.schema([(n, pa.string()) for n in ("digest", "split", "prompt_digest", "canonical")])
 SHARD_BYTES = 256_000_000  # of canonical text in one file
 _FILE = re.compile(r"[a-z0-9_-]{1,60}\.(parquet|npy)")
-_Stat = tuple[int, int, int]  # inode, size, modification time
-_hashed: dict[Path, tuple[_Stat, str]] = {}
+_Stat = tuple[int, int, int, int]  # device, inode, size, modification time
+_hashed: dict[_Stat, str] = {}  # a file -> its sha256
 _verified: dict[str, list[_Stat]] = {}  # dataset digest -> its files when last verified
 
 
@@ -101,7 +101,7 @@ def write(manifest: Manifest, batches: Iterable[pa.RecordBatch]) -> None:
             scratch.chmod(0o755)
             _publish(scratch, manifest.digest, files)
             if final.exists() and not (final / INDEX).is_file():
-                shutil.rmtree(final)  # incomplete: somebody deleted files of it
+                shutil.rmtree(final)  # incomplete
             try:
                 scratch.rename(final)
             except OSError:
@@ -175,7 +175,7 @@ def read(digest: str, split: str | None = None) -> list[Example]:
 
     Raises:
         DatasetError: if there is no such snapshot.
-        IntegrityError: if its content is not what the digest says.
+        IntegrityError: if its content does not match the digest.
     """
     texts = [(d, text) for d, s, text in _checked(digest) if split is None or s == split]
     texts.sort()
@@ -191,7 +191,7 @@ def read_splits(digest: str, names: Collection[str]) -> dict[str, list[Example]]
 
     Raises:
         DatasetError: if there is no such snapshot.
-        IntegrityError: if its content is not what the digest says.
+        IntegrityError: if its content does not match the digest.
     """
     texts: dict[str, list[tuple[str, bytes]]] = {name: [] for name in names}
     for member, split, text in _checked(digest):
@@ -361,10 +361,8 @@ def _publish(folder: Path, digest: str, files: list[File]) -> None:
     system, path = _remote(digest)
     try:
         system.makedirs(path, exist_ok=True)
-        for name in [
-            *(f.name for f in files),
-            INDEX,
-        ]:  # the index last: with it the snapshot is complete
+        # The index is written last: with it the snapshot is complete.
+        for name in [*(f.name for f in files), INDEX]:
             system.put_file(str(folder / name), f"{path}/{name}")
     except Exception as error:
         raise UnavailableError(f"cannot write to {_root()}: {one_line(error, 300)}") from error
@@ -392,11 +390,11 @@ def _fetch(digest: str) -> Path:
                 raise _damaged(digest, f" ({file.name!r})")
             system.get_file(f"{path}/{file.name}", str(scratch / file.name))
             if _sha256(scratch / file.name) != file.sha256:
-                raise IntegrityError(f"{path}/{file.name} is not what its digest says")
+                raise IntegrityError(f"{path}/{file.name} does not match its digest")
         scratch.chmod(0o755)
         if not folder.exists():
             scratch.rename(folder)
-    except (IntegrityError, DatasetError):
+    except TunixMlflowError:
         raise
     except Exception as error:
         raise UnavailableError(f"cannot read {path}: {one_line(error, 300)}") from error
@@ -409,14 +407,13 @@ def _stat(path: Path) -> _Stat:
     try:
         stat = path.stat()
     except FileNotFoundError:
-        return (0, 0, 0)
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+        return (0, 0, 0, 0)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _sha256(path: Path) -> str:
     """Return the sha256 of a file, computed once per process while the file is the same."""
     stat = _stat(path)
-    known = _hashed.get(path)
-    if known is None or known[0] != stat:
-        known = _hashed[path] = (stat, sha256_file(path))
-    return known[1]
+    if stat not in _hashed:
+        _hashed[stat] = sha256_file(path)
+    return _hashed[stat]

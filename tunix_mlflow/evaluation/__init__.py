@@ -1,1 +1,1 @@
-"""Empty on purpose: scoring is pure Python and loads nothing."""
+"""Empty on purpose: evaluation is pure Python and imports no heavy package."""

@@ -1,9 +1,9 @@
-"""A model with what it takes to use it, as a folder of Orbax arrays and JSON: never code.
+"""A model with its tokenizer and limits, as a folder of Orbax arrays and JSON: never code.
 
-bundle.json      shape, tokenizer, template, digests
+bundle.json      model configuration, tokenizer, template, limits, digests
 params/          Orbax
 tokenizer/       of a pretrained model: tokenizer.json, template and settings
-adapter/         Orbax, of a model with adapters, which `params` has merged already
+adapter/         Orbax, if the model was trained with LoRA; `params` has it merged already
 manifest.json    size and sha256 of every file, written last
 """
 
@@ -33,33 +33,40 @@ _TOKENIZER = "tokenizer"
 
 
 class Adapter(NamedTuple):
-    """What was trained of a model whose other parameters stayed as they were."""
+    """A LoRA adapter and the base model that it belongs to."""
 
     config: LoraConfig
     params: Params
-    base: str  # where the model is that it belongs to, as the run was told
+    base: str  # path or URI of the base model, as configured
     base_digest: str
 
 
 class Bundle(NamedTuple):
-    """A decoder ready to answer."""
+    """A model ready to complete prompts."""
 
     config: ModelConfig
     graph: Graph
     params: Params
     tokenizer: Tokenizer
-    max_new_tokens: int  # the default length of a completion
+    max_new_tokens: int  # default limit of a completion
     adapter: Adapter | None = None  # merged into `params` already
 
     def complete(
         self, examples: Sequence[Example], max_new_tokens: int | None = None
     ) -> list[tuple[str, str | None]]:
-        """Greedy completions of the prompts of `examples`: text, and the answer in it.
+        """Complete the prompts of `examples` greedily.
 
-        None is longer than the positions that the model was made for allow.
+        Completions are shorter than the limit where the model's positions allow no more.
+
+        Args:
+            examples: whose prompts are completed.
+            max_new_tokens: limit of a completion; None: that of the bundle.
+
+        Returns:
+            The text of each completion, and the answer in it.
 
         Raises:
-            DatasetError: if a prompt leaves no room for a completion.
+            DatasetError: if a prompt is as long as the model's positions.
         """
         prompts = [self.tokenizer.encode_prompt(e) for e in examples]
         limit = max_new_tokens or self.max_new_tokens
@@ -71,7 +78,7 @@ class Bundle(NamedTuple):
                     f"a prompt has {longest} tokens, and the model was made for"
                     f" {self.config.max_positions}"
                 )
-        made = generation.generate(
+        completions = generation.generate(
             self.graph,
             self.params,
             prompts,
@@ -79,19 +86,21 @@ class Bundle(NamedTuple):
             eos_ids=self.tokenizer.eos_ids,
             pad_id=self.tokenizer.pad_id,
         )
-        return [(self.tokenizer.decode(ids), self.tokenizer.read_answer(ids)) for ids in made]
+        return [
+            (self.tokenizer.decode(ids), self.tokenizer.read_answer(ids)) for ids in completions
+        ]
 
 
 def prompt(text: str) -> Example:
-    """A bare prompt as an example without a known answer."""
+    """Return a prompt as an example without a known answer."""
     return to_answer((Message(role="user", content=text),))
 
 
 def conversation(messages: Sequence[Mapping[str, str]]) -> Example:
-    """Messages, each with role and content, as an example without a known answer.
+    """Return messages, each with role and content, as an example without a known answer.
 
     Raises:
-        DatasetError: if they are not that, or the last is the assistant's.
+        DatasetError: if a message has no role or content, or the last is the assistant's.
     """
     try:
         turns = msgspec.convert([dict(m) for m in messages], tuple[Message, ...])
@@ -103,14 +112,17 @@ def conversation(messages: Sequence[Mapping[str, str]]) -> Example:
 
 
 def weights_digest(params: Params) -> str:
-    """sha256 (64 hex) of names, shapes, types and bytes: equal weights, equal digest."""
+    """Return the sha256 (64 hex) of names, shapes, dtypes and bytes of the parameters."""
     return arrays.digest(params)
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """What bundle.json says; it decides, with the code, every answer of the model."""
+    """Return the content of bundle.json: weights, tokenizer, template and limits.
+
+    With the code it determines every completion.
+    """
     tokenizer = bundle.tokenizer
-    said = {
+    result = {
         "format": 1,
         "model": msgspec.to_builtins(bundle.config),
         "tokenizer": {
@@ -123,21 +135,21 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "weights_digest": weights_digest(bundle.params),
     }
     if bundle.adapter is not None:
-        said["adapter"] = {
+        result["adapter"] = {
             "lora": msgspec.to_builtins(bundle.adapter.config),
             "base": bundle.adapter.base,
             "base_digest": bundle.adapter.base_digest,
         }
-    return said
+    return result
 
 
-def model_digest(bundle: Bundle) -> str:
-    """sha256 (64 hex) of :func:`describe`: equal models, equal digest."""
+def content_digest(bundle: Bundle) -> str:
+    """Return the sha256 (64 hex) of :func:`describe`."""
     return canonical.digest(canonical.encode(describe(bundle)))
 
 
 def save(bundle: Bundle, folder: Path) -> None:
-    """Write the folder; it must not exist."""
+    """Write a bundle to a folder that does not exist yet."""
     folder.mkdir(parents=True)
     arrays.write(folder / _PARAMS, bundle.params)
     if bundle.adapter is not None:
@@ -150,7 +162,7 @@ def save(bundle: Bundle, folder: Path) -> None:
 
 
 def load(folder: Path) -> Bundle:
-    """Read a folder that :func:`save` wrote, after every file was checked.
+    """Check every file of a folder that :func:`save` wrote, and read it.
 
     Raises:
         IntegrityError: if a file, the tokenizer or the weights are not what was saved.
@@ -159,16 +171,18 @@ def load(folder: Path) -> Bundle:
     info: dict[str, Any] = json.loads((folder / _INFO).read_text())
     tokenizer = _tokenizer(folder, info)
     config = msgspec.convert(info["model"], ModelConfig)
-    size = config.vocab_size or tokenizer.vocab_size
-    graph, target = decoder.shape(config, size)
+    vocab_size = config.vocab_size or tokenizer.vocab_size
+    graph, target = decoder.shape(config, vocab_size)
     params = arrays.read(folder / _PARAMS, target)
     if weights_digest(params) != info["weights_digest"]:
         raise IntegrityError(f"the weights in {folder} do not have the digest in {_INFO}")
     adapter = None
-    if (said := info.get("adapter")) is not None:
-        own = msgspec.convert(said["lora"], LoraConfig)
-        found = arrays.read(folder / _ADAPTER, lora.shape(config, size, own))
-        adapter = Adapter(own, found, said["base"], said["base_digest"])
+    if (described := info.get("adapter")) is not None:
+        lora_config = msgspec.convert(described["lora"], LoraConfig)
+        target = lora.shape(config, vocab_size, lora_config)
+        adapter_params = arrays.read(folder / _ADAPTER, target)
+        base, base_digest = described["base"], described["base_digest"]
+        adapter = Adapter(lora_config, adapter_params, base, base_digest)
     limit = info["max_new_tokens"]
     return Bundle(config, graph, jax.device_put(params), tokenizer, limit, adapter)
 

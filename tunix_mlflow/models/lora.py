@@ -1,4 +1,4 @@
-"""Low-rank adapters beside a model's parameters (Hu et al. 2021): made, joined, merged."""
+"""Low-rank adapters of a model (LoRA, Hu et al. 2021): initialize, join, merge."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from tunix_mlflow.models.decoder import Params
 
 
 def init(config: ModelConfig, vocab_size: int, lora: LoraConfig, seed: int) -> Params:
-    """Adapters to begin with, float32, as NumPy arrays: A normal, B zero, so that they add nothing.
+    """Return initial adapters, float32, as NumPy arrays: A is normal, B is zero.
 
     Args:
-        config: the model's shape.
-        vocab_size: rows of its table.
+        config: of the model.
+        vocab_size: rows of its embedding.
         lora: rank and targets.
         seed: of the run.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(shape(config, vocab_size, lora))
-    made = []
-    for number, (path, leaf) in enumerate(leaves):
+    values = []
+    for index, (path, leaf) in enumerate(leaves):
         if "lora_a" in jax.tree_util.keystr(path):
-            made.append(decoder.normal(leaf.shape, leaf.shape[0], seed, number))
+            values.append(decoder.normal(leaf.shape, leaf.shape[0], seed, index))
         else:
-            made.append(np.zeros(leaf.shape, np.float32))
-    adapters: Params = jax.tree_util.tree_unflatten(structure, made)
+            values.append(np.zeros(leaf.shape, np.float32))
+    adapters: Params = jax.tree_util.tree_unflatten(structure, values)
     return adapters
 
 
 def shape(config: ModelConfig, vocab_size: int, lora: LoraConfig) -> Params:
-    """Shapes and types in place of adapters."""
+    """Return shapes and dtypes in place of adapters."""
     params = decoder.shape(config, vocab_size, lora=lora)[1]
     adapters: Params = nnx.split_state(params, nnx.LoRAParam, ...)[0]
     return adapters
 
 
 def joined(trained: Params, frozen: Params | None) -> Params:
-    """All parameters of a decoder: adapters and its own; or those alone, where none is frozen."""
+    """Return all parameters of a decoder: the trained and, if there are any, the frozen ones."""
     if frozen is None:
         return trained
     both: Params = nnx.merge_state(trained, frozen)
@@ -50,17 +50,17 @@ def joined(trained: Params, frozen: Params | None) -> Params:
 
 
 def merged(adapters: Params, base: Params, lora: LoraConfig) -> Params:
-    """The parameters of a plain decoder that computes the same: alpha / rank * A B added."""
-    own: Any = nnx.to_pure_dict(adapters)
-    plain: Any = nnx.to_pure_dict(base)
+    """Return parameters that compute the same without adapters: alpha / rank * A B is added."""
+    updates: Any = nnx.to_pure_dict(adapters)
+    kernels: Any = nnx.to_pure_dict(base)
     scale = lora.alpha / lora.rank
 
-    def added(kernels: Any, pairs: Any) -> Any:
-        if "lora_a" in pairs:
-            wide = jnp.asarray(pairs["lora_a"]) @ jnp.asarray(pairs["lora_b"])
-            return {**kernels, "kernel": kernels["kernel"] + scale * wide}
-        return {k: added(v, pairs[k]) if k in pairs else v for k, v in kernels.items()}
+    def add(params: Any, updates: Any) -> Any:
+        if "lora_a" in updates:
+            update = jnp.asarray(updates["lora_a"]) @ jnp.asarray(updates["lora_b"])
+            return {**params, "kernel": params["kernel"] + scale * update}
+        return {k: add(v, updates[k]) if k in updates else v for k, v in params.items()}
 
-    made: Params = jax.tree.map(lambda leaf: leaf, base)
-    nnx.replace_by_pure_dict(made, added(plain, own))
-    return made
+    result: Params = jax.tree.map(lambda leaf: leaf, base)
+    nnx.replace_by_pure_dict(result, add(kernels, updates))
+    return result

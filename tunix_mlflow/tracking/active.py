@@ -41,6 +41,7 @@ class Activation:
 
     def end(self) -> None:
         """Take the run off the stack; does nothing if the user ended it through MLflow."""
+        fluent._last_active_run_id.set(self.run.info.run_id)
         self._stack[:] = [run for run in self._stack if run is not self.run]
         context.leave(self._context)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import msgspec
 from mlflow.exceptions import MlflowException
-from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 
 from tunix_mlflow import paths
 from tunix_mlflow.config.schema import Config
@@ -17,6 +16,7 @@ from tunix_mlflow.errors import TrackingError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.models.hub import base as bases
 from tunix_mlflow.models.hub.base import Base
+from tunix_mlflow.tracking.download import download_uri
 
 _SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
 
@@ -45,7 +45,7 @@ def local(place: str) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as scratch:
         try:
-            found = Path(_download_artifact_from_uri(place, output_path=scratch))
+            found = download_uri(place, Path(scratch))
         except (MlflowException, OSError) as error:
             raise TrackingError(f"cannot fetch {place}: {one_line(error)}") from error
         yield found

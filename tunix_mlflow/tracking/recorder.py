@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,26 +14,27 @@ from mlflow.tracking import MlflowClient
 
 from tunix_mlflow.errors import TrackingError
 
-if TYPE_CHECKING:
-    from tunix_mlflow.tracking.recording import Recording
-
 
 class Recorder(MlflowClient):
     """A client whose log_text, log_dict, log_figure and log_image record in a run's folder."""
 
-    def __init__(self, run: Recording) -> None:
+    def __init__(
+        self,
+        record_artifact: Callable[[str | Path, str | None], None],
+        record_tag: Callable[[str, Any], None],
+    ) -> None:
         super().__init__()
-        self._run = run
+        self._record_artifact, self._record_tag = record_artifact, record_tag
 
     def log_artifact(
         self, run_id: str, local_path: str | Path, artifact_path: str | None = None
     ) -> None:
         """Record a file; the others write one and end here."""
-        self._run.log_artifact(local_path, artifact_path)
+        self._record_artifact(local_path, artifact_path)
 
     def set_tag(self, run_id: str, key: str, value: Any, synchronous: bool | None = None) -> None:
         """Record a tag; log_image sets one."""
-        self._run.set_tag(key, value)
+        self._record_tag(key, value)
 
 
 def encode_table(data: Mapping[str, Any] | pd.DataFrame, artifact_file: str) -> bytes:

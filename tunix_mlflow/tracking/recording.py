@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from mlflow.entities import Dataset as DatasetEntity
 
@@ -51,8 +51,8 @@ class Recording:
     def log_metric(
         self,
         key: str,
-        value: float,
-        step: int | None = None,
+        value: Any,
+        step: SupportsIndex | None = None,
         timestamp: int | None = None,
         model_id: str | None = None,
         dataset: Dataset | DatasetEntity | None = None,
@@ -64,8 +64,8 @@ class Recording:
 
     def log_metrics(
         self,
-        metrics: Mapping[str, float],
-        step: int | None = None,
+        metrics: Mapping[str, Any],
+        step: SupportsIndex | None = None,
         *,
         timestamp: int | None = None,
         model_id: str | None = None,
@@ -195,7 +195,7 @@ class Recording:
         image: Any,
         artifact_file: str | None = None,
         key: str | None = None,
-        step: int | None = None,
+        step: SupportsIndex | None = None,
         timestamp: int | None = None,
     ) -> None:
         """Record an image: as the artifact `artifact_file`, or as `key` at a step."""
@@ -253,7 +253,7 @@ class Recording:
     @property
     def _with_mlflow(self) -> Recorder:
         if self._recorder is None:
-            self._recorder = Recorder(self)
+            self._recorder = Recorder(self.log_artifact, self.set_tag)
         return self._recorder
 
     def _inside(self, path: Path) -> str:

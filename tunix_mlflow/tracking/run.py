@@ -25,7 +25,6 @@ import mlflow
 from mlflow.entities import RunInfo
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow import __version__
 from tunix_mlflow.config.schema import TrackingConfig
 from tunix_mlflow.errors import TrackingError
 from tunix_mlflow.tracking import active, ending, git, opening, store
@@ -38,6 +37,7 @@ from tunix_mlflow.tracking.record.system_metrics import SystemMetrics
 from tunix_mlflow.tracking.record.values import split_values
 from tunix_mlflow.tracking.recording import Recording, dataset_entity
 from tunix_mlflow.tracking.sync.worker import SyncWorker
+from tunix_mlflow.version import __version__
 
 if TYPE_CHECKING:
     from mlflow.data.dataset import Dataset
@@ -100,16 +100,16 @@ class Run(Recording):
         """MLflow's info of the run, as it was when the run began."""
         link = read_link(self.folder) if self._info.run_id == self.folder.name else None
         if link is not None and link.run_id != self._info.run_id:
-            known = self._info
+            first = self._info
             self._info = RunInfo(
                 run_id=link.run_id,
                 experiment_id=link.experiment_id,
-                user_id=known.user_id,
-                status=known.status,
-                start_time=known.start_time,
+                user_id=first.user_id,
+                status=first.status,
+                start_time=first.start_time,
                 end_time=None,
-                lifecycle_stage=known.lifecycle_stage,
-                run_name=known.run_name,
+                lifecycle_stage=first.lifecycle_stage,
+                run_name=first.run_name,
             )
         return self._info
 

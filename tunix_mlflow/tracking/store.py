@@ -104,7 +104,7 @@ def _is_away(error: Exception) -> bool:
 def _alone(uri: str) -> Iterator[None]:
     """One process of this machine at a time, for a local database.
 
-    Eight that open a fresh one at once would all migrate it, and leave it unusable.
+    Eight that open a new one at once would all migrate it, and leave it unusable.
     """
     if not uri.startswith("sqlite:"):
         yield

@@ -69,7 +69,7 @@ def ingest(
         path: the catalog.
         stage: examples; one that is stored already is kept once.
         key: of the dataset.
-        request: how it was asked for; its `splits` are used, its `content` is added.
+        request: how the dataset was made; its `splits` are used, its `content` is added.
         sources: provenance.
 
     Returns:
@@ -137,10 +137,10 @@ def build(path: Path, key: str, selection: Selection) -> tuple[Manifest, bool]:
     with connect(path, write=True) as con, transaction(con):
         parent, source = None, "examples"
         if selection.parent is not None:
-            found = read.find_in(con, selection.parent)
-            if found is None:
+            manifest = read.find_in(con, selection.parent)
+            if manifest is None:
                 raise DatasetError(f"there is no dataset {selection.parent!r} to select from")
-            parent = f"{found.key}@{found.digest}"
+            parent = f"{manifest.key}@{manifest.digest}"
             source = """(SELECT e.* REPLACE (m.split AS split) FROM examples e
                          JOIN members m ON m.digest = e.digest AND m.key = ?)"""
             arguments = [selection.parent, *arguments]
@@ -160,13 +160,13 @@ def build(path: Path, key: str, selection: Selection) -> tuple[Manifest, bool]:
 def unreferenced(path: Path, *, remove: bool) -> tuple[int, int]:
     """Return the number of examples in no dataset, and the bytes of their texts."""
     with connect(path, write=remove) as con, transaction(con):
-        found = con.execute(
+        rows = con.execute(
             """SELECT count(*), coalesce(sum(strlen(canonical)), 0)::BIGINT
                FROM examples ANTI JOIN members USING (digest)"""
         ).fetchall()
         if remove:
             con.execute("DELETE FROM examples WHERE digest NOT IN (SELECT digest FROM members)")
-    return int(found[0][0]), int(found[0][1])
+    return int(rows[0][0]), int(rows[0][1])
 
 
 def _register_stage(con: duckdb.DuckDBPyConnection, stage: Stage) -> None:
@@ -185,7 +185,7 @@ def _manifest_of_chosen(
 ) -> Manifest:
     """Return the manifest of the table `chosen`; its members are written to `divided`.
 
-    With `content`, the request gets the digest of what was given.
+    With `content`, the request gets the digest of the examples.
     """
     from_train = splits.assign(con, request["splits"])
     digests = digests_of(con, "divided")

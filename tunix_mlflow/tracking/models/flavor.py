@@ -23,7 +23,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.models.utils import _save_example
-from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.types.schema import (
     Array,
     ColSpec,
@@ -35,9 +34,11 @@ from mlflow.types.schema import (
     Schema,
 )
 
-from tunix_mlflow import __version__, files, paths
+from tunix_mlflow import files, paths
 from tunix_mlflow.data import canonical
 from tunix_mlflow.errors import DatasetError, IntegrityError, TrackingError
+from tunix_mlflow.tracking.download import download_uri
+from tunix_mlflow.version import __version__
 
 if TYPE_CHECKING:
     from tunix_mlflow.data.examples import Example
@@ -150,7 +151,7 @@ def package_digest(folder: Path) -> str:
 
 
 def content_digest(bundle: Path) -> str:
-    """Return the content digest of a saved bundle, as `models.bundle.model_digest` does.
+    """Return the content digest of a saved bundle, as `models.bundle.content_digest` does.
 
     It is over weights, tokenizer, template and limits. The weights are not read: bundle.json has
     their digest.
@@ -174,7 +175,7 @@ def fetch_package(model_uri: str) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as scratch:
         try:
-            folder = Path(_download_artifact_from_uri(model_uri, output_path=scratch))
+            folder = download_uri(model_uri, Path(scratch))
             flavors = Model.load(str(folder / MLMODEL_FILE_NAME)).flavors
         except (MlflowException, OSError) as error:
             raise TrackingError(f"cannot load {model_uri}: {files.one_line(error)}") from error

@@ -61,7 +61,7 @@ def check_integrity(client: MlflowClient, model: LoggedModel) -> Digests:
         package_digest = flavor.package_digest(package)
         bundle = bundles.load(flavor.bundle_folder(package))
     _compare(name, "the logged model", model.tags, tags.PACKAGE_DIGEST, package_digest)
-    digests = Digests(bundles.model_digest(bundle), package_digest)
+    digests = Digests(bundles.content_digest(bundle), package_digest)
     _compare(name, "the logged model", model.tags, tags.CONTENT_DIGEST, digests.content)
     weights = bundles.weights_digest(bundle.params)
     _compare(name, "the logged model", model.tags, tags.WEIGHTS_DIGEST, weights)
@@ -171,7 +171,7 @@ def _reason_to_refuse(
     metrics = evaluation_metrics(client, model)
     measured_on = _latest_dataset(metrics, dataset)
     if measured_on is None:
-        where = f" on the whole of {dataset}" if dataset else ""
+        where = f" on all of {dataset}" if dataset else ""
         return (
             f"it was never evaluated{where}; run"
             f" `tunix-mlflow evaluate {model.model_id} --dataset {dataset or 'KEY'}`"

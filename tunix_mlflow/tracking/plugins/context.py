@@ -34,6 +34,6 @@ class TunixMlflowRunContext(RunContextProvider):
 
     def tags(self) -> dict[str, str]:
         """Return the version of this library."""
-        from tunix_mlflow import __version__
+        from tunix_mlflow.version import __version__
 
         return {"tunix_mlflow.version": __version__}

@@ -28,9 +28,14 @@ _SCHEMA = Schema(
 
 
 class TunixMlflowDataset(Dataset):
-    """Name `key/split`, the split's digest (first 32 of 64 hex), schema and profile.
+    """A dataset, or one split of it.
 
-    Without a split: the whole dataset, by its own digest.
+    MLflow shows its name, `key/split`, its digest (the first 32 of 64 hex), schema and profile.
+
+    Args:
+        manifest: the dataset.
+        split: None: all of it, by the dataset's digest.
+        name: shown instead.
     """
 
     def __init__(self, manifest: Manifest, split: str | None, name: str | None = None) -> None:
@@ -40,24 +45,25 @@ class TunixMlflowDataset(Dataset):
         super().__init__(source, name=name or default)
 
     def _compute_digest(self) -> str:
-        return self._whole_digest[:32]
+        return self.full_digest[:32]
 
     @property
-    def _whole_digest(self) -> str:
+    def full_digest(self) -> str:
+        """The digest of the split, or of the dataset; 64 hex."""
         if self.split is None:
             return self.manifest.digest
         return self.manifest.splits[self.split].digest
 
     @property
     def profile(self) -> dict[str, Any]:
-        """Flat figures; the whole digests are among them."""
+        """Flat figures; the full digests are among them."""
         return {
             "examples": (
                 self.manifest.count
                 if self.split is None
                 else self.manifest.splits[self.split].count
             ),
-            "split_digest": self._whole_digest,
+            "split_digest": self.full_digest,
             "dataset_examples": self.manifest.count,
             "dataset_digest": self.manifest.digest,
             **{f"dataset_{k}": v for k, v in self.manifest.stats.items()},
@@ -69,7 +75,7 @@ class TunixMlflowDataset(Dataset):
         return _SCHEMA
 
     def to_dict(self) -> dict[str, str]:
-        """What the run stores."""
+        """Return what the run stores."""
         return super().to_dict() | {
             "schema": json.dumps({"mlflow_colspec": self.schema.to_dict()}),
             "profile": json.dumps(self.profile),

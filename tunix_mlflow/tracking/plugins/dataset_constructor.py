@@ -1,4 +1,4 @@
-"""The dataset-constructor plugin: `mlflow.data.from_tunix("golden-v2")`.
+"""The dataset-constructor plugin: `mlflow.data.from_tunix_mlflow("golden-v2")`.
 
 Imported by every `import mlflow`; the catalog and pyarrow load when it is called. The return
 annotation has to be a class, so annotations are not postponed here.
@@ -10,7 +10,7 @@ from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
 def from_tunix_mlflow(
     key: str, split: str | None = None, name: str | None = None, digest: str | None = None
 ) -> TunixMlflowDataset:
-    """A split of a dataset in the catalog, for `mlflow.log_input`.
+    """Return a split of a dataset in the catalog, for `mlflow.log_input`.
 
     Args:
         key: of the dataset, NAME-vN, or its digest (64 hex) where there is a snapshot.
@@ -31,7 +31,6 @@ def from_tunix_mlflow(
             f"dataset {key} has no split {split!r}; it has {', '.join(manifest.splits)}"
         )
     dataset = TunixMlflowDataset(manifest, split, name)
-    whole = manifest.digest if split is None else manifest.splits[split].digest
-    if digest is not None and not whole.startswith(digest):
-        raise DatasetError(f"{dataset.name} has the digest {whole}, not {digest}")
+    if digest is not None and not dataset.full_digest.startswith(digest):
+        raise DatasetError(f"{dataset.name} has the digest {dataset.full_digest}, not {digest}")
     return dataset

@@ -30,7 +30,7 @@ class TunixMlflowDatasetSource(DatasetSource):
         return "tunix_mlflow"
 
     def load(self) -> list[Example]:
-        """The very examples of the split, checked against the digest.
+        """Return the examples of the split, checked against the digest.
 
         Raises:
             DatasetError: if this machine's state root has no such snapshot.
@@ -47,14 +47,14 @@ class TunixMlflowDatasetSource(DatasetSource):
     @classmethod
     def _resolve(cls, raw_source: Any) -> TunixMlflowDatasetSource:
         if not isinstance(raw_source, TunixMlflowDatasetSource):
-            raise TypeError(f"not a tunix dataset source: {raw_source!r}")
+            raise TypeError(f"not a tunix_mlflow dataset source: {raw_source!r}")
         return raw_source
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, as the run stores it."""
+        """Return the JSON form, as the run stores it."""
         return {"key": self.key, "digest": self.digest, "split": self.split}
 
     @classmethod
     def from_dict(cls, source_dict: dict[Any, Any]) -> TunixMlflowDatasetSource:
-        """Read :meth:`to_dict` back."""
+        """Return what :meth:`to_dict` was made from."""
         return cls(source_dict["key"], source_dict["digest"], source_dict["split"])

@@ -18,6 +18,7 @@ from tunix_mlflow.config.schema import Config, TrackingConfig
 from tunix_mlflow.errors import TrackingError, UnavailableError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.tracking import store, tags
+from tunix_mlflow.tracking.download import download_artifact
 from tunix_mlflow.tracking.record import folder, metrics_log
 from tunix_mlflow.tracking.record.event_log import recorded_status, recorded_tags
 from tunix_mlflow.tracking.record.folder import CONFIG, ENVIRONMENT, EVENT_LOG, read_link
@@ -262,7 +263,7 @@ def _configuration(client: MlflowClient, run_id: str, path: Path) -> list[bytes]
             file = path / name
             if not file.is_file():
                 try:
-                    file = Path(client.download_artifacts(run_id, name, scratch))
+                    file = download_artifact(client, run_id, name, Path(scratch))
                 except (MlflowException, OSError) as error:
                     raise NotRecorded(
                         f"run {run_id} has no {name}, here or in MLflow: it died before it could"

@@ -21,6 +21,7 @@ from tunix_mlflow.input.batches import eval_batches
 from tunix_mlflow.models import arrays
 from tunix_mlflow.runtime import devices
 from tunix_mlflow.tracking import artifacts
+from tunix_mlflow.tracking.download import download_artifact
 from tunix_mlflow.tracking.record import metrics_log
 from tunix_mlflow.tracking.record.folder import CHECKPOINTS, METRICS_LOG
 from tunix_mlflow.tracking.runs import lookup, resume
@@ -139,7 +140,7 @@ def _checkpoints(client: MlflowClient | None, run_id: str, scratch: Path) -> Pat
     if len(uploaded) <= len(sealed_checkpoints(here)):
         return here
     fetched = [
-        Path(client.download_artifacts(run_id, uploaded[number], str(scratch)))
+        download_artifact(client, run_id, uploaded[number], Path(scratch))
         for number in sorted(uploaded)[-2:]
     ]
     return fetched[-1].parent

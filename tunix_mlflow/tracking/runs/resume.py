@@ -13,6 +13,7 @@ from tunix_mlflow import paths
 from tunix_mlflow.config.identity import differences
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import CheckpointError, IntegrityError, TrackingError
+from tunix_mlflow.tracking.download import download_artifact
 from tunix_mlflow.tracking.record import metrics_log
 from tunix_mlflow.tracking.record.event_log import Cursor, move_cursor, read_cursor
 from tunix_mlflow.tracking.record.folder import CHECKPOINTS, METRICS_LOG
@@ -100,7 +101,7 @@ def fetch_checkpoint(
             continue
         checkpoints.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            fetched = Path(client.download_artifacts(run_id, artifact, scratch))
+            fetched = download_artifact(client, run_id, artifact, Path(scratch))
             try:
                 arrays.check(fetched)
             except IntegrityError as error:
@@ -138,7 +139,7 @@ def refill(client: MlflowClient, run_id: str, folder: Path, report: Callable[[st
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         points = []
         if METRICS_LOG in {found.path for found in client.list_artifacts(run_id)}:
-            uploaded = Path(client.download_artifacts(run_id, METRICS_LOG, scratch))
+            uploaded = download_artifact(client, run_id, METRICS_LOG, Path(scratch))
             if path.exists():
                 lines = metrics_log.read(uploaded)
                 points = [point for line in lines for point in metrics_log.points(line)]

@@ -21,6 +21,7 @@ from tunix_mlflow.errors import IntegrityError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.models import arrays
 from tunix_mlflow.tracking import store, tags
+from tunix_mlflow.tracking.download import download_artifact
 from tunix_mlflow.tracking.record.folder import CHECKPOINTS, is_open, read_link
 from tunix_mlflow.tracking.runs import lookup, resume
 from tunix_mlflow.tracking.sync import lease
@@ -108,7 +109,7 @@ def damage(client: MlflowClient, entry: Entry) -> str | None:
         folder = Path(entry.path)
         try:
             if entry.where == UPLOADED:
-                folder = Path(client.download_artifacts(entry.run_id, entry.path, scratch))
+                folder = download_artifact(client, entry.run_id, entry.path, Path(scratch))
             arrays.check(folder)
         except (IntegrityError, MlflowException, OSError) as error:
             return one_line(error).replace(f"{scratch}/", "")
@@ -212,7 +213,7 @@ def _uploaded(client: MlflowClient, run_id: str) -> list[Entry]:
     found = []
     for step, artifact in resume.uploaded_steps(client, run_id).items():
         with tempfile.TemporaryDirectory() as scratch:
-            client.download_artifacts(run_id, f"{artifact}/{arrays.MANIFEST}", scratch)
+            download_artifact(client, run_id, f"{artifact}/{arrays.MANIFEST}", Path(scratch))
             metrics = _metrics(Path(scratch) / artifact)
         size = _size(client, run_id, artifact)
         found.append(Entry(run_id, step, UPLOADED, artifact, size, metrics, None))

@@ -1,0 +1,65 @@
+"""The forecast of a training step's memory, against what XLA reserves."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from tests.conftest import ROOT
+from tunix_mlflow.config.load import load_config
+from tunix_mlflow.config.schema import LoraConfig, ModelConfig
+from tunix_mlflow.input import batches
+from tunix_mlflow.runtime import devices
+from tunix_mlflow.training import memory, setup, step
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+VOCABULARY, LENGTH = 2048, 128
+
+
+# Each pair of rematerialization, scanned layers, fused projections and adapters; the fused form
+# has no adapters.
+@pytest.mark.parametrize(
+    ("remat", "scan", "fused", "rank"),
+    [
+        ("none", "false", "false", 0),
+        ("none", "false", "false", 4),
+        ("none", "true", "true", 0),
+        ("none", "true", "false", 4),
+        ("dots", "true", "false", 0),
+        ("dots", "false", "true", 0),
+        ("dots", "false", "false", 4),
+        ("dots", "true", "true", 0),
+        ("block", "true", "true", 0),
+        ("block", "false", "true", 0),
+        ("block", "true", "false", 4),
+        ("block", "false", "false", 0),
+    ],
+)
+def test_the_forecast_is_near_what_xla_reserves(
+    remat: str, scan: str, fused: str, rank: int
+) -> None:
+    """Temporaries and state of the compiled step, within a third."""
+    model = ModelConfig(
+        layers=6, width=128, heads=4, kv_heads=2, mlp_width=344, vocab_size=VOCABULARY
+    )
+    overrides = {
+        "device": "cpu",
+        "data.sequence_length": str(LENGTH),
+        "training.batch_size": "4",
+        "training.microbatch_size": "4",
+        "training.remat": remat,
+        "training.scan_layers": scan,
+        "training.fused": fused,
+        "training.loss_chunk": "0",
+    }
+    config = load_config(None, overrides, ROOT / "projects" / "configs")
+    config = msgspec.structs.replace(config, model=model, base="there", lora=LoraConfig(rank=rank))
+    cpu = devices.use("cpu")
+    config = setup.resolve_auto(config, VOCABULARY, "cpu")
+    spec = setup.step_spec(config, VOCABULARY, cpu)
+    state, frozen = setup.abstract(spec, config, VOCABULARY, cpu)
+    batch = batches.blank(4, LENGTH)
+    compiled = step.train_step.lower(state, batch, frozen, spec=spec).compile()
+    sizes = compiled.memory_analysis()
+    reserved = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+    assert memory.forecast(config, VOCABULARY).total == pytest.approx(reserved, rel=1 / 3)
