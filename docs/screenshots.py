@@ -137,7 +137,7 @@ def take(driver: Chrome, uri: str, runs: list[str], folder: Path) -> None:
 
     open_page(driver, f"{page}{UI}&compareRunsMode=CHART", "2 matching runs", TALL)
     search = driver.find_element(By.CSS_SELECTOR, "input[placeholder='Search metric charts']")
-    search.send_keys("loss$")
+    search.send_keys("/loss$")
     wait_for_text(driver, "train/loss")
     wait_for_lines(driver)
     save(driver, folder / "compare.png")
