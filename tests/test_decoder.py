@@ -161,9 +161,9 @@ def test_cached_generation_is_greedy_decoding(
 def test_generation_stops_at_the_end_of_sequence() -> None:
     """Nothing follows the token that ends, and it is not returned."""
     model = built("grouped, tied")
-    whole = list(continued(*model, eos_ids=(0,))[0])
-    stop = int(whole[3])
-    assert list(continued(*model, eos_ids=(stop,))[0]) == whole[: whole.index(stop)]
+    tokens = list(continued(*model, eos_ids=(0,))[0])
+    stop = int(tokens[3])
+    assert list(continued(*model, eos_ids=(stop,))[0]) == tokens[: tokens.index(stop)]
 
 
 TOKENS = np.asarray([[3, 1, 4, 1, 5, 9, 2, 6]], np.int32)
@@ -270,8 +270,8 @@ def value_and_gradients(
 def test_attention_is_the_librarys(
     heads: int, groups: int, length: int, seen: int, causal: bool
 ) -> None:
-    """In value and gradient, with a mask, for self-attention, whole and in pieces, and for one
-    token and a cache."""
+    """In value and gradient, with a mask: self-attention, in one block and in several, and one
+    token with a cache."""
     rng = np.random.default_rng(0)
     q = rng.standard_normal((2, length, heads, 16), np.float32)
     k, v = rng.standard_normal((2, 2, seen, groups, 16), np.float32)
@@ -293,7 +293,7 @@ def test_attention_is_the_librarys(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_attention_in_pieces_is_that_of_the_whole(dtype: str) -> None:
+def test_blockwise_attention_is_that_of_one_block(dtype: str) -> None:
     """Of packed rows with a window, in value and gradient."""
     rng = np.random.default_rng(0)
     q, cotangent = rng.standard_normal((2, 2, 512, 4, 16), np.float32).astype(jnp.dtype(dtype))
@@ -307,16 +307,16 @@ def test_attention_in_pieces_is_that_of_the_whole(dtype: str) -> None:
         return value_and_gradients(attend, q, k, v, cotangent=cotangent)
 
     assert cpu_kernels._block_count(512) > 1
-    for whole, blocks in zip(values(causal=False), values(causal=True), strict=True):
-        assert blocks.dtype == whole.dtype
+    for one, blocks in zip(values(causal=False), values(causal=True), strict=True):
+        assert blocks.dtype == one.dtype
         tolerance = 1e-5 if dtype == "float32" else 0.1
-        a, b = np.asarray(whole, np.float32), np.asarray(blocks, np.float32)
+        a, b = np.asarray(one, np.float32), np.asarray(blocks, np.float32)
         assert np.allclose(a, b, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cross_entropy_is_the_librarys(dtype: str) -> None:
-    """In value and gradient, weighed."""
+    """In value and gradient, weighted."""
     logits = (9 * np.random.default_rng(0).standard_normal((5, 33))).astype(jnp.dtype(dtype))
     targets, mask = np.asarray([0, 32, 4, 4, 9]), np.asarray([1, 1, 0, 1, 0.5], np.float32)
 

@@ -34,29 +34,29 @@ MODELS = sorted(path.stem for path in GOLDEN.glob("*.json"))
 
 
 def about(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text())
+    return result
 
 
-def folder_of(name: str, place: Path, shards: int = 1) -> Path:
+def folder_of(name: str, folder: Path, shards: int = 1) -> Path:
     """A model as transformers saved it."""
-    said = about(name)
-    place.mkdir(parents=True)
-    (place / "config.json").write_text(json.dumps(said["config"]))
+    saved = about(name)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(saved["config"]))
     offset = name.startswith("gemma")
-    tensors = {k: weights(k, tuple(shape), offset) for k, shape in said["tensors"].items()}
+    tensors = {k: weights(k, tuple(shape), offset) for k, shape in saved["tensors"].items()}
     if shards == 1:
-        save_file(tensors, place / "model.safetensors", {"format": "pt"})
-        return place
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
     listed = {}
     for number in range(shards):
         part = dict(list(tensors.items())[number::shards])
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        save_file(part, place / file, {"format": "pt"})
+        save_file(part, folder / file, {"format": "pt"})
         listed |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": listed}
-    (place / "model.safetensors.index.json").write_text(json.dumps(index))
-    return place
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
 
 
 def imported(folder: Path) -> tuple[ModelConfig, decoder.Params]:
@@ -132,15 +132,15 @@ def test_every_family_has_three_shapes() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_there_and_back_is_the_same(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_export_and_import_is_the_same(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Import, export, import: configuration and every bit; in shards too."""
     config, params = imported(folder_of(name, tmp_path / "model"))
     pretrained.save(tmp_path / "one", config, params)
     monkeypatch.setattr(pretrained, "_SHARD_BYTES", 10_000)
     pretrained.save(tmp_path / "many", config, params)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
-    for place in ("one", "many"):
-        again, back = imported(tmp_path / place)
+    for saved in ("one", "many"):
+        again, back = imported(tmp_path / saved)
         assert again == config
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True):
             assert a.tobytes() == b.tobytes()
@@ -329,17 +329,17 @@ def test_narrow_types(dtype: str, tmp_path: Path) -> None:
 
 def gguf_of(name: str, path: Path) -> None:
     """A model of the llama family as llama.cpp keeps it, with a tokenizer of bytes."""
-    said = about(name)["config"]
+    fields = about(name)["config"]
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(said["num_hidden_layers"])
-    writer.add_context_length(said["max_position_embeddings"])
-    writer.add_embedding_length(said["hidden_size"])
-    writer.add_feed_forward_length(said["intermediate_size"])
-    writer.add_head_count(said["num_attention_heads"])
-    writer.add_head_count_kv(said["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(said["rms_norm_eps"])
+    writer.add_block_count(fields["num_hidden_layers"])
+    writer.add_context_length(fields["max_position_embeddings"])
+    writer.add_embedding_length(fields["hidden_size"])
+    writer.add_feed_forward_length(fields["intermediate_size"])
+    writer.add_head_count(fields["num_attention_heads"])
+    writer.add_head_count_kv(fields["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(fields["rms_norm_eps"])
     writer.add_rope_freq_base(10_000.0)
-    writer.add_rope_dimension_count(said["head_dim"])
+    writer.add_rope_dimension_count(fields["head_dim"])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - 3]
     tokens = ["<|im_start|>", "<|im_end|>", *alphabet, "!!"]
     writer.add_tokenizer_model("gpt2")
@@ -350,14 +350,14 @@ def gguf_of(name: str, path: Path) -> None:
     writer.add_eos_token_id(1)
     writer.add_chat_template("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
     parts = {theirs: ours for ours, theirs in gguf_file._BLOCK.items()}
-    whole = {theirs: ours for ours, theirs in gguf_file._WHOLE.items()}
+    top_level = {theirs: ours for ours, theirs in gguf_file._TOP_LEVEL.items()}
     for key, shape in about(name)["tensors"].items():
         array = weights(key, tuple(shape), False)
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if part in key:  # rotary pairs as neighbours
-                halves = array.reshape(said[heads], 2, -1, array.shape[1])
+                halves = array.reshape(fields[heads], 2, -1, array.shape[1])
                 array = halves.swapaxes(1, 2).reshape(array.shape)
-        ours = whole.get(key)
+        ours = top_level.get(key)
         if ours is None:
             _, _, layer, part = key.split(".", 3)
             ours = f"blk.{layer}.{parts[part]}"
@@ -376,8 +376,8 @@ def test_gguf_is_the_same_model(tmp_path: Path) -> None:
     config, params = imported(folder_of("llama-a", tmp_path / "model"))
     assert base.config == config
     assert base.tokenizer.eos_ids == (1,)
-    made, _ = bases.load(base, lambda array, _: array)
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(made), strict=True):
+    read, _ = bases.load(base, lambda array, _: array)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(read), strict=True):
         assert np.array_equal(a, b)
     for length in (path.stat().st_size - 4000, 3000, 20, 0):
         cut = tmp_path / f"cut{length}.gguf"

@@ -60,7 +60,7 @@ LORA = {"lora__rank": "4", "optimizer__learning_rate": "0.01"}
 def written(place: Path, seed: int = 0) -> Path:
     """A small model with its tokenizer, as others would hand it to us."""
     params = decoder.init(SHAPE, SHAPE.vocab_size or 0, seed)
-    pretrained.save(place, SHAPE, params, carried=files(CHATML), tokens={"eos_token_id": 0})
+    pretrained.save(place, SHAPE, params, files=files(CHATML), tokens={"eos_token_id": 0})
     return place
 
 
@@ -191,7 +191,7 @@ def test_what_was_trained_is_handed_on(folder: Path, tmp_path: Path) -> None:
     for wrong in ([{"role": "user"}], [{"role": "assistant", "content": "x"}]):
         with pytest.raises(MlflowException):
             served.predict(pd.DataFrame({"messages": [wrong]}))
-    with pytest.raises(MlflowException, match="made for 256"):
+    with pytest.raises(MlflowException, match="has 256 positions"):
         served.predict(pd.DataFrame({"prompt": ["long " * 200]}))
 
     assert run_here("models", "export", run_id, str(tmp_path / "out")) == 0

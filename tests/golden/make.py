@@ -31,9 +31,9 @@ _LLAMA3 = {
 _LOCAL = {"rope_type": "default", "rope_theta": 10_000.0}
 
 
-def _size(**words: Any) -> dict[str, Any]:
+def _size(**fields: Any) -> dict[str, Any]:
     common = {"vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": 256}
-    return common | {"rms_norm_eps": 1e-5} | words
+    return common | {"rms_norm_eps": 1e-5} | fields
 
 
 # Odd on purpose: heads in groups of one, two and three, widths that are no powers of two.
@@ -181,8 +181,8 @@ def main() -> None:
     here = Path(__file__).parent
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for name, (kind, words) in MODELS.items():
-        config = getattr(transformers, f"{kind}Config")(**words, pad_token_id=None)
+    for name, (kind, fields) in MODELS.items():
+        config = getattr(transformers, f"{kind}Config")(**fields, pad_token_id=None)
         config.eos_token_id = None
         config._attn_implementation = "eager"
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -194,7 +194,7 @@ def main() -> None:
         tokens = tokens.astype(np.int64)
         with torch.no_grad():
             logits = model(torch.tensor(tokens)).logits.numpy()
-        made, margins = _greedy(model, tokens[0, :PROMPT])
+        greedy, margins = _greedy(model, tokens[0, :PROMPT])
         with tempfile.TemporaryDirectory() as scratch:
             model.save_pretrained(scratch)
             tree = json.loads((Path(scratch) / "config.json").read_text())
@@ -209,7 +209,7 @@ def main() -> None:
             here / f"{name}.npz",
             tokens=tokens.astype(np.int32),
             logits=logits,
-            greedy=np.asarray(made, np.int32),
+            greedy=np.asarray(greedy, np.int32),
         )
         print(f"{name}: spread {logits.std():.2f}, closest choice {min(margins):.4f}")
         if min(margins) < 1e-3:

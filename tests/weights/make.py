@@ -34,7 +34,7 @@ def main(file: Path) -> None:
     with torch.no_grad():
         loss = float(model(ids, labels=ids).loss)
         prompt = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False).input_ids
-        made = model.generate(
+        greedy = model.generate(
             prompt, max_new_tokens=GREEDY, do_sample=False, attention_mask=torch.ones_like(prompt)
         )
     chat = tokenizer.apply_chat_template(
@@ -46,12 +46,12 @@ def main(file: Path) -> None:
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
         "ids": ids[0].tolist(),
         "loss": loss,
-        "greedy": made[0, prompt.shape[1] :].tolist(),
+        "greedy": greedy[0, prompt.shape[1] :].tolist(),
         "chat": chat,
         "chat_ids": tokenizer(chat, add_special_tokens=False).input_ids,
     }
-    place = Path(__file__).with_name("smollm2.json")
-    place.write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    path = Path(__file__).with_name("smollm2.json")
+    path.write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
     print(loss, tokenizer.decode(about["greedy"]))
 
 

@@ -42,10 +42,10 @@ def folder(
     base: bases.Base, params: decoder.Params, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The same model in Hugging Face's layout."""
-    place = tmp_path_factory.mktemp("smollm2") / "model"
+    path = tmp_path_factory.mktemp("smollm2") / "model"
     graph = decoder.shape(base.config, base.config.vocab_size or 0)[0]
-    export.whole(Bundle(base.config, graph, params, base.tokenizer, 16), place)
-    return place
+    export.merged(Bundle(base.config, graph, params, base.tokenizer, 16), path)
+    return path
 
 
 def test_the_tokenizer_is_transformers(base: bases.Base) -> None:
@@ -63,11 +63,11 @@ def test_perplexity_and_greedy_text_are_transformers(
     model = nnx.merge(graph, params)
     mask = decoder.segment_mask(jnp.ones((1, len(ids)), jnp.int32))
     logits = model(jnp.asarray(ids)[None], jnp.arange(len(ids))[None], mask)[0][0]
-    shares = jax.nn.log_softmax(logits[:-1].astype(jnp.float32))
-    loss = -float(jnp.mean(shares[jnp.arange(len(ids) - 1), ids[1:]]))
+    log_probabilities = jax.nn.log_softmax(logits[:-1].astype(jnp.float32))
+    loss = -float(jnp.mean(log_probabilities[jnp.arange(len(ids) - 1), ids[1:]]))
     assert np.exp(loss) == pytest.approx(np.exp(GOLDEN["loss"]), rel=1e-3)
     prompt = np.asarray(base.tokenizer._encode("The capital of France is"), np.int32)
-    (made,) = generation.generate(
+    (completion,) = generation.generate(
         graph,
         params,
         [prompt],
@@ -75,11 +75,13 @@ def test_perplexity_and_greedy_text_are_transformers(
         eos_ids=(),
         pad_id=0,
     )
-    assert made.tolist() == GOLDEN["greedy"]
-    assert "Paris" in base.tokenizer.decode(made)
+    assert completion.tolist() == GOLDEN["greedy"]
+    assert "Paris" in base.tokenizer.decode(completion)
 
 
-def test_there_and_back(base: bases.Base, params: decoder.Params, folder: Path) -> None:
+def test_export_and_import_is_the_same(
+    base: bases.Base, params: decoder.Params, folder: Path
+) -> None:
     """GGUF, safetensors, and again: the same bits, the same tokenizer."""
     again = bases.find(folder)
     assert again.config == base.config
@@ -95,7 +97,7 @@ _IMPORT = """
 import re, sys, time
 from pathlib import Path
 import jax
-from tunix_mlflow.models import base as bases
+from tunix_mlflow.models.hub import base as bases
 def anonymous():
     found = re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024
@@ -103,12 +105,12 @@ jax.device_put(0.0).block_until_ready()
 base = bases.find(Path(sys.argv[1]))
 before, peak = anonymous(), 0
 begun = time.perf_counter()
-def place(array, leaf):
+def put(array, leaf):
     global peak
-    put = jax.device_put(array)
+    result = jax.device_put(array)
     peak = max(peak, anonymous())
-    return put
-params, _ = bases.load(base, place)
+    return result
+params, _ = bases.load(base, put)
 jax.block_until_ready(params)
 took = time.perf_counter() - begun
 peak = max(peak, anonymous())
@@ -118,7 +120,7 @@ print(f"{took:.2f} {(peak - before) / size:.3f}")
 
 
 def test_import_takes_little_memory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At most 1.3 times the model, in float32; the time is told."""
+    """At most 1.3 times the model, in float32; the time is printed."""
     words: list[Any] = [sys.executable, "-c", _IMPORT, folder]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
     took, share = map(float, done.stdout.split())
@@ -143,7 +145,7 @@ made = load_config(None, words)
 export(made)
 import jax, msgspec
 from tunix_mlflow.benchmarks import workload
-from tunix_mlflow.models import base as bases
+from tunix_mlflow.models.hub import base as bases
 from tunix_mlflow.training import devices, setup, step
 def anonymous():
     found = re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())
@@ -182,7 +184,7 @@ print((peak - baseline) / 1e6, 2 * 1024 / (time.perf_counter() - begun))
 
 
 def test_adapters_take_little_memory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Compiling with it, at most 40 % of what training the whole model takes; tokens/s are told."""
+    """LoRA, compiling included, takes at most 40 % of the memory of full fine-tuning."""
     took = {}
     for way, rank in (("whole", 0), ("adapters", 16)):
         words = [folder, f"base={folder}", f"lora.rank={rank}", "device=cpu"]

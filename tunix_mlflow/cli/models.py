@@ -117,11 +117,11 @@ def export(model: str, folder: Path, adapter: bool, dtype: str, as_json: bool) -
     from tunix_mlflow.tracking import store
     from tunix_mlflow.tracking.models import flavor, registry
 
-    pretrained.refuse(folder)  # before a model is fetched
+    pretrained.require_absent(folder)  # before a model is fetched
     client = store.connect(TrackingConfig())
     logged = registry.resolve(client, model)
     bundle = flavor.load_model(f"models:/{logged.model_id}")
-    write = export.adapter if adapter else export.whole
+    write = export.adapter if adapter else export.merged
     write(bundle, folder, dtype)
     if as_json:
         print_json({"model_id": logged.model_id, "folder": str(folder)})

@@ -75,8 +75,8 @@ class Bundle(NamedTuple):
             limit = min(limit, self.config.max_positions - longest)
             if limit < 1:
                 raise DatasetError(
-                    f"a prompt has {longest} tokens, and the model was made for"
-                    f" {self.config.max_positions}"
+                    f"a prompt has {longest} tokens, and the model has"
+                    f" {self.config.max_positions} positions"
                 )
         completions = generation.generate(
             self.graph,

@@ -1,1 +1,1 @@
-"""Empty on purpose: each reader loads its own format's package."""
+"""Empty on purpose: each reader imports its own format's package."""

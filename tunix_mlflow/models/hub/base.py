@@ -1,4 +1,4 @@
-"""The pretrained model that a run begins with: found, described, read."""
+"""The pretrained model that a run starts from: find, describe, load."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from tunix_mlflow.models.hub.names import Array
 from tunix_mlflow.models.hub.pretrained import Source
 from tunix_mlflow.text.hub_tokenizer import HubTokenizer
 
-_EXTRA = "it takes the extra `pretrained`: pip install 'tunix-mlflow[pretrained]'"
+_EXTRA = "install the extra `pretrained`: pip install 'tunix-mlflow[pretrained]'"
 
 
 class Base(NamedTuple):
-    """A pretrained model whose weights were not read yet."""
+    """A pretrained model whose weights are not read yet."""
 
-    place: Path  # a folder, or a GGUF file
+    path: Path  # a folder, or a GGUF file
     config: ModelConfig
     tokenizer: HubTokenizer
 
 
-def find(place: Path) -> Base:
-    """What a folder in Hugging Face's layout, a hub cache's or a GGUF file holds.
+def find(path: Path) -> Base:
+    """Return the model in a folder of Hugging Face's layout, of a hub cache, or in a GGUF file.
 
     Raises:
-        ModelError: if it is missing, damaged, or says what is not implemented.
+        ModelError: if it is missing, damaged, or not implemented.
     """
     try:
-        quantized = gguf_file.is_gguf(place)
-        place = place if quantized else pretrained.resolve(place)
-        with opened(place) as source:
+        is_gguf = gguf_file.is_gguf(path)
+        path = path if is_gguf else pretrained.resolve(path)
+        with opened(path) as source:
             config = source.config
-        if quantized:
-            files = gguf_file.tokenizer_files(place)
-            tokenizer = HubTokenizer(files, str(place), config.vocab_size)
+        if is_gguf:
+            files = gguf_file.tokenizer_files(path)
+            tokenizer = HubTokenizer(files, str(path), config.vocab_size)
         else:
-            tokenizer = HubTokenizer.read(place, config.vocab_size)
+            tokenizer = HubTokenizer.read(path, config.vocab_size)
     except ModuleNotFoundError as error:
-        raise ModelError(f"{place} cannot be read: no package {error.name}; {_EXTRA}") from error
-    return Base(place, config, tokenizer)
+        raise ModelError(f"{path} cannot be read: no package {error.name}; {_EXTRA}") from error
+    return Base(path, config, tokenizer)
 
 
 def describe(base: Base) -> dict[str, object]:
-    """What a pretrained model is, for people."""
+    """Return what to show of a pretrained model."""
     model = base.config
     return {
-        "place": str(base.place),
+        "path": str(base.path),
         "family": model.family,
         "parameters": decoder.parameter_count(decoder.shape(model, model.vocab_size or 0)[1]),
         "layers": model.layers,
@@ -68,31 +68,31 @@ def describe(base: Base) -> dict[str, object]:
     }
 
 
-def opened(place: Path) -> AbstractContextManager[Source]:
-    """The weights, to be read."""
-    return gguf_file.opened(place) if gguf_file.is_gguf(place) else pretrained.opened(place)
+def opened(path: Path) -> AbstractContextManager[Source]:
+    """Open the weights of a model."""
+    return gguf_file.opened(path) if gguf_file.is_gguf(path) else pretrained.opened(path)
 
 
-def load(base: Base, place: Callable[[Array, Any], Any]) -> tuple[Params, str]:
-    """The parameters, float32, each put in its place as soon as it is read.
+def load(base: Base, put: Callable[[Array, Any], Any]) -> tuple[Params, str]:
+    """Read the parameters as float32; each is put on its device before the next is read.
 
     Args:
-        base: found.
-        place: puts an array, given shape and type of its leaf, where it shall be.
+        base: from :func:`find`.
+        put: returns an array on its device, given the shape and dtype of its leaf.
 
     Returns:
         The parameters, and their digest (64 hex): equal weights, equal digest.
 
     Raises:
-        ModelError: naming what is missing, unknown, damaged or of another shape.
+        ModelError: naming the tensor that is missing, unknown, damaged or of another shape.
     """
     hasher = hashlib.sha256()
 
-    def noted(array: Array, leaf: Any) -> Any:
+    def hash_and_put(array: Array, leaf: Any) -> Any:
         hasher.update(f"{array.shape}|{array.dtype}\n".encode())
         hasher.update(array.data)
-        return place(array, leaf)
+        return put(array, leaf)
 
-    with opened(base.place) as source:
-        params = pretrained.load(source, base.config.vocab_size or 0, noted)
+    with opened(base.path) as source:
+        params = pretrained.load(source, base.config.vocab_size or 0, hash_and_put)
     return params, hasher.hexdigest()

@@ -1,4 +1,4 @@
-"""A trained model as other tools read it: a folder for transformers, or an adapter for PEFT."""
+"""Export a trained model: as a folder for transformers, or as an adapter for PEFT."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from tunix_mlflow.text.hub_tokenizer import GENERATION
 _PEFT = "base_model.model."
 
 
-def whole(bundle: Bundle, folder: Path, dtype: str = "float32") -> None:
-    """Write config.json, weights, tokenizer and template; adapters are merged.
+def merged(bundle: Bundle, folder: Path, dtype: str = "float32") -> None:
+    """Write config.json, weights, tokenizer and template, with adapters merged.
 
     Raises:
         ModelError: if the folder exists.
     """
     tokenizer = bundle.tokenizer
     ends: Any = tokenizer.eos_ids[0] if len(tokenizer.eos_ids) == 1 else list(tokenizer.eos_ids)
-    carried = dict(tokenizer.files)
-    if carried:  # what ends a completion, where transformers looks first
-        generation = json.loads(carried.get(GENERATION, b"{}")) | {"eos_token_id": ends}
-        carried[GENERATION] = json.dumps(generation, indent=2, sort_keys=True).encode()
+    files = dict(tokenizer.files)
+    if files:  # transformers reads the end of a completion from here first
+        generation = json.loads(files.get(GENERATION, b"{}")) | {"eos_token_id": ends}
+        files[GENERATION] = json.dumps(generation, indent=2, sort_keys=True).encode()
     pretrained.save(
         folder,
         bundle.config,
         bundle.params,
-        carried=carried,
+        files=files,
         tokens={"eos_token_id": ends, "pad_token_id": tokenizer.pad_id},
         dtype=dtype,
     )
@@ -47,24 +47,26 @@ def adapter(bundle: Bundle, folder: Path, dtype: str = "float32") -> None:
     from safetensors.numpy import save_file
 
     if bundle.adapter is None:
-        raise ModelError("this model was trained whole: it has no adapter")
-    own = bundle.adapter
+        raise ModelError("this model was trained without LoRA: it has no adapter")
+    trained = bundle.adapter
     tensors = {}
-    for name, leaf in names.named(own.params, bundle.config).items():
+    for name, leaf in names.named(trained.params, bundle.config).items():
         tensors[f"{_PEFT}{name}"] = np.ascontiguousarray(np.asarray(leaf).T, dtype)
-    said = {
+    adapter_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": own.base,
-        "r": own.config.rank,
-        "lora_alpha": own.config.alpha,
-        "lora_dropout": own.config.dropout,
-        "target_modules": sorted(own.config.targets),
+        "base_model_name_or_path": trained.base,
+        "r": trained.config.rank,
+        "lora_alpha": trained.config.alpha,
+        "lora_dropout": trained.config.dropout,
+        "target_modules": sorted(trained.config.targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with pretrained.appearing(folder) as scratch:
-        text = json.dumps(said, indent=2, sort_keys=True)
+    with pretrained.new_folder(folder) as scratch:
+        text = json.dumps(adapter_config, indent=2, sort_keys=True)
         (scratch / "adapter_config.json").write_text(f"{text}\n")
-        save_file(tensors, scratch / "adapter_model.safetensors", {"base_digest": own.base_digest})
+        save_file(
+            tensors, scratch / "adapter_model.safetensors", {"base_digest": trained.base_digest}
+        )

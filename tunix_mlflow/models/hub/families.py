@@ -1,6 +1,6 @@
-"""A model's `config.json`, as transformers writes it, and the decoder's shape: both ways.
+"""Convert between `config.json`, as transformers writes it, and a decoder's configuration.
 
-What is not implemented, or not known, is an error that names it.
+A key that is unknown, or a value that is not implemented, is an error that names it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-# Keys that change no logit: names, how it was made, what generation does beside it.
-_IDLE = frozenset(
+# Keys that change no logit: names, initialization, settings of generation.
+_IGNORED = frozenset(
     (
         *("_name_or_path", "architectures", "model_type", "transformers_version"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "cache_implementation"),
@@ -32,7 +32,7 @@ _IDLE = frozenset(
         *("unsloth_fixed", "unsloth_version", "sliding_window_size"),
     )
 )
-# What else must hold, because nothing else is implemented. None counts as absent.
+# The only values that are implemented. None counts as absent.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "attention_dropout": (0, 0.0),
@@ -60,7 +60,7 @@ _SCALING = {
     "high_freq_factor": "high_freq_factor",
     "original_max_position_embeddings": "original_positions",
 }
-# What transformers takes where a file leaves a key out.
+# transformers' defaults of keys that a file leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0},
     "qwen2": {
@@ -104,14 +104,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class _Keys:
-    """A config.json that notes which of its keys were looked at."""
+    """The keys of a config.json, and which of them were read."""
 
     def __init__(self, tree: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
         self.tree, self.defaults, self.where = tree, defaults, where
-        self.seen: set[str] = set()
+        self.read: set[str] = set()
 
     def get(self, key: str) -> Any:
-        self.seen.add(key)
+        self.read.add(key)
         return self.tree[key] if key in self.tree else self.defaults.get(key)
 
     def need(self, key: str) -> Any:
@@ -121,16 +121,16 @@ class _Keys:
         return value
 
     def refuse(self, key: str, value: Any, wanted: str) -> ModelError:
-        """The error for a value that is not implemented."""
+        """Return the error for a value that is not implemented."""
         return ModelError(f"{self.where}: {key} is {value!r}; only {wanted} is implemented")
 
 
 def read(tree: Mapping[str, Any], where: str) -> ModelConfig:
-    """The shape that a config.json describes.
+    """Return the decoder's configuration that a config.json describes.
 
     Args:
-        tree: its content, of transformers 4 or 5.
-        where: what errors call it.
+        tree: content of the file, of transformers 4 or 5.
+        where: name of the file in errors.
 
     Raises:
         ModelError: naming the key that is missing, unknown, or not implemented.
@@ -144,73 +144,73 @@ def read(tree: Mapping[str, Any], where: str) -> ModelConfig:
 def _read(tree: Mapping[str, Any], where: str) -> ModelConfig:
     family = tree.get("model_type")
     if family not in ARCHITECTURES:
-        hint = "; take its text model alone" if "text_config" in tree else ""
+        hint = "; use its text model alone" if "text_config" in tree else ""
         raise ModelError(
-            f"{where}: model_type {family!r} is not implemented{hint}; there are"
+            f"{where}: model_type {family!r} is not implemented{hint}; implemented are"
             f" {', '.join(ARCHITECTURES)}"
         )
     keys = _Keys(tree, _DEFAULTS[family], where)
-    words: dict[str, Any] = {"family": family}
+    fields: dict[str, Any] = {"family": family}
     for theirs, ours in _SIZES.items():
         optional = theirs in ("head_dim", "num_key_value_heads", "max_position_embeddings")
-        words[ours] = keys.get(theirs) if optional else keys.need(theirs)
-    words["kv_heads"] = words["kv_heads"] or words["heads"]
-    if words["head_dim"] and words["head_dim"] * words["heads"] == words["width"]:
-        words["head_dim"] = None  # which says the same
-    words["tie_embeddings"] = keys.need("tie_word_embeddings")
-    words |= _rotary(keys, family) | _windows(keys, family, words["layers"])
+        fields[ours] = keys.get(theirs) if optional else keys.need(theirs)
+    fields["kv_heads"] = fields["kv_heads"] or fields["heads"]
+    if fields["head_dim"] and fields["head_dim"] * fields["heads"] == fields["width"]:
+        fields["head_dim"] = None  # the default, with the same value
+    fields["tie_embeddings"] = keys.need("tie_word_embeddings")
+    fields |= _rotary(keys, family) | _windows(keys, family, fields["layers"])
     _activation(keys, family)
     if family in GEMMA:
-        words["query_scale"] = keys.need("query_pre_attn_scalar")
-        words["attention_softcap"] = keys.get("attn_logit_softcapping")
-        words["logit_softcap"] = keys.get("final_logit_softcapping")
+        fields["query_scale"] = keys.need("query_pre_attn_scalar")
+        fields["attention_softcap"] = keys.get("attn_logit_softcapping")
+        fields["logit_softcap"] = keys.get("final_logit_softcapping")
     for key, allowed in _FIXED.items():
         value = keys.get(key)
         if value is not None and value not in allowed:
             raise keys.refuse(key, value, repr(allowed[0]))
     given = {key for key, value in tree.items() if value is not None}
-    unknown = sorted(given - keys.seen - _IDLE)
+    unknown = sorted(given - keys.read - _IGNORED)
     if unknown:
         raise ModelError(
             f"{where}: {unknown[0]}={keys.tree[unknown[0]]!r} is not known to this version of"
-            " tunix-mlflow, which may not compute what it means"
+            " tunix-mlflow, so its logits could be wrong"
         )
-    return _checked(words, where)
+    return _checked(fields, where)
 
 
-def _checked(words: Mapping[str, Any], where: str) -> ModelConfig:
+def _checked(fields: Mapping[str, Any], where: str) -> ModelConfig:
     try:
-        made = msgspec.convert({k: v for k, v in words.items() if v is not None}, ModelConfig)
+        result = msgspec.convert({k: v for k, v in fields.items() if v is not None}, ModelConfig)
     except msgspec.ValidationError as error:
         raise ModelError(f"{where}: {error}") from error
-    if made.heads % made.kv_heads or made.head_width % 2:
+    if result.heads % result.kv_heads or result.head_width % 2:
         raise ModelError(
-            f"{where}: {made.heads} heads of {made.head_width} and {made.kv_heads} key/value heads"
-            " do not go together"
+            f"{where}: {result.heads} heads of width {result.head_width} and {result.kv_heads}"
+            " key/value heads do not go together"
         )
-    return made
+    return result
 
 
 def _rotary(keys: _Keys, family: str) -> dict[str, Any]:
-    """Bases and scaling, of all layers and of windowed ones, in either spelling."""
+    """Return rotary bases and scaling, of full and of windowed layers, in either spelling."""
     given = keys.get("rope_parameters")
     theta, scaling = keys.get("rope_theta"), keys.get("rope_scaling") or {}
     local = keys.get("rope_local_base_freq")
     if given is not None:  # transformers 5
         if "full_attention" in given:
-            near = given.get("sliding_attention") or {}
-            if near.get("rope_type", "default") != "default":
-                raise keys.refuse("rope_parameters", near, "plain positions in windowed layers")
-            local = near.get("rope_theta", local)
+            sliding = given.get("sliding_attention") or {}
+            if sliding.get("rope_type", "default") != "default":
+                raise keys.refuse("rope_parameters", sliding, "plain positions in windowed layers")
+            local = sliding.get("rope_theta", local)
             given = given["full_attention"] or {}
         scaling = {k: v for k, v in given.items() if k != "rope_theta"}
         theta = given.get("rope_theta", theta)
-    words: dict[str, Any] = {"rope_theta": float(theta)}
+    fields: dict[str, Any] = {"rope_theta": float(theta)}
     if local is not None and family == "gemma3_text":
-        words["window_rope_theta"] = float(local)
+        fields["window_rope_theta"] = float(local)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
-        return words
+        return fields
     if kind not in ("linear", "llama3"):
         raise keys.refuse("rope_type", kind, "'default', 'linear' or 'llama3'")
     rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "type") and v is not None}
@@ -222,8 +222,8 @@ def _rotary(keys: _Keys, family: str) -> dict[str, Any]:
     if kind == "llama3" and "original_max_position_embeddings" not in rest:
         raise ModelError(f"{keys.where}: rope scaling has no original_max_position_embeddings")
     numbers: dict[str, Any] = {_SCALING[key]: _number(key, v) for key, v in rest.items()}
-    words["rope_scaling"] = RopeScaling(kind=kind, **numbers)
-    return words
+    fields["rope_scaling"] = RopeScaling(kind=kind, **numbers)
+    return fields
 
 
 def _number(key: str, value: Any) -> int | float:
@@ -231,10 +231,10 @@ def _number(key: str, value: Any) -> int | float:
 
 
 def _windows(keys: _Keys, family: str, layers: int) -> dict[str, Any]:
-    """Which layers look back no further than a window, in any of the spellings."""
+    """Return the attention window and the layers that have it, in any spelling."""
     window, kinds = keys.get("sliding_window"), keys.get("layer_types")
     pattern = keys.get("_sliding_window_pattern") or keys.get("sliding_window_pattern")
-    keys.seen.add("sliding_window_pattern")
+    keys.read.add("sliding_window_pattern")
     used, first = keys.get("use_sliding_window"), keys.get("max_window_layers")
     if family == "llama":
         if window is not None or kinds is not None:
@@ -242,17 +242,17 @@ def _windows(keys: _Keys, family: str, layers: int) -> dict[str, Any]:
         return {}
     if kinds is None:
         if family == "gemma2":
-            near = [not layer % 2 for layer in range(layers)]
+            windows = [not layer % 2 for layer in range(layers)]
         elif family == "gemma3_text":
-            near = [bool((layer + 1) % pattern) for layer in range(layers)]
+            windows = [bool((layer + 1) % pattern) for layer in range(layers)]
         else:
-            near = [bool(used) and layer >= (first or 0) for layer in range(layers)]
+            windows = [bool(used) and layer >= (first or 0) for layer in range(layers)]
     else:
         unknown = set(kinds) - {"full_attention", "sliding_attention"}
         if unknown or len(kinds) != layers:
             raise keys.refuse("layer_types", kinds, "full or sliding attention, one a layer,")
-        near = [kind == "sliding_attention" for kind in kinds]
-    windowed = tuple(layer for layer, is_near in enumerate(near) if is_near)
+        windows = [kind == "sliding_attention" for kind in kinds]
+    windowed = tuple(layer for layer, is_windowed in enumerate(windows) if is_windowed)
     if windowed and window is None:
         raise ModelError(f"{keys.where}: sliding_window is missing")
     return {"window": window, "windowed_layers": windowed} if windowed else {}
@@ -267,7 +267,7 @@ def _activation(keys: _Keys, family: str) -> None:
 
 
 def write(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """The config.json of a shape, for transformers 4.50 and later."""
+    """Return the config.json of a decoder, for transformers 4.50 and later."""
     tree: dict[str, Any] = {
         "architectures": [ARCHITECTURES[model.family]],
         "model_type": model.family,
@@ -297,9 +297,9 @@ def write(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     else:
         tree["hidden_act"] = "silu"
     if model.family != "llama":
-        near = model.windowed_layers
+        windows = model.windowed_layers
         tree["layer_types"] = [
-            "sliding_attention" if layer in near else "full_attention"
+            "sliding_attention" if layer in windows else "full_attention"
             for layer in range(model.layers)
         ]
         tree["sliding_window"] = model.window

@@ -1,7 +1,8 @@
-"""Models in GGUF, llama.cpp's file: the llama family with a byte-level BPE, quantized or not.
+"""Read GGUF, the format of llama.cpp: the llama family with a byte-level BPE, quantized or not.
 
-Two things are undone: quantization, by the gguf package, and the order of the rows of queries and
-keys, whose rotary pairs llama.cpp takes from neighbours and transformers from halves of a head.
+Two things are converted: quantized tensors, by the gguf package, and the order of the rows of
+queries and keys, whose rotary pairs are neighbours in llama.cpp and halves of a head in
+transformers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tunix_mlflow.errors import ModelError
+from tunix_mlflow.files import one_line
 from tunix_mlflow.models.hub import families, names
 from tunix_mlflow.models.hub.names import Array
 from tunix_mlflow.models.hub.pretrained import Source
@@ -32,25 +34,25 @@ _BLOCK = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
-_WHOLE = {
+_TOP_LEVEL = {
     "token_embd.weight": names.TABLE,
     "output_norm.weight": "model.norm.weight",
     "output.weight": names.OUTPUT,
 }
-_CONTROL, _USER_DEFINED = 3, 4  # kinds of token
+_CONTROL, _USER_DEFINED = 3, 4  # token types
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path names such a file."""
+    """Return whether a path names a GGUF file."""
     return path.suffix == ".gguf"
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Source]:
-    """The model in a file.
+    """Open the model in a file.
 
     Raises:
-        ModelError: if it is missing, damaged, or of a kind that is not implemented.
+        ModelError: if it is missing, damaged, or not implemented.
     """
     from gguf import quants
 
@@ -68,50 +70,52 @@ def opened(path: Path) -> Iterator[Source]:
     def read(name: str) -> Array:
         tensor = tensors[name]
         try:
-            made: Array = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-            made = made.reshape(_shape(tensor))
+            array: Array = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            array = array.reshape(_shape(tensor))
         except NotImplementedError as error:
             raise ModelError(f"{path}: {name} is quantized as {tensor.tensor_type.name}") from error
         except (ValueError, IndexError) as error:
             raise ModelError(f"{path}: {name} is damaged") from error
         part = name.split(".")[-2]
-        return _halves(made, heads[part]) if part in heads else made
+        return _to_halves(array, heads[part]) if part in heads else array
 
     yield Source(str(path), config, {n: _shape(t) for n, t in tensors.items()}, read)
 
 
 def tokenizer_files(path: Path) -> dict[str, bytes]:
-    """The tokenizer of a file, as the files of a folder.
+    """Return the tokenizer of a file, as the files of a folder in Hugging Face's layout.
 
     Raises:
-        ModelError: if it is of a kind that is not implemented.
+        ModelError: if it is damaged or not implemented.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     reader = _reader(path)
     kind, split = (_value(reader, f"tokenizer.ggml.{key}", path) for key in ("model", "pre"))
     if (kind, split) != ("gpt2", "smollm"):
-        raise ModelError(f"{path}: tokenizer {kind!r} cut as {split!r} is not implemented")
+        raise ModelError(
+            f"{path}: tokenizer {kind!r} with pre-tokenizer {split!r} is not implemented"
+        )
     tokens = _value(reader, "tokenizer.ggml.tokens", path)
     kinds = _value(reader, "tokenizer.ggml.token_type", path)
     if len(kinds) != len(tokens):
-        raise ModelError(f"{path}: {len(tokens)} tokens, and kinds of {len(kinds)}")
+        raise ModelError(f"{path}: {len(tokens)} tokens, but {len(kinds)} token types")
     pairs = [tuple(m.split(" ")) for m in _value(reader, "tokenizer.ggml.merges", path)]
     try:
-        made = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(tokens)}, merges=pairs))
+        tokenizer = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(tokens)}, merges=pairs))
     except Exception as error:  # the library raises nothing narrower
-        raise ModelError(f"{path}: the tokenizer is damaged: {error}") from error
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+        raise ModelError(f"{path}: the tokenizer is damaged: {one_line(error)}") from error
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
-    made.decoder = decoders.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
     special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
-    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    own = [t for t, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]
-    made.add_tokens([AddedToken(t, normalized=False) for t in own])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    added = [t for t, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in added])
     named = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     settings: dict[str, Any] = {}
     for theirs, ours in named.items():
@@ -120,7 +124,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
             settings[theirs] = tokens[int(number)]
     template = _value(reader, "tokenizer.chat_template", path, optional=True)
     files = {
-        hub_tokenizer.TOKENIZER: made.to_str().encode(),
+        hub_tokenizer.TOKENIZER: tokenizer.to_str().encode(),
         chat_template.SETTINGS: json.dumps(
             settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, sort_keys=True
         ).encode(),
@@ -136,14 +140,14 @@ def _reader(path: Path) -> Any:
     return _read(path, path.stat().st_mtime_ns)
 
 
-@lru_cache(maxsize=1)  # seconds, of a large vocabulary
+@lru_cache(maxsize=1)  # a large vocabulary takes seconds to read
 def _read(path: Path, _: int) -> Any:
     from gguf import GGUFReader
 
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
-        raise ModelError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        raise ModelError(f"{path} is damaged: {one_line(error)}") from error
 
 
 def _value(reader: Any, key: str, path: Path, *, optional: bool = False) -> Any:
@@ -156,11 +160,11 @@ def _value(reader: Any, key: str, path: Path, *, optional: bool = False) -> Any:
 
 
 def _config(reader: Any, path: Path) -> dict[str, Any]:
-    """What config.json would say."""
+    """Return the content that config.json would have."""
     kind = _value(reader, "general.architecture", path)
     if kind != "llama":
         raise ModelError(f"{path}: architecture {kind!r} is not implemented in GGUF")
-    words = {
+    fields = {
         "num_hidden_layers": "block_count",
         "hidden_size": "embedding_length",
         "num_attention_heads": "attention.head_count",
@@ -170,8 +174,8 @@ def _config(reader: Any, path: Path) -> dict[str, Any]:
         "rms_norm_eps": "attention.layer_norm_rms_epsilon",
         "rope_theta": "rope.freq_base",
     }
-    tree = {theirs: _value(reader, f"llama.{ours}", path) for theirs, ours in words.items()}
-    known = {f"llama.{ours}" for ours in words.values()}
+    tree = {theirs: _value(reader, f"llama.{ours}", path) for theirs, ours in fields.items()}
+    known = {f"llama.{ours}" for ours in fields.values()}
     known |= {"llama.vocab_size", "llama.rope.dimension_count"}
     known |= {"llama.attention.key_length", "llama.attention.value_length"}
     head = _value(reader, "llama.rope.dimension_count", path, optional=True)
@@ -182,13 +186,13 @@ def _config(reader: Any, path: Path) -> dict[str, Any]:
     return tree | {
         "model_type": "llama",
         "head_dim": None if head is None else int(head),
-        "rms_norm_eps": epsilon,  # written as float32: 9.999999747378752e-06
+        "rms_norm_eps": epsilon,  # stored as float32: 9.999999747378752e-06
     }
 
 
 def _name(theirs: str, path: Path) -> str:
-    if theirs in _WHOLE:
-        return _WHOLE[theirs]
+    if theirs in _TOP_LEVEL:
+        return _TOP_LEVEL[theirs]
     head, layer, part = [*theirs.split(".", 2), "", ""][:3]
     if head != "blk" or part not in _BLOCK:
         raise ModelError(f"{path}: tensor {theirs} is not implemented")
@@ -199,7 +203,7 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in tensor.shape[::-1])
 
 
-def _halves(kernel: Array, heads: int) -> Array:
-    """Rows [heads * D, W] whose rotary pairs are neighbours, as halves of each head."""
+def _to_halves(kernel: Array, heads: int) -> Array:
+    """Reorder rows, [heads * D, W], from rotary pairs of neighbours to halves of each head."""
     width = kernel.shape[0] // heads // 2
     return kernel.reshape(heads, width, 2, -1).swapaxes(1, 2).reshape(kernel.shape)

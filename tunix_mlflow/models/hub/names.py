@@ -1,7 +1,7 @@
-"""The decoder's parameters under the names that transformers gives them.
+"""Convert between the decoder's parameters and the tensor names of transformers.
 
-Both compute the same: rotary pairs are halves of a head. Products are stored the other way round
-there, [outputs, inputs].
+Both take the halves of a head as rotary pairs. transformers stores linear layers transposed,
+[outputs, inputs].
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _BLOCK = {
     "mlp/up/kernel": "mlp.up_proj.weight",
     "mlp/down/kernel": "mlp.down_proj.weight",
 }
-# Gemma has four norms a block, and gives one of the usual names to another.
+# Gemma has four norms per block, and uses post_attention_layernorm for another one of them.
 _GEMMA_BLOCK = _BLOCK | {
     "attention_post_norm/scale": "post_attention_layernorm.weight",
     "mlp_norm/scale": "pre_feedforward_layernorm.weight",
     "mlp_post_norm/scale": "post_feedforward_layernorm.weight",
 }
 _ADAPTER = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
-_WHOLE = {
+_TOP_LEVEL = {
     "embedding/embedding": TABLE,
     "final_norm/scale": "model.norm.weight",
     "unembedding/kernel": OUTPUT,
@@ -52,82 +52,86 @@ _WHOLE = {
 
 
 def named(params: Params, config: ModelConfig) -> dict[str, Any]:
-    """transformers' name -> leaf, of every parameter, as they lie here and in their order."""
+    """Return every parameter by transformers' name, in our layout and order."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     return {_name(path, config): leaf for path, leaf in leaves}
 
 
 def _name(path: Any, config: ModelConfig) -> str:
     ours = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-    if ours in _WHOLE:
-        return _WHOLE[ours]
+    if ours in _TOP_LEVEL:
+        return _TOP_LEVEL[ours]
     _, layer, part = ours.split("/", 2)
     block = _GEMMA_BLOCK if config.post_norms else _BLOCK
-    product, _, leaf = part.rpartition("/")
-    if leaf in _ADAPTER:  # as PEFT calls them
-        kernel = block[f"{product}/kernel"].removesuffix(".weight")
+    layer_path, _, leaf = part.rpartition("/")
+    if leaf in _ADAPTER:  # PEFT's names
+        kernel = block[f"{layer_path}/kernel"].removesuffix(".weight")
         return f"model.layers.{layer}.{kernel}.{_ADAPTER[leaf]}"
     return f"model.layers.{layer}.{block[part]}"
 
 
-def turned(name: str, array: Array) -> Array:
-    """An array as the other side keeps it: products are turned round, all else is as it is."""
+def transposed(name: str, array: Array) -> Array:
+    """Convert an array between both layouts: transpose the kernel of a linear layer."""
     return array.T if array.ndim == 2 and name != TABLE else array
 
 
 def to_names(params: Params, config: ModelConfig) -> dict[str, Array]:
-    """transformers' name -> array, as they lie there, of every parameter."""
-    return {name: turned(name, np.asarray(leaf)) for name, leaf in named(params, config).items()}
+    """Return every parameter by transformers' name, in its layout."""
+    return {
+        name: transposed(name, np.asarray(leaf)) for name, leaf in named(params, config).items()
+    }
 
 
 def _compare(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str
+    shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
-    """Hold the tensors of a file against those of a model.
+    """Compare the shapes of tensors in a file with those of a model.
 
     Raises:
         ModelError: naming the first that is missing, unknown or of another shape.
     """
-    for name in sorted({*found, *wanted}):
-        if name not in wanted:
+    for name in sorted({*shapes, *expected}):
+        if name not in expected:
             raise ModelError(f"{where}: {name} is no tensor of this model")
-        if name not in found:
+        if name not in shapes:
             raise ModelError(f"{where}: {name} is missing")
-        if tuple(found[name]) != tuple(wanted[name]):
+        if tuple(shapes[name]) != tuple(expected[name]):
             raise ModelError(
-                f"{where}: {name} has shape {list(found[name])}, expected {list(wanted[name])}"
+                f"{where}: {name} has shape {list(shapes[name])}, expected {list(expected[name])}"
             )
 
 
 def from_names(
-    found: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], Array],
     like: Params,
     config: ModelConfig,
     where: str,
-    place: Callable[[Array, Any], Any] = lambda array, _: array,
+    put: Callable[[Array, Any], Any] = lambda array, _: array,
 ) -> Params:
-    """The parameters that :func:`to_names` named, one after the other.
+    """Read parameters by transformers' names, one after the other; invert :func:`to_names`.
 
     Args:
-        found: shapes of all that there are, as they lie there.
-        read: the array of a name.
-        like: parameters, or shapes and types, of the model that they are for.
-        config: its shape.
-        where: what errors call the source.
-        place: puts an array, given its leaf of `like`, where it shall be.
+        shapes: of all tensors in the source, in transformers' layout.
+        read: returns the tensor of a name.
+        like: parameters of the model, or their shapes and dtypes.
+        config: of the model.
+        where: name of the source in errors.
+        put: returns an array on its device, given its leaf of `like`.
 
     Raises:
-        ModelError: naming what is missing, unknown or of another shape; nothing was read.
+        ModelError: naming the tensor that is missing, unknown or of another shape; nothing was
+            read.
     """
-    wanted = named(like, config)
-    shapes = {
-        name: turned(name, np.broadcast_to(0, leaf.shape)).shape for name, leaf in wanted.items()
+    leaves = named(like, config)
+    expected = {
+        name: transposed(name, np.broadcast_to(0, leaf.shape)).shape
+        for name, leaf in leaves.items()
     }
-    _compare(found, shapes, where)
-    made = [
-        place(np.ascontiguousarray(turned(name, read(name)), leaf.dtype), leaf)
-        for name, leaf in wanted.items()
+    _compare(shapes, expected, where)
+    values = [
+        put(np.ascontiguousarray(transposed(name, read(name)), leaf.dtype), leaf)
+        for name, leaf in leaves.items()
     ]
-    params: Params = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), made)
+    params: Params = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values)
     return params

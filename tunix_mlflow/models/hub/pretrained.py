@@ -1,7 +1,7 @@
-"""Pretrained models in Hugging Face's layout: config.json, safetensors in one file or in shards.
+"""Read and write models in Hugging Face's layout: config.json, and safetensors, sharded or not.
 
-Read tensor by tensor, each straight into its type and place. Nothing that a folder holds is
-executed, and nothing is left out in silence.
+Tensors are read one by one, each into its dtype and on its device. Nothing in a folder is
+executed, and no tensor is ignored silently.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from tunix_mlflow.config.schema import ModelConfig
 from tunix_mlflow.errors import ModelError
+from tunix_mlflow.files import one_line
 from tunix_mlflow.models import decoder
 from tunix_mlflow.models.decoder import Params
 from tunix_mlflow.models.hub import families, names
@@ -27,12 +28,12 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 2 * 2**30
-_IDLE = ".rotary_emb.inv_freq"  # that old files keep, though it follows from the configuration
-_TYPES = {"F32", "F16", "BF16", "F64"}
+_IGNORED = ".rotary_emb.inv_freq"  # in old files, though the configuration determines it
+_DTYPES = {"F32", "F16", "BF16", "F64"}
 
 
 class Source(NamedTuple):
-    """An opened model: what it is made of, and how a tensor is read."""
+    """An opened model: its configuration and tensors."""
 
     where: str
     config: ModelConfig
@@ -41,7 +42,7 @@ class Source(NamedTuple):
 
 
 def resolve(folder: Path) -> Path:
-    """The folder that has config.json: this one, or a snapshot of a hub cache's folder.
+    """Return the folder that has config.json: `folder`, or the snapshot in a hub cache's folder.
 
     Raises:
         ModelError: if there is none.
@@ -64,10 +65,10 @@ def resolve(folder: Path) -> Path:
 
 
 def config_of(folder: Path) -> ModelConfig:
-    """The shape that a folder's config.json describes.
+    """Return the decoder's configuration that a folder's config.json describes.
 
     Raises:
-        ModelError: if it cannot be read, or says what is not implemented.
+        ModelError: if it cannot be read, or is not implemented.
     """
     path = folder / CONFIG
     return families.read(read_json(path), str(path))
@@ -75,10 +76,10 @@ def config_of(folder: Path) -> ModelConfig:
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Source]:
-    """The model in a folder.
+    """Open the model in a folder.
 
     Raises:
-        ModelError: if a file is missing, damaged, or says what is not implemented.
+        ModelError: if a file is missing or damaged, or the model is not implemented.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -88,54 +89,54 @@ def opened(folder: Path) -> Iterator[Source]:
         shapes: dict[str, tuple[int, ...]] = {}
         for path in _shards(folder):
             try:
-                # Rust's reader: it checks offsets and lengths, and maps the file.
+                # The reader in Rust checks offsets and lengths, and maps the file.
                 file = stack.enter_context(safe_open(path, framework="np"))
-                for name in file.keys():  # noqa: SIM118  it is no mapping
-                    piece = file.get_slice(name)
+                for name in file.keys():  # noqa: SIM118  not a mapping
+                    tensor = file.get_slice(name)
                     if name in files:
                         raise ModelError(f"{path}: {name} is in another shard as well")
-                    if piece.get_dtype() not in _TYPES:
-                        kind = piece.get_dtype()
+                    if tensor.get_dtype() not in _DTYPES:
+                        kind = tensor.get_dtype()
                         raise ModelError(f"{path}: {name} is {kind}; only floats are implemented")
-                    if not name.endswith(_IDLE):
-                        files[name], shapes[name] = file, tuple(piece.get_shape())
+                    if not name.endswith(_IGNORED):
+                        files[name], shapes[name] = file, tuple(tensor.get_shape())
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} is damaged or missing: {_one_line(error)}") from error
-        _same_as_listed(folder, set(files))
+                raise ModelError(f"{path} is damaged or missing: {one_line(error)}") from error
+        _check_index(folder, set(files))
 
         def read(name: str) -> Array:
             try:
                 return np.asarray(files[name].get_tensor(name))
             except SafetensorError as error:
-                raise ModelError(f"{folder}: {name} is damaged: {_one_line(error)}") from error
+                raise ModelError(f"{folder}: {name} is damaged: {one_line(error)}") from error
 
         yield Source(str(folder), config, shapes, read)
 
 
-def load(source: Source, vocab_size: int, place: Callable[[Array, Any], Any]) -> Params:
-    """The parameters of a model, float32, one after the other.
+def load(source: Source, vocab_size: int, put: Callable[[Array, Any], Any]) -> Params:
+    """Read the parameters of a model as float32, one after the other.
 
     Args:
-        source: opened.
-        vocab_size: rows of its table.
-        place: puts an array, given shape and type of its leaf, where it shall be.
+        source: from :func:`opened`.
+        vocab_size: rows of the embedding.
+        put: returns an array on its device, given the shape and dtype of its leaf.
 
     Raises:
         ModelError: naming a tensor that is missing, unknown or of another shape.
     """
     like = decoder.shape(source.config, vocab_size)[1]
-    found = dict(source.shapes)
-    if source.config.tie_embeddings and names.OUTPUT in found:
+    shapes = dict(source.shapes)
+    if source.config.tie_embeddings and names.OUTPUT in shapes:
         if not np.array_equal(source.read(names.OUTPUT), source.read(names.TABLE)):
             raise ModelError(
                 f"{source.where}: {names.OUTPUT} is not {names.TABLE}, though the two are tied"
             )
-        del found[names.OUTPUT]
-    return names.from_names(found, source.read, like, source.config, source.where, place)
+        del shapes[names.OUTPUT]
+    return names.from_names(shapes, source.read, like, source.config, source.where, put)
 
 
 def on_device(device: jax.Device) -> Callable[[Array, Any], Any]:
-    """Puts each array on a device."""
+    """Return a `put` function for one device."""
     return lambda array, _: jax.device_put(array, device)
 
 
@@ -144,17 +145,17 @@ def save(
     config: ModelConfig,
     params: Params,
     *,
-    carried: Mapping[str, bytes] | None = None,
+    files: Mapping[str, bytes] | None = None,
     tokens: Mapping[str, Any] | None = None,
     dtype: str = "float32",
 ) -> None:
     """Write a model in Hugging Face's layout, in shards of 2 GB; the folder must not exist.
 
     Args:
-        folder: to be made.
-        config: the model's shape.
-        params: its parameters, of the plain form, without adapters.
-        carried: files that go with it, tokenizer and template, by name.
+        folder: to create.
+        config: of the model.
+        params: of the plain form, without adapters.
+        files: tokenizer and template, by name.
         tokens: `bos_token_id` and the like, for config.json.
         dtype: of the tensors.
 
@@ -163,19 +164,19 @@ def save(
     """
     from safetensors.numpy import save_file
 
-    with appearing(folder) as scratch:
+    with new_folder(folder) as scratch:
         leaves = names.named(params, config)
         vocab_size = leaves[names.TABLE].shape[0]
         tree = families.write(config, vocab_size) | {"dtype": dtype} | dict(tokens or {})
         (scratch / CONFIG).write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n")
-        shards = _divided(leaves, np.dtype(jax.numpy.dtype(dtype)).itemsize)
+        shards = _shard_names(leaves, np.dtype(jax.numpy.dtype(dtype)).itemsize)
         listed: dict[str, str] = {}
         for number, group in enumerate(shards, start=1):
             file = WEIGHTS
             if len(shards) > 1:
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors = {
-                name: np.ascontiguousarray(names.turned(name, np.asarray(leaves[name])), dtype)
+                name: np.ascontiguousarray(names.transposed(name, np.asarray(leaves[name])), dtype)
                 for name in group
             }
             save_file(tensors, scratch / file, metadata={"format": "pt"})
@@ -184,34 +185,34 @@ def save(
             size = sum(leaf.size for leaf in leaves.values()) * np.dtype(dtype).itemsize
             index = {"metadata": {"total_size": size}, "weight_map": listed}
             (scratch / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        for name, content in (carried or {}).items():
+        for name, content in (files or {}).items():
             (scratch / name).write_bytes(content)
 
 
-def refuse(folder: Path) -> None:
-    """Complain about a folder that exists.
+def require_absent(folder: Path) -> None:
+    """Raise an error if a folder exists.
 
     Raises:
-        ModelError: if it does.
+        ModelError: if it exists.
     """
     if folder.exists():
         raise ModelError(f"{folder} exists; give a folder that does not")
 
 
 @contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when all is written.
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `folder` when the block succeeds.
 
     Raises:
-        ModelError: if there is one of that name.
+        ModelError: if `folder` exists or cannot be written.
     """
-    refuse(folder)
+    require_absent(folder)
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)
     except OSError as error:
-        raise ModelError(f"cannot write {folder}: {error.strerror}") from error
+        raise ModelError(f"cannot write {folder}: {one_line(error)}") from error
     try:
         yield scratch
         scratch.rename(folder)
@@ -220,22 +221,22 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model's folder.
+    """Return the object in a JSON file of a model's folder.
 
     Raises:
-        ModelError: if it is missing or not that.
+        ModelError: if it is missing, or holds no object.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise ModelError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise ModelError(f"{path} holds no object")
     return tree
 
 
-def _divided(leaves: Mapping[str, Any], item: int) -> list[list[str]]:
-    """Names by shard."""
+def _shard_names(leaves: Mapping[str, Any], item: int) -> list[list[str]]:
+    """Return the names of the tensors of each shard."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, leaf in leaves.items():
@@ -257,21 +258,17 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    found = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(found, dict) or any(Path(str(v)).name != v for v in found.values()):
+    files = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or any(Path(str(v)).name != v for v in files.values()):
         raise ModelError(f"{folder / INDEX} has no weight_map of files beside it")
-    return found
+    return files
 
 
-def _same_as_listed(folder: Path, present: set[str]) -> None:
-    """Hold the shards against their index."""
+def _check_index(folder: Path, present: set[str]) -> None:
+    """Compare the tensors of the shards with their index."""
     if not (folder / INDEX).is_file():
         return
-    listed = {name for name in _weight_map(folder) if not name.endswith(_IDLE)}
+    listed = {name for name in _weight_map(folder) if not name.endswith(_IGNORED)}
     for name in sorted(listed ^ present):
         reason = "is not in its shard" if name in listed else "is not in the index"
         raise ModelError(f"{folder}: {name} {reason}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
