@@ -9,14 +9,14 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
+from tests.test_pipelines import log_score
+from tunix_mlflow.pipelines.promote import promote
+from tunix_mlflow.pipelines.train import train
 
 from tests.conftest import run_here, write_traces
-from tests.test_pipelines import log_score
 from tests.test_resume import config, interrupted
 from tunix_mlflow import paths
 from tunix_mlflow.data import datasets
-from tunix_mlflow.pipelines.promote import promote
-from tunix_mlflow.pipelines.train import train
 from tunix_mlflow.tracking.models import flavor
 from tunix_mlflow.tracking.sync import lease
 from tunix_mlflow.training import checkpoint
@@ -29,9 +29,8 @@ def doubles(tmp_path: Path, store: str) -> str:
 
 
 def here(run_id: str) -> list[int]:
-    return [
-        int(p.name) for p in checkpoint.sealed_checkpoints(paths.run_dir(run_id) / "checkpoints")
-    ]
+    folder = paths.run_dir(run_id) / "checkpoints"
+    return [int(path.name) for path in checkpoint.sealed_checkpoints(folder)]
 
 
 def uploaded(run_id: str) -> list[int]:

@@ -135,8 +135,9 @@ def test_own_data_on_a_teams_server(
     assert not (home / "runs").exists()
 
     trained = last_json(ours("train", *as_arguments(small)).stdout)
-    ours("evaluate", trained["run_id"], "dataset=support-v1", "evaluation.max_new_tokens=4")
-    gate = ("promote", trained["run_id"], "name=support")
+    scored = ("evaluate", trained["run_id"], "--dataset", "support-v1")
+    ours(*scored, "evaluation.max_new_tokens=4")
+    gate = ("promote", trained["run_id"], "support")
     promoted = last_json(ours(*gate, "promotion.thresholds.exact_match=0").stdout)
     assert promoted["version"] == "1"
 
