@@ -237,7 +237,7 @@ def test_a_crash_before_any_operation(store: str, spawn: Spawn, home: Path) -> N
 
 
 def test_a_lost_disk_goes_on_elsewhere(team: str, spawn: Spawn, tmp_path: Path) -> None:
-    """Killed, and everything on the machine is gone: another one continues from what was uploaded."""
+    """Killed, and everything on the machine is gone: another continues from what was uploaded."""
     victims, begun = spawn(), time.monotonic()
     assert victims.run("whole", tmp_path / "first") == 0, victims.log.read_text()[-2000:]
     took = time.monotonic() - begun
@@ -260,8 +260,8 @@ def test_a_lost_disk_goes_on_elsewhere(team: str, spawn: Spawn, tmp_path: Path) 
         points += len(shipped)
     fetched = victims.log.read_text().count("fetched the checkpoint")
     print(
-        f"{team}: {LOST_DISKS} of {LOST_DISKS} runs were resumed elsewhere, {fetched} from an uploaded"
-        f" checkpoint; 0 of {points} shipped points of train/loss lost, 0 doubled"
+        f"{team}: {LOST_DISKS} of {LOST_DISKS} runs were resumed elsewhere, {fetched} from an"
+        f" uploaded checkpoint; 0 of {points} shipped points of train/loss lost, 0 doubled"
     )
 
 
