@@ -17,7 +17,7 @@ from tunix_mlflow.data import datasets
 from tunix_mlflow.errors import IntegrityError, Refused, TrackingError
 from tunix_mlflow.models import bundle as bundles
 from tunix_mlflow.models import decoder
-from tunix_mlflow.text.tokenizer import ByteTokenizer
+from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 from tunix_mlflow.tracking import tags
 from tunix_mlflow.tracking.models import flavor, gate, registry
 from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset

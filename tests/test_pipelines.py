@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import mlflow
 import pandas as pd
@@ -16,13 +18,18 @@ from tunix_mlflow.config.load import load_config
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data import datasets
 from tunix_mlflow.errors import ConfigError, DatasetError, IntegrityError, Refused, TrackingError
+from tunix_mlflow.input.batches import Batch
 from tunix_mlflow.models import arrays, bundle
 from tunix_mlflow.pipelines.evaluate import evaluate
 from tunix_mlflow.pipelines.promote import promote
-from tunix_mlflow.pipelines.train import TrainResult, train
+from tunix_mlflow.pipelines.resume import resume_run
+from tunix_mlflow.pipelines.train import train
+from tunix_mlflow.tracking import tags
 from tunix_mlflow.tracking.models import flavor, gate, registry
 from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
 from tunix_mlflow.tracking.run import open_run
+from tunix_mlflow.tracking.runs import lookup
+from tunix_mlflow.training.trainer import Trainer
 
 
 def config(**more: str) -> Config:
@@ -36,9 +43,40 @@ def doubles(tmp_path: Path) -> str:
     return "doubles-v1"
 
 
+class Trained(NamedTuple):
+    run_id: str
+    model_id: str
+
+
 @pytest.fixture
-def trained(store: str, doubles: str) -> TrainResult:
-    return train(config())
+def trained(store: str, doubles: str) -> Trained:
+    return trained_model()
+
+
+def trained_model(**more: str) -> Trained:
+    run_id = train(config(**more)).run_id
+    return Trained(run_id, logged_model(run_id))
+
+
+def logged_model(run_id: str) -> str:
+    """The only model that a run logged."""
+    outputs = MlflowClient().get_run(run_id).outputs
+    assert outputs is not None
+    (model,) = outputs.model_outputs
+    return str(model.model_id)
+
+
+class Messages:
+    """A reporter that keeps the messages."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def info(self, message: str) -> None:
+        self.text += f"{message}\n"
+
+    def progress(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        pass
 
 
 def log_score(model_id: str, value: float, dataset: str = "doubles-v1") -> None:
@@ -53,18 +91,17 @@ def champion(name: str = "doubles") -> str | None:
     return None if found is None else str(found)
 
 
-def test_training_records_what_a_run_needs(trained: TrainResult) -> None:
+def test_training_records_what_a_run_needs(trained: Trained) -> None:
     """Inputs, digests, the six figures, held-out figures, checkpoints, table, note, model."""
     client = MlflowClient()
     run = client.get_run(trained.run_id)
     assert run.info.status == "FINISHED"
-    assert {i.dataset.name for i in run.inputs.dataset_inputs} == {
-        "doubles-v1/train",
-        "doubles-v1/validation",
-    }
+    assert run.inputs is not None
+    read = {i.dataset.name for i in run.inputs.dataset_inputs}
+    assert read == {"doubles-v1/train", "doubles-v1/validation"}  # not the test split
     for tag in ("dataset", "tokenizer", "template", "config", "weights"):
         assert len(run.data.tags[f"tunix_mlflow.{tag}_digest"]) == 64
-    for tag in ("jax", "device_kind", "nproc", "version"):
+    for tag in ("jax", "device_kind", "threads", "version"):
         assert run.data.tags[f"tunix_mlflow.{tag}"]
     figures = """final_loss best_loss total_steps total_tokens avg_throughput wall_time
         train/loss train/grad_norm train/learning_rate eval/loss eval/exact_match
@@ -83,7 +120,7 @@ def test_training_records_what_a_run_needs(trained: TrainResult) -> None:
     assert model.tags["tunix_mlflow.weights_digest"] == run.data.tags["tunix_mlflow.weights_digest"]
 
 
-def test_the_flavor_holds_no_code(trained: TrainResult, tmp_path: Path) -> None:
+def test_the_flavor_holds_no_code(trained: Trained, tmp_path: Path) -> None:
     """Orbax and JSON only; signature and example; the same answers natively and by pyfunc."""
     uri = f"models:/{trained.model_id}"
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
@@ -103,7 +140,7 @@ def test_the_flavor_holds_no_code(trained: TrainResult, tmp_path: Path) -> None:
     assert len(model.predict(pd.DataFrame({"prompt": []}, dtype=str))) == 0
 
 
-def test_a_damaged_model_does_not_load(trained: TrainResult) -> None:
+def test_a_damaged_model_does_not_load(trained: Trained) -> None:
     """One bit in any file of the bundle, and loading refuses, naming the file."""
     model = MlflowClient().get_logged_model(trained.model_id)
     folder = Path(model.artifact_location.removeprefix("file://")) / "bundle"
@@ -120,27 +157,26 @@ def test_a_damaged_model_does_not_load(trained: TrainResult) -> None:
     assert flavor.load_model(f"models:/{trained.model_id}")
 
 
-def test_evaluation_is_tied_to_model_and_dataset(trained: TrainResult) -> None:
+def test_evaluation_is_tied_to_model_and_dataset(trained: Trained) -> None:
     """The figure with its interval stands on the logged model, under the dataset's digest."""
     scored = evaluate(trained.run_id, config=config())
     assert scored.model_id == trained.model_id
     assert scored.low <= scored.exact_match <= scored.high
     client = MlflowClient()
-    found = [
-        m
-        for m in client.get_logged_model(trained.model_id).metrics
-        if m.key == "eval/exact_match" and m.dataset_digest
-    ]
-    assert [m.dataset_name for m in found] == ["doubles-v1/test"]
+    metrics = client.get_logged_model(trained.model_id).metrics or []
+    found = {m.dataset_name: m.run_id for m in metrics if m.key == "eval/exact_match"}
+    # Training's own figure is there too, of another split; it counts for no gate.
+    assert found == {"doubles-v1/validation": trained.run_id, "doubles-v1/test": scored.run_id}
     run = client.get_run(scored.run_id)
-    assert run.inputs.model_inputs[0].model_id == trained.model_id
+    assert run.inputs is not None
+    assert [m.model_id for m in run.inputs.model_inputs] == [trained.model_id]
     table = client.download_artifacts(scored.run_id, "examples.json")
     assert len(json.loads(Path(table).read_text())["data"]) == scored.examples
     with pytest.raises(DatasetError, match="no example with an answer in split 'dev'"):
         evaluate(trained.run_id, config=config(evaluation__split="dev"))
 
 
-def test_the_gate(trained: TrainResult) -> None:
+def test_the_gate(trained: Trained) -> None:
     """Not evaluated, below the threshold, the first champion, equal weights, a regression."""
     least = {"promotion__thresholds__exact_match": "0.8"}
     with pytest.raises(Refused, match="never evaluated"):
@@ -160,7 +196,7 @@ def test_the_gate(trained: TrainResult) -> None:
     again = promote(f"models:/{trained.model_id}", config=config(**least))
     assert (again.version, again.changed) == ("1", False)
 
-    other = train(config(seed="1"))
+    other = trained_model(seed="1")
     log_score(other.model_id, 0.85)
     with pytest.raises(Refused, match=r"champion version 1 has 0\.9000"):
         promote(other.run_id, config=config(**least))
@@ -178,13 +214,13 @@ def test_the_gate(trained: TrainResult) -> None:
 
 
 def test_a_champion_without_the_figure_must_be_measured_first(
-    trained: TrainResult, tmp_path: Path
+    trained: Trained, tmp_path: Path
 ) -> None:
     """A new model is never compared with a figure of other data."""
     log_score(trained.model_id, 0.9)
     promote(trained.run_id, config=config())
     datasets.ingest(write_traces(tmp_path / "more.jsonl", 90), "doubles-v2")
-    other = train(config(seed="2"))
+    other = trained_model(seed="2")
     log_score(other.model_id, 1.0, "doubles-v2")
     with pytest.raises(Refused, match="evaluate models:/doubles@champion on it first"):
         promote(other.run_id, config=config(dataset="doubles-v2"))
@@ -192,38 +228,47 @@ def test_a_champion_without_the_figure_must_be_measured_first(
     assert promote(other.run_id, config=config(dataset="doubles-v2")).version == "2"
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["run not finished", "other weights", "damaged", "no data digest", "swapped", "other code"],
-)
-def test_integrity_comes_before_registration(trained: TrainResult, what: str) -> None:
-    """What is not whole is refused, and the registry does not even hear of it."""
+def test_integrity_comes_before_registration(trained: Trained) -> None:
+    """What is not whole is refused, and the registry does not even hear of it: a run that did not
+    finish, other weights, no digest of the data, files that are damaged, swapped or of other code."""
     client = MlflowClient()
     log_score(trained.model_id, 1.0)
-    if what == "run not finished":
-        client.set_terminated(trained.run_id, "KILLED")
-    elif what == "other weights":
-        client.set_tag(trained.run_id, "tunix_mlflow.weights_digest", "0" * 64)
-    elif what == "no data digest":
-        client.delete_tag(trained.run_id, "tunix_mlflow.dataset_digest")
-    else:
-        location = client.get_logged_model(trained.model_id).artifact_location
-        folder = Path(location.removeprefix("file://"))
-        if what == "damaged":
-            shutil.rmtree(folder / "bundle" / "params" / "d")
-        elif what == "swapped":
-            other = train(config(seed="3")).model_id
-            place = client.get_logged_model(other).artifact_location.removeprefix("file://")
-            shutil.rmtree(folder / "bundle")
-            shutil.copytree(Path(place) / "bundle", folder / "bundle")
-        else:
-            text = (folder / "MLmodel").read_text()
-            (folder / "MLmodel").write_text(
-                text.replace("tunix_mlflow.tracking.models.flavor", "evil")
-            )
-    with pytest.raises(IntegrityError):
-        promote(trained.run_id, config=config())
-    assert client.search_registered_models() == []
+    run = client.get_run(trained.run_id)
+    folder = package(trained.model_id)
+    good = folder.with_name("good")
+    shutil.copytree(folder, good)
+
+    def refused(message: str) -> None:
+        with pytest.raises(IntegrityError, match=message):
+            promote(trained.run_id, config=config())
+        assert client.search_registered_models() == []
+        shutil.rmtree(folder)
+        shutil.copytree(good, folder)
+
+    client.set_terminated(trained.run_id, "KILLED")
+    refused("KILLED")
+    client.set_terminated(trained.run_id, "FINISHED")
+    client.set_tag(trained.run_id, tags.WEIGHTS_DIGEST, "0" * 64)
+    refused("its run has weights digest 0000")
+    client.set_tag(trained.run_id, tags.WEIGHTS_DIGEST, run.data.tags[tags.WEIGHTS_DIGEST])
+    client.delete_tag(trained.run_id, tags.DATASET_DIGEST)
+    refused("does not say what data")
+    client.set_tag(trained.run_id, tags.DATASET_DIGEST, run.data.tags[tags.DATASET_DIGEST])
+    shutil.rmtree(folder / "bundle" / "params" / "d")
+    refused("params/d")
+    shutil.rmtree(folder / "bundle")
+    shutil.copytree(package(trained_model(seed="3").model_id) / "bundle", folder / "bundle")
+    refused("package digest")
+    text = (folder / "MLmodel").read_text()
+    (folder / "MLmodel").write_text(text.replace("tunix_mlflow.tracking.models.flavor", "evil"))
+    refused("flavor")
+    assert promote(trained.run_id, config=config()).changed
+
+
+def package(model_id: str) -> Path:
+    """Where the store has a model's files."""
+    location = MlflowClient().get_logged_model(model_id).artifact_location
+    return Path(location.removeprefix("file://"))
 
 
 def test_models_of_others_are_refused(store: str, doubles: str) -> None:
@@ -241,7 +286,7 @@ def test_models_of_others_are_refused(store: str, doubles: str) -> None:
     assert client.search_registered_models() == []
 
 
-def test_equal_runs_have_equal_weights(trained: TrainResult) -> None:
+def test_equal_runs_have_equal_weights(trained: Trained) -> None:
     """The same configuration on the same data gives the same bits."""
     again = train(config())
     client = MlflowClient()
@@ -252,15 +297,17 @@ def test_equal_runs_have_equal_weights(trained: TrainResult) -> None:
     assert len(digests) == 1
 
 
-def test_nothing_held_out_is_said(
-    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A dataset without a test split trains, without held-out figures."""
+def test_no_validation_split_is_said(store: str, tmp_path: Path) -> None:
+    """Training goes on without its figures; what has no test split is not evaluated."""
     path = write_traces(tmp_path / "all.jsonl", 20, split="train")
     datasets.ingest(path, "all-v1")
-    trained = train(config(dataset="all-v1"))
-    assert "nothing is held out" in capsys.readouterr().err
+    messages = Messages()
+    alone = config(dataset="all-v1", data__validation_split="none")
+    trained = train(alone, reporter=messages)
+    assert "no examples in split 'none': there is no validation loss" in messages.text
     assert not any(key.startswith("eval/") for key in trained.figures)
+    with pytest.raises(DatasetError, match="no example with an answer in split 'test'"):
+        evaluate(trained.run_id, config=alone)
 
 
 def test_bad_input_starts_no_run(store: str, doubles: str) -> None:
@@ -280,14 +327,17 @@ def test_bad_input_starts_no_run(store: str, doubles: str) -> None:
     assert client.search_runs(experiments) == []
 
 
-def test_only_the_whole_held_out_figure_counts(trained: TrainResult) -> None:
-    """A part of the split, the training split, or another length of answer fool no gate."""
-    for change in (
-        {"evaluation__limit": "1"},
-        {"evaluation__max_new_tokens": "3"},
-        {"evaluation__split": "train", "data__train_split": "test"},
+def test_only_the_whole_held_out_figure_counts(trained: Trained) -> None:
+    """A part of the split, a split that training read, or another length of answer fool no gate."""
+    for change, reason in (
+        ({"evaluation__limit": "1"}, "evaluation.limit is set"),
+        ({"evaluation__max_new_tokens": "3"}, "is not the model's own 4"),
+        ({"evaluation__split": "train"}, "the model was trained on doubles-v1/train"),
+        ({"evaluation__split": "validation"}, "the model was chosen by doubles-v1/validation"),
     ):
-        evaluate(trained.run_id, config=config(**change))
+        messages = Messages()
+        evaluate(trained.run_id, config=config(**change), reporter=messages)
+        assert reason in messages.text
     least = config(promotion__thresholds__exact_match="0")
     with pytest.raises(Refused, match="never evaluated"):
         promote(trained.run_id, config=least)
@@ -295,7 +345,7 @@ def test_only_the_whole_held_out_figure_counts(trained: TrainResult) -> None:
     assert promote(trained.run_id, config=least).changed
 
 
-def test_equal_weights_alone_are_not_the_same_model(trained: TrainResult) -> None:
+def test_equal_weights_alone_are_not_the_same_model(trained: Trained) -> None:
     """A model that answers at another length is another version, judged by its own figures."""
     log_score(trained.model_id, 0.9)
     promote(trained.run_id, config=config())
@@ -305,41 +355,43 @@ def test_equal_weights_alone_are_not_the_same_model(trained: TrainResult) -> Non
     assert champion() == "1"
 
 
-@pytest.mark.parametrize("name", ["it's", "a/b", "", "x:y", "\n"])
-def test_a_name_that_cannot_be_registered(trained: TrainResult, name: str) -> None:
+def test_a_name_that_cannot_be_registered(trained: Trained) -> None:
     """Refused before the registry hears of it."""
     client = MlflowClient()
     model = registry.resolve(client, trained.run_id)
-    with pytest.raises(ConfigError, match="cannot be registered"):
-        gate.promote(client, model, name, thresholds={"exact_match": 0}, dataset=None)
+    for name in ("it's", "a/b", "", "x:y", "\n"):
+        with pytest.raises(ConfigError, match="cannot be registered"):
+            gate.promote(client, model, name, thresholds={"exact_match": 0}, dataset=None)
     assert client.search_registered_models() == []
 
 
-def test_a_split_that_is_not_there_is_not_taken_for_none(store: str, tmp_path: Path) -> None:
-    """A typo in evaluation.split is said; holding out what is trained on is refused."""
-    datasets.ingest(write_traces(tmp_path / "a.jsonl", 30), "doubles-v1")
-    with pytest.raises(DatasetError, match="no split 'tset' to hold out"):
-        train(config(evaluation__split="tset"))
-    with pytest.raises(ConfigError, match="nothing would be held out"):
-        config(evaluation__split="train")
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_training_leaves_a_split_to_evaluate_on(store: str, doubles: str, split: str) -> None:
+    """A configuration that names what training reads as evaluation.split is refused."""
+    with pytest.raises(ConfigError, match=f"evaluation.split is '{split}', which training reads"):
+        train(config(evaluation__split=split))
 
 
 def test_an_offline_run_is_resumed_offline(
     store: str, doubles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its configuration says where it is recorded; a launcher's run is left alone."""
-    from tunix_mlflow.tracking.runs import lookup
-
-    launched = MlflowClient().create_run("0").info.run_id
+    client = MlflowClient()
+    launched = client.create_run("0").info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", launched)
-    offline = config(tracking__offline="true")
-    tags = {"tunix_mlflow.dataset_digest": datasets.get(doubles).digest}
-    with (
-        pytest.raises(KeyboardInterrupt),
-        open_run(stage="train", tracking=offline.tracking, tags=tags, report=print) as run,
-    ):
+
+    def step(self: Trainer, batch: Batch) -> NoReturn:
         raise KeyboardInterrupt
-    assert run.run_id != launched
-    found = lookup.to_resume(run.run_id)
-    assert found.config == offline
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tracking__offline="true"))
+    (folder,) = lookup.folders()
+    found = resume_run(folder.name, {})
+    assert found.config.tracking.offline
     assert set(found.environment) == {"NPROC", "XLA_FLAGS"}
+    assert train(found.config, resume=found.point).run_id == folder.name != launched
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = client.search_runs(experiments)
+    assert (run.info.run_id, run.info.status) == (launched, "RUNNING")

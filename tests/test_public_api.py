@@ -61,10 +61,9 @@ def test_a_script_of_ones_own_is_silent(store: str, own: Path) -> None:
     client = MlflowClient()
     assert client.get_model_version_by_alias("own", "champion").version
     experiment = client.get_experiment_by_name("tunix-mlflow")
-    stages = {
-        run.data.tags["tunix_mlflow.stage"]
-        for run in client.search_runs([experiment.experiment_id])
-    }
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    stages = {run.data.tags["tunix_mlflow.stage"] for run in runs}
     assert stages == {"train", "evaluate", "promote"}
 
 

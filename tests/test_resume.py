@@ -21,12 +21,14 @@ from tunix_mlflow.config.identity import to_json
 from tunix_mlflow.config.load import load_config
 from tunix_mlflow.config.schema import Config, TrackingConfig
 from tunix_mlflow.data import datasets
-from tunix_mlflow.errors import CheckpointError, Interrupted, TrackingError
+from tunix_mlflow.errors import CheckpointError, Interrupted, UnavailableError
 from tunix_mlflow.input.batches import Batch
 from tunix_mlflow.pipelines.resume import ResumePoint
 from tunix_mlflow.pipelines.train import train
+from tunix_mlflow.tracking import tags
 from tunix_mlflow.tracking.run import open_run
 from tunix_mlflow.tracking.runs import lookup
+from tunix_mlflow.tracking.runs import resume as resuming
 from tunix_mlflow.tracking.sync import lease
 from tunix_mlflow.training import checkpoint
 from tunix_mlflow.training.step import StepMetrics
@@ -162,7 +164,7 @@ def test_by_key(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
     run_id = interrupted(monkeypatch, 5, tracking__key="job-17")
     file = tmp_path / "job.yaml"
     file.write_bytes(to_json(config()))
-    again = ("train", str(file), "resume=auto", "tracking.key=job-17")
+    again = ("train", str(file), "--resume", "auto", "tracking.key=job-17")
     assert run_here(*again, "seed=3") == 2
     assert "seed: 0, now 3" in capsys.readouterr().err
     assert run_here(*again) == 0
@@ -170,7 +172,7 @@ def test_by_key(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
     capsys.readouterr()
     assert run_here(*again) == 0
     assert json.loads(capsys.readouterr().out) == {"run_id": run_id, "finished": True}
-    assert run_here("train", "resume=auto") == 2
+    assert run_here("train", "--resume", "auto") == 2
 
 
 WRONG = {
@@ -204,7 +206,7 @@ def targets(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> di
         found[name] = client.create_run(experiment).info.run_id
     ours = client.get_run(run_id).data.tags
     for key, value in ours.items():
-        if key.startswith("tunix_mlflow.") and key != lease.TAG:
+        if key.startswith("tunix_mlflow.") and key != tags.LEASE:
             for name in ("LAUNCHER", "DELETED", "TOKENIZER"):
                 client.set_tag(found[name], key, value)
     for name in ("config.json", "environment.json"):
@@ -256,14 +258,14 @@ def test_a_run_that_is_open_elsewhere(doubles: str, monkeypatch: pytest.MonkeyPa
     def look(seconds: float) -> None:  # the holder renews while the other waits
         nonlocal looks
         looks += 1
-        client.set_tag(run_id, lease.TAG, f"somebody {int(1000 * (time.time() + 60 + looks))}")
+        client.set_tag(run_id, tags.LEASE, f"somebody {int(1000 * (time.time() + 60 + looks))}")
 
-    client.set_tag(run_id, lease.TAG, f"somebody {int(1000 * (time.time() + 60))}")
+    client.set_tag(run_id, tags.LEASE, f"somebody {int(1000 * (time.time() + 60))}")
     with monkeypatch.context() as patched:
-        patched.setattr(lease.time, "sleep", look)
-        with pytest.raises(TrackingError, match="open in another process, elsewhere"):
+        patched.setattr("tunix_mlflow.tracking.sync.lease.time.sleep", look)
+        with pytest.raises(UnavailableError, match="open in another process, elsewhere"):
             train(config(), resume=ResumePoint(run_id))
-    client.set_tag(run_id, lease.TAG, f"somebody {int(1000 * (time.time() + 1))}")
+    client.set_tag(run_id, tags.LEASE, f"somebody {int(1000 * (time.time() + 1))}")
     assert train(config(), resume=ResumePoint(run_id)).run_id == run_id
 
 
@@ -273,11 +275,11 @@ def test_a_run_that_was_taken_over_stops_writing(store: str) -> None:
     quiet = TrackingConfig(system_metrics=False, lease_seconds=2)
     client = MlflowClient()
     with (
-        pytest.raises(TrackingError, match="lease lost to another process"),
+        pytest.raises(UnavailableError, match="lease lost to another process"),
         open_run(stage="train", tracking=quiet, report=lambda _: None) as run,
     ):
         run.sync()
-        client.set_tag(run.run_id, lease.TAG, f"somebody {int(1000 * (time.time() + 60))}")
+        client.set_tag(run.run_id, tags.LEASE, f"somebody {int(1000 * (time.time() + 60))}")
         for step in range(400):
             run.log_metrics({"train/loss": 1.0}, step)
             time.sleep(0.02)
@@ -302,8 +304,7 @@ def test_a_long_upload_keeps_the_lease(store: str, monkeypatch: pytest.MonkeyPat
         assert entered.wait(60)
         begun = time.time()
         while time.time() < begun + 5:
-            tags = client.get_run(run.run_id).data.tags
-            assert not lease.expired(tags)
+            assert not lease.expired(client.get_run(run.run_id).data.tags)
             time.sleep(0.2)
         uploaded.set()
     assert lease.expired(client.get_run(run.run_id).data.tags)
@@ -314,7 +315,7 @@ def test_a_death_without_a_word_is_marked(doubles: str) -> None:
     client = MlflowClient()
     dead = train(config()).run_id
     client.update_run(dead, status="RUNNING")
-    client.set_tag(dead, lease.TAG, f"somebody {int(1000 * (time.time() - 1))}")
+    client.set_tag(dead, tags.LEASE, f"somebody {int(1000 * (time.time() - 1))}")
     alive = client.create_run(client.get_run(dead).info.experiment_id).info.run_id
     train(config(seed="5"))
     found = client.get_run(dead)
@@ -336,7 +337,7 @@ def test_the_launcher_of_a_resume_is_no_ghost(
     found = client.get_run(launcher)
     assert found.info.status == client.get_run(run_id).info.status == "FINISHED"
     assert found.data.tags["tunix_mlflow.launcher_of"] == run_id
-    assert found.data.metrics == found.data.params == {}
+    assert (found.data.metrics, found.data.params) == ({}, {})
     capsys.readouterr()
     assert run_here("runs", "list", "--json") == 0
     assert [row["run_id"] for row in json.loads(capsys.readouterr().out)] == [run_id]
@@ -379,4 +380,4 @@ def test_need_of_a_checkpoint(doubles: str) -> None:
     """What there is is listed."""
     run_id = train(config()).run_id
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; there are: 4, 6, 8"):
-        lookup.need_checkpoint(lookup.look_up(run_id), 3, lambda _: None)
+        resuming.need_checkpoint(lookup.look_up(run_id), 3, lambda _: None)

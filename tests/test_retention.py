@@ -11,14 +11,14 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from tests.conftest import run_here, write_traces
-from tests.test_pipelines import log_score
+from tests.test_pipelines import log_score, logged_model
 from tests.test_resume import config, interrupted
 from tunix_mlflow import paths
 from tunix_mlflow.data import datasets
 from tunix_mlflow.pipelines.promote import promote
 from tunix_mlflow.pipelines.train import train
+from tunix_mlflow.tracking import tags
 from tunix_mlflow.tracking.models import flavor
-from tunix_mlflow.tracking.sync import lease
 from tunix_mlflow.training import checkpoint
 
 
@@ -63,14 +63,14 @@ def many(doubles: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     names = ("champion", "registered", "plain", "deleted", "deleted but registered", "open")
     found = {n: train(config(seed=str(i), **longer)).run_id for i, n in enumerate(names)}
     for name in ("champion", "registered", "deleted but registered"):
-        model = client.get_run(found[name]).outputs.model_outputs[0].model_id
+        model = logged_model(found[name])
         if name == "champion":
             log_score(model, 0.9)
             promote(found[name], "doubles", config=config())
         else:
             mlflow.register_model(f"models:/{model}", "others")
     found["killed"] = interrupted(monkeypatch, 7, seed="9", **longer)
-    client.set_tag(found["open"], lease.TAG, f"somebody {2**42}")
+    client.set_tag(found["open"], tags.LEASE, f"somebody {2**42}")
     client.update_run(found["open"], status="RUNNING")
     for name in ("deleted", "deleted but registered"):
         client.delete_run(found[name])

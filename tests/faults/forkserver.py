@@ -39,13 +39,8 @@ def _arm(crash_at: int) -> list[int]:
 
 def main() -> None:
     from tunix_mlflow.cli.main import invoke
-    from tunix_mlflow.data import datasets  # noqa: F401
+    from tunix_mlflow.pipelines import train  # noqa: F401
     from tunix_mlflow.runtime import process
-    from tunix_mlflow.tracking import run  # noqa: F401
-    from tunix_mlflow.training import (
-        loop,  # noqa: F401
-        trainer,  # noqa: F401
-    )
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     print("ready", flush=True)

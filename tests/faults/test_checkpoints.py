@@ -153,7 +153,7 @@ def _arm(folder: Path, crash_at: int) -> list[int]:
                 setattr(file, name, ticking(getattr(file, name)))
         return file
 
-    Path.open = opened  # type: ignore[assignment, method-assign]
+    Path.open = opened  # type: ignore[method-assign]
     os.fsync = ticking(os.fsync)
     sys.addaudithook(hook)
     return count
