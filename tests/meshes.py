@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import msgspec
@@ -34,8 +35,6 @@ STEPS = 4
 EXAMPLES = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 30)]
 TOKENIZED = encode_examples(EXAMPLES, ByteTokenizer(), True)
 
-
-TOKENIZED = encode_examples(EXAMPLES, ByteTokenizer(), True)
 VOCABULARY = ByteTokenizer.vocab_size
 
 
@@ -120,7 +119,7 @@ def adapted(data: int, fsdp: int, *, scanned: bool = False) -> TrainState:
 
 
 def main() -> None:
-    found = {}
+    found: dict[str, Any] = {}
     for optimizer, grids in (("adamw", ((2, 1), (1, 4), (2, 2))), ("muon", ((2, 2),))):
         alone, losses = trained(configured(1, 1, optimizer))
         for data, fsdp in grids:

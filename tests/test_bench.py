@@ -64,6 +64,7 @@ def test_the_train_suite(store: str, command: Command) -> None:
     assert params["training.batch_size"] == chosen["training.batch_size"]
     assert len(params) <= 30
     assert not [key for key in params if key.startswith(("evaluation.", "tracking.", "promotion."))]
+    assert recorded.inputs is not None
     (used,) = recorded.inputs.dataset_inputs
     assert used.dataset.name == "golden-v2/train"
     assert [tag.value for tag in used.tags] == ["benchmark"]

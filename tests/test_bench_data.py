@@ -15,7 +15,8 @@ from tunix_mlflow.benchmarks import data
 def test_every_stage_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are positive, ratios are of their parts, and the table names every stage."""
     shared, scratch = tmp_path / "shared", tmp_path / "scratch"
-    shared.mkdir(), scratch.mkdir()
+    shared.mkdir()
+    scratch.mkdir()
     monkeypatch.setenv(paths.SNAPSHOTS_VARIABLE, str(shared))
     reported: list[str] = []
     figures = data.measure(scratch, traces=2_000, peer_traces=500, report=reported.append)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,13 +184,18 @@ def loss_and_gradient(
     def loss(params: decoder.Params) -> jax.Array:
         formed = decoder.fuse(params, config) if fused else params
         formed = decoder.stack(formed) if scanned else formed
-        assert jax.tree.structure(formed) == jax.tree.structure(target)
+        assert structure(formed) == structure(target)
         for leaf, expected in zip(jax.tree.leaves(formed), jax.tree.leaves(target), strict=True):
             assert (leaf.shape, leaf.dtype) == (expected.shape, expected.dtype)
         return token_losses(graph, formed, ROW, PrecisionPolicy(remat=remat))[0]
 
     value, gradient = loss(params)
     return float(value), [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
+
+
+def structure(tree: object) -> Any:
+    """A PyTreeDef; jax's types do not say what its == returns."""
+    return jax.tree.structure(tree)
 
 
 def assert_same(one: tuple[float, list[np.ndarray]], other: tuple[float, list[np.ndarray]]) -> None:
@@ -227,7 +232,7 @@ def test_unstack_undoes_stack() -> None:
     """The same structure and the same bits."""
     params = built("grouped, tied")[1]
     result = decoder.unstack(decoder.stack(params))
-    assert jax.tree.structure(result) == jax.tree.structure(params)
+    assert structure(result) == structure(params)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(result), strict=True):
         assert np.array_equal(a, b)
 
@@ -243,7 +248,9 @@ def test_remat_saves_memory_on_a_cpu() -> None:
             return token_losses(graph, params, batch, PrecisionPolicy(remat=remat))[0]
 
         compiled = jax.jit(jax.grad(loss)).lower(target).compile()
-        return int(compiled.memory_analysis().temp_size_in_bytes)
+        sizes = compiled.memory_analysis()
+        assert sizes is not None
+        return int(sizes.temp_size_in_bytes)
 
     kept = {remat: temporaries(remat) for remat in ("none", "dots", "block")}
     assert kept["block"] < kept["none"] / 2
@@ -260,7 +267,8 @@ def value_and_gradients(
         value, backward = jax.vjp(f, *arguments)
         return [value, *backward(jnp.cos(value) if cotangent is None else cotangent)]
 
-    return both(*arguments)
+    result: list[jax.Array] = both(*arguments)
+    return result
 
 
 @pytest.mark.parametrize(
@@ -278,11 +286,11 @@ def test_attention_is_the_librarys(
     mask = np.arange(seen)[None, None, None] <= np.arange(length)[:, None] + seen - length
     mask = np.broadcast_to(mask, (2, 1, length, seen))
 
-    def library(*arrays: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(*arrays, mask=mask)
+    def library(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
-    def ours(*arrays: jax.Array) -> jax.Array:
-        return cpu_kernels.dot_product_attention(*arrays, mask, causal=causal)
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return cpu_kernels.dot_product_attention(q, k, v, jnp.asarray(mask), causal=causal)
 
     (value, *gradients), (expected, *expected_gradients) = (
         value_and_gradients(f, q, k, v) for f in (ours, library)
@@ -300,7 +308,7 @@ def test_blockwise_attention_is_that_of_one_block(dtype: str) -> None:
     k, v = rng.standard_normal((2, 2, 512, 2, 16), np.float32).astype(jnp.dtype(dtype))
     segments = np.repeat(np.asarray([[1, 1, 2, 0], [1, 2, 3, 3]]), 128, axis=1)
     near = np.arange(512)[:, None] - np.arange(512)[None] < 200
-    mask = np.asarray(decoder.segment_mask(segments)) & near
+    mask = decoder.segment_mask(jnp.asarray(segments)) & near
 
     def values(*, causal: bool) -> list[jax.Array]:
         attend = partial(cpu_kernels.dot_product_attention, mask=mask, causal=causal)
@@ -386,7 +394,8 @@ def gradient(
         total, count = token_losses(graph, params, batch, policy)
         return total / count
 
-    return jax.grad(mean)(params)
+    result: decoder.Params = jax.grad(mean)(params)
+    return result
 
 
 def gradients(rows: list[list[int]], policy: PrecisionPolicy = FLOAT32) -> list[jax.Array]:
@@ -498,7 +507,7 @@ def test_a_step_is_compiled_once() -> None:
     partial = batches.assemble(data(), [[i] for i in range(5)] + [[]] * 3)
     compiled: list[str] = []
 
-    def heard(event: str, _: float, **__: object) -> None:
+    def heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.endswith("backend_compile_duration"):
             compiled.append(event)
 
@@ -544,5 +553,5 @@ def test_schedule_warms_up_and_decays() -> None:
 
 def test_batch_is_a_pytree() -> None:
     """jit sees five arrays."""
-    arrays = [np.zeros((1, 2), np.int32)] * 4 + [np.zeros((1, 2), np.bool_)]
-    assert len(jax.tree.leaves(Batch(*arrays))) == 5
+    zeros = np.zeros((1, 2), np.int32)
+    assert len(jax.tree.leaves(Batch(zeros, zeros, zeros, zeros, zeros > 0))) == 5

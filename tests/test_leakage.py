@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import ROOT, tiny, write_traces
+from tests.conftest import tiny, write_traces
 from tunix_mlflow import paths
 from tunix_mlflow.data import datasets, leakage, snapshot
 from tunix_mlflow.errors import DatasetError, IntegrityError, Refused
@@ -114,17 +114,16 @@ def test_training_on_an_evaluation_set_is_refused(store: str, tmp_path: Path) ->
     """Refused before a run is made; told otherwise, it trains, and the run has the figures."""
     import mlflow
 
-    from projects.train import train
     from tunix_mlflow.config.load import load_config
+    from tunix_mlflow.pipelines.train import train
 
     path = write_traces(tmp_path / "a.jsonl", 40, split="train")
     datasets.ingest(path, "doubles-v1", splits={"validation": 0.0})  # all is trained on
     datasets.ingest(write_traces(tmp_path / "b.jsonl", 4, start=2), "asked-v1")
     words = tiny(dataset="doubles-v1", data__evaluation_sets="[asked-v1]")
-    presets = ROOT / "projects" / "configs"
     with pytest.raises(Refused, match="leaks into doubles-v1/train: 4 prompts are trained on"):
-        train(load_config(None, words, presets))
-    done = train(load_config(None, words | {"data.leakage": "record"}, presets))
+        train(load_config(None, words))
+    done = train(load_config(None, words | {"data.leakage": "record"}))
     metrics = mlflow.get_run(done.run_id).data.metrics
     assert metrics["data/leakage_exact/asked-v1"] == 4
 
@@ -161,8 +160,8 @@ def test_a_shared_snapshot_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
     """A colleague with the root trains by digest, without a catalog; a changed file is refused."""
-    from projects.train import train
     from tunix_mlflow.config.load import load_config
+    from tunix_mlflow.pipelines.train import train
 
     root = tmp_path / "shared"
     monkeypatch.setenv("TUNIX_MLFLOW_SNAPSHOTS", f"simplecache::file://{root}")
@@ -170,7 +169,7 @@ def test_a_shared_snapshot_root(
     assert (root / digest / "snapshot.json").is_file()
     monkeypatch.setenv("TUNIX_MLFLOW_HOME", str(tmp_path / "colleague"))
     words = tiny(dataset=digest)
-    done = train(load_config(None, words, ROOT / "projects" / "configs"))
+    done = train(load_config(None, words))
     assert done.manifest.key == "doubles-v1"
     assert not paths.catalog_path().exists()
     assert datasets.verify(digest).ok

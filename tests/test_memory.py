@@ -5,12 +5,13 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from tests.conftest import ROOT
 from tunix_mlflow.config.load import load_config
 from tunix_mlflow.config.schema import LoraConfig, ModelConfig
-from tunix_mlflow.input import batches
 from tunix_mlflow.runtime import devices
-from tunix_mlflow.training import memory, setup, step
+from tunix_mlflow.training import memory
+from tunix_mlflow.training.resolve import resolve_auto
+from tunix_mlflow.training.spec import step_spec
+from tunix_mlflow.training.trainer import lower_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 VOCABULARY, LENGTH = 2048, 128
@@ -52,14 +53,12 @@ def test_the_forecast_is_near_what_xla_reserves(
         "training.fused": fused,
         "training.loss_chunk": "0",
     }
-    config = load_config(None, overrides, ROOT / "projects" / "configs")
+    config = load_config(None, overrides)
     config = msgspec.structs.replace(config, model=model, base="there", lora=LoraConfig(rank=rank))
     cpu = devices.use("cpu")
-    config = setup.resolve_auto(config, VOCABULARY, "cpu")
-    spec = setup.step_spec(config, VOCABULARY, cpu)
-    state, frozen = setup.abstract(spec, config, VOCABULARY, cpu)
-    batch = batches.blank(4, LENGTH)
-    compiled = step.train_step.lower(state, batch, frozen, spec=spec).compile()
-    sizes = compiled.memory_analysis()
+    config = resolve_auto(config, VOCABULARY, "cpu")
+    spec = step_spec(config, VOCABULARY, cpu)
+    sizes = lower_step(spec, config, VOCABULARY, cpu).compile().memory_analysis()
+    assert sizes is not None
     reserved = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
     assert memory.forecast(config, VOCABULARY).total == pytest.approx(reserved, rel=1 / 3)

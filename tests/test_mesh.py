@@ -53,8 +53,10 @@ def test_a_run_on_a_mesh(store: str, command: Callable[..., Any]) -> None:
     resumed = command("tunix-mlflow", "resume", run.info.run_id, *more)
     assert resumed.returncode == 0, resumed.stderr
     assert "mesh data=2,fsdp=1, now data=1,fsdp=1" in resumed.stderr
-    more = ("training.steps=6", "mesh.data=1", "mesh.fsdp=4")
-    spread = command("tunix-mlflow", "resume", run.info.run_id, *more)
+    spread = command(
+        *("tunix-mlflow", "resume", run.info.run_id),
+        *("training.steps=6", "mesh.data=1", "mesh.fsdp=4"),
+    )
     assert spread.returncode == 0, spread.stderr
     assert "mesh data=1,fsdp=1, now data=1,fsdp=4" in spread.stderr
     assert "microbatch_size 2, now 1" in spread.stderr

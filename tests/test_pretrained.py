@@ -48,7 +48,7 @@ def folder_of(name: str, folder: Path, shards: int = 1) -> Path:
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return folder
-    listed = {}
+    listed: dict[str, str] = {}
     for number in range(shards):
         part = dict(list(tensors.items())[number::shards])
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
@@ -408,13 +408,13 @@ def test_adapters_in_the_scanned_form(tmp_path: Path) -> None:
     """The same losses and gradients, with windows, and with inputs left out at random."""
     name = "gemma3-b"
     config, params = imported(folder_of(name, tmp_path / "model"))
-    targets = ("q_proj", "o_proj", "down_proj")  # random bits take XLA half a second each
-    small = LoraConfig(rank=3, dropout=0.3, targets=targets)
+    # Random bits take XLA half a second for each target.
+    small = LoraConfig(rank=3, dropout=0.3, targets=("q_proj", "o_proj", "down_proj"))
     adapters = lora.init(config, VOCABULARY, small, seed=1)
     adapters = jax.tree.map(lambda leaf: jnp.asarray(leaf + np.float32(0.01)), adapters)
-    tokens = jnp.asarray(np.load(GOLDEN / f"{name}.npz")["tokens"])
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    ones = jnp.ones_like(tokens)
+    tokens = np.load(GOLDEN / f"{name}.npz")["tokens"]
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    ones = np.ones_like(tokens)
     batch = Batch(tokens, tokens, positions, ones, ones > 0)
 
     def loss(adapters: decoder.Params, *, scanned: bool) -> jax.Array:

@@ -95,14 +95,20 @@ def new_trainer(config: Config = CONFIG) -> Trainer:
     return Trainer.create(config, VOCABULARY, devices.use("cpu"))
 
 
-def train(folder: Path, recorder: Recorder, stream: TrainBatches | None = None) -> TrainState:
+def train(
+    folder: Path,
+    recorder: Recorder,
+    stream: TrainBatches | None = None,
+    *,
+    config: Config = CONFIG,
+) -> TrainState:
     """One part of a run: restore what is there, train to the end."""
-    trainer = new_trainer()
+    trainer = new_trainer(config)
     checkpoints = Checkpoints(folder, {}, retention=Retention(3))
     restored = checkpoints.restore_latest(trainer.state, print)
     if restored is not None:
         trainer.state = restored[1]
-    save = callbacks.Save(checkpoints, CONFIG.training)
+    save = callbacks.Save(checkpoints, config.training)
     acting: list[Callback] = [callbacks.Log([recorder])]
     acting += [callbacks.Evaluate(lambda: eval_batches(ROWS, 4), 2), save, callbacks.Stop(save)]
     try:

@@ -170,7 +170,8 @@ def weights(name: str, shape: tuple[int, ...], offset: bool) -> np.ndarray:
         return (0.3 * drawn + (0.0 if offset else 1.0)).astype(np.float32)
     if name.endswith("bias"):
         return (0.5 * drawn).astype(np.float32)
-    return (drawn * 1.4 * shape[-1] ** -0.5).astype(np.float32)
+    scaled: np.ndarray = (drawn * 1.4 * shape[-1] ** -0.5).astype(np.float32)
+    return scaled
 
 
 def main() -> None:

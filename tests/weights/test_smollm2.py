@@ -104,7 +104,7 @@ def anonymous():
 jax.device_put(0.0).block_until_ready()
 base = bases.find(Path(sys.argv[1]))
 before, peak = anonymous(), 0
-begun = time.perf_counter()
+start = time.perf_counter()
 def put(array, leaf):
     global peak
     result = jax.device_put(array)
@@ -112,10 +112,10 @@ def put(array, leaf):
     return result
 params, _ = bases.load(base, put)
 jax.block_until_ready(params)
-took = time.perf_counter() - begun
+seconds = time.perf_counter() - start
 peak = max(peak, anonymous())
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-print(f"{took:.2f} {(peak - before) / size:.3f}")
+print(f"{seconds:.2f} {(peak - before) / size:.3f}")
 """
 
 
@@ -140,46 +140,43 @@ import re, sys, threading, time
 from pathlib import Path
 from tunix_mlflow.config.load import load_config
 from tunix_mlflow.runtime.environment import export
-words = dict(word.split("=", 1) for word in sys.argv[2:])
-made = load_config(None, words)
-export(made)
-import jax, msgspec
+config = load_config(None, dict(word.split("=", 1) for word in sys.argv[2:]))
+export(config)
+import jax
 from tunix_mlflow.benchmarks import workload
 from tunix_mlflow.models.hub import base as bases
-from tunix_mlflow.training import devices, setup, step
+from tunix_mlflow.runtime import devices
+from tunix_mlflow.training import state as states
 def anonymous():
     found = re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024
-base = bases.find(Path(sys.argv[1]))
-device = devices.use("cpu")
-begin = setup.fresh
-def imported(plan, params, device):  # all is read, nothing else is there yet
+init_state = states.init_state
+def measured(spec, params, device):  # the weights are read, nothing else is there yet
     global baseline
     devices.return_freed_memory()
     baseline = anonymous()
-    return begin(plan, params, device)
-setup.fresh = imported
-work = workload.made_up(made, device, base)
-peak, over = 0, False
+    return init_state(spec, params, device)
+states.init_state = measured
+work = workload.generated(config, devices.use("cpu"), bases.find(Path(sys.argv[1])))
+peak, is_over = 0, False
 def watch():
     global peak
-    while not over:
+    while not is_over:
         peak = max(peak, anonymous())
         time.sleep(0.005)
 thread = threading.Thread(target=watch)
 thread.start()
-step.compile_step(work.state, work.batches.at(0), work.frozen, plan=work.plan)
+work.trainer.compile(work.batches.at(0))
 devices.return_freed_memory()
-state, begun = work.state, 0.0
-work = work._replace(state=None)
-for number in range(3):
-    if number == 1:
-        begun = time.perf_counter()
-    state, metrics = step.train_step(state, work.batches.at(number), work.frozen, plan=work.plan)
-    jax.block_until_ready(state)
-over = True
+start = 0.0
+for index in range(3):
+    if index == 1:
+        start = time.perf_counter()
+    work.trainer.step(work.batches.at(index))
+    jax.block_until_ready(work.trainer.state)
+is_over = True
 thread.join()
-print((peak - baseline) / 1e6, 2 * 1024 / (time.perf_counter() - begun))
+print((peak - baseline) / 1e6, 2 * 1024 / (time.perf_counter() - start))
 """
 
 
@@ -187,7 +184,7 @@ def test_adapters_take_little_memory(folder: Path, capsys: pytest.CaptureFixture
     """LoRA, compiling included, takes at most 40 % of the memory of full fine-tuning."""
     took = {}
     for way, rank in (("whole", 0), ("adapters", 16)):
-        words = [folder, f"base={folder}", f"lora.rank={rank}", "device=cpu"]
+        words = [str(folder), f"base={folder}", f"lora.rank={rank}", "device=cpu"]
         words += ["data.sequence_length=256", "training.batch_size=4", "training.fused=false"]
         done = subprocess.run(
             [sys.executable, "-c", _TRAIN, *words],
