@@ -31,7 +31,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 BIN = Path(sys.executable).parent
-WIDTH, HEIGHT, TALL = 1400, 900, 1350
+WIDTH, HEIGHT = 1400, 900
 COLORS = 128  # of a picture
 LARGEST = 300_000  # bytes of a picture
 SECONDS = 60  # to wait for anything on a page
@@ -125,7 +125,7 @@ def take(driver: Chrome, uri: str, runs: list[str], folder: Path) -> None:
         experiment = json.load(reply)["run"]["info"]["experiment_id"]
     page = f"{uri}/#/experiments/{experiment}/runs"
 
-    open_page(driver, f"{page}/{runs[0]}{UI}", "Parameters", TALL)
+    open_page(driver, f"{page}/{runs[0]}{UI}", "Parameters", height=1350)
     driver.find_element(By.XPATH, "//button[contains(., 'Show more')]").click()
     wait_for_text(driver, "to evaluate it")
     save(driver, folder / "run-page.png")
@@ -135,7 +135,7 @@ def take(driver: Chrome, uri: str, runs: list[str], folder: Path) -> None:
     save(driver, folder / "run-charts.png")
     first = driver.find_element(By.CSS_SELECTOR, SECTION).text.splitlines()[0]
 
-    open_page(driver, f"{page}{UI}&compareRunsMode=CHART", "2 matching runs", TALL)
+    open_page(driver, f"{page}{UI}&compareRunsMode=CHART", "2 matching runs", height=1120)
     search = driver.find_element(By.CSS_SELECTOR, "input[placeholder='Search metric charts']")
     search.send_keys("/loss$")
     wait_for_text(driver, "train/loss")
