@@ -212,14 +212,14 @@ TIES = st.sampled_from([-math.inf, -1.0, 0.0, 0.0, 2.0, math.inf, math.nan])
 SCORES = TIES | st.floats()
 FOUND = st.dictionaries(
     st.integers(0, 40),
-    st.fixed_dictionaries({}, optional={"eval/loss": SCORES, "other": SCORES}),
+    st.fixed_dictionaries({}, optional={"validation/loss": SCORES, "other": SCORES}),
     max_size=12,
 ).map(lambda found: list(found.items()))
 RETENTIONS = st.builds(
     Retention,
     st.integers(0, 4),
     st.integers(0, 4),
-    st.sampled_from(["eval/loss", "other"]),
+    st.sampled_from(["validation/loss", "other"]),
     st.sampled_from(["min", "max"]),
     st.sampled_from([0, 1, 5, 20]),
 )
@@ -266,7 +266,7 @@ def test_the_best_stay_and_the_order_is_safe(tmp_path: Path) -> None:
     )
     losses = {1: 3.0, 2: 1.0, 3: math.nan, 4: 2.0, 5: 1.5, 6: None}
     for step, loss in losses.items():
-        kept.save(step, state(step), None if loss is None else {"eval/loss": loss})
+        kept.save(step, state(step), None if loss is None else {"validation/loss": loss})
     kept.close()
     assert [int(p.name) for p in sealed_checkpoints(tmp_path)] == [2, 4, 6]
     assert [step for what, step in events if what == "sealed"] == [1, 2, 3, 4, 5, 6]
@@ -408,7 +408,11 @@ def test_saving_by_the_clock(tmp_path: Path) -> None:
     assert training.deterministic(often[0]) == training.deterministic(seldom[0])
     metrics = [arrays.content(p)["metrics"] for p in sealed_checkpoints(tmp_path / "a")]
     loss = often[0].points
-    assert metrics == [{"eval/loss": loss["eval/loss", 2]}, {}, {"eval/loss": loss["eval/loss", 4]}]
+    assert metrics == [
+        {"validation/loss": loss["validation/loss", 2]},
+        {},
+        {"validation/loss": loss["validation/loss", 4]},
+    ]
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon"])

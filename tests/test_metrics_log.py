@@ -84,13 +84,13 @@ def test_summary_sums_over_resumed_parts() -> None:
         {
             "step": 2,
             "timestamp": 3_000,
-            "metrics": {"train/loss": 1.0, "train/tokens": 20, "perf/step_time_ms": 100.0},
+            "metrics": {"train/loss": 1.0, "train/tokens": 20, "train_perf/step_time_ms": 100.0},
         },
         {"part": 2, "timestamp": 100_000},
         {
             "step": 3,
             "timestamp": 104_000,
-            "metrics": {"train/loss": 2.0, "train/tokens": 40, "perf/step_time_ms": 200.0},
+            "metrics": {"train/loss": 2.0, "train/tokens": 40, "train_perf/step_time_ms": 200.0},
         },
     ]
     assert summary(lines) == {

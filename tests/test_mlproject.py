@@ -196,7 +196,9 @@ LONG = tiny(
 
 def history(run_id: str) -> dict[str, list[tuple[int, float]]]:
     client = MlflowClient()
-    keys = [k for k in client.get_run(run_id).data.metrics if k.startswith(("train/", "eval/"))]
+    keys = [
+        k for k in client.get_run(run_id).data.metrics if k.startswith(("train/", "validation/"))
+    ]
     return {
         key: sorted((m.step, m.value) for m in client.get_metric_history(run_id, key))
         for key in keys

@@ -50,7 +50,7 @@ def test_a_run_keeps_what_it_is_told(doubles: str) -> None:
             checkpoints__keep_every_steps="6",
         )
     ).run_id
-    history = MlflowClient().get_metric_history(run_id, "eval/loss")
+    history = MlflowClient().get_metric_history(run_id, "validation/loss")
     worst = max(history, key=lambda m: (m.value, m.step)).step  # mode=max keeps it
     assert here(run_id) == uploaded(run_id) == sorted({worst, 6, 12})
 

@@ -67,7 +67,7 @@ def test_a_finished_run_has_everything(store: str) -> None:
     manifest = datasets.seed("golden-v2").manifest
     with opened(tags={"tunix_mlflow.config_digest": "c" * 64}) as run:
         run.log_params({"optimizer.learning_rate": 0.001})
-        run.log_metrics({"train/loss": 2.0, "train/tokens": 3, "eval/loss": 1.5}, 1)
+        run.log_metrics({"train/loss": 2.0, "train/tokens": 3, "validation/loss": 1.5}, 1)
         for split in manifest.splits:
             run.log_input(TunixMlflowDataset(manifest, split), "training")
         run.set_note("# Hello")
@@ -76,7 +76,7 @@ def test_a_finished_run_has_everything(store: str) -> None:
         figures = run.log_summary(1)
         assert figures["final_loss"] == 2.0
         assert (figures["best_eval_loss"], figures["best_eval_loss_step"]) == (1.5, 1)
-        assert run.last("eval/loss") == {"eval/loss": 1.5}
+        assert run.last("validation/loss") == {"validation/loss": 1.5}
     found = MlflowClient().get_run(run.run_id)
     assert found.info.status == "FINISHED"
     assert found.data.params == {"optimizer.learning_rate": "0.001"}
@@ -399,7 +399,7 @@ def test_a_store_that_cannot_be_used_is_one_line(uri: str, monkeypatch: pytest.M
 def test_a_loop_of_its_own_may_time_what_it_likes(store: str) -> None:
     """The summary needs no token counts."""
     with opened() as run:
-        run.log_metrics({"train/loss": 1.0, "perf/step_time_ms": 3.0}, 1)
+        run.log_metrics({"train/loss": 1.0, "train_perf/step_time_ms": 3.0}, 1)
         assert run.log_summary(1)["avg_throughput"] == 0.0
 
 

@@ -145,7 +145,7 @@ def deterministic(*recorders: Recorder) -> dict[tuple[str, int], float]:
     merged: dict[tuple[str, int], float] = {}
     for recorder in recorders:
         merged |= recorder.points
-    return {k: v for k, v in merged.items() if k[0].startswith(("train/", "eval/"))}
+    return {k: v for k, v in merged.items() if k[0].startswith(("train/", "validation/"))}
 
 
 def test_loss_falls_and_everything_is_recorded(
@@ -156,10 +156,14 @@ def test_loss_falls_and_everything_is_recorded(
     assert int(state.step) == 8
     losses = [recorder.points["train/loss", s] for s in range(1, 9)]
     assert losses[-1] < losses[0]
-    assert sorted(s for k, s in recorder.points if k == "eval/loss") == [2, 4, 6, 8]
+    assert sorted(s for k, s in recorder.points if k == "validation/loss") == [2, 4, 6, 8]
     assert recorder.flushed == [2, 4, 6, 8]
-    assert ("perf/step_time_ms", 1) not in recorder.points
-    assert 0 < recorder.points["perf/compile_ms", 1] < recorder.points["perf/first_step_ms", 1]
+    assert ("train_perf/step_time_ms", 1) not in recorder.points
+    assert (
+        0
+        < recorder.points["train_perf/compile_ms", 1]
+        < recorder.points["train_perf/first_step_ms", 1]
+    )
 
 
 @pytest.mark.parametrize("at", [1, 2, 5])

@@ -47,7 +47,7 @@ def save_all(
     kept = manager(folder, on_sealed)
     try:
         for number in numbers:
-            kept.save(number, state(number), {"eval/loss": 1 / number})
+            kept.save(number, state(number), {"validation/loss": 1 / number})
     finally:
         kept.close()
 

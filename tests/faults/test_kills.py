@@ -140,11 +140,11 @@ def of_key(key: str) -> str:
 
 
 def outcome(key: str) -> tuple[str, dict[str, list[tuple[int, float]]]]:
-    """Digest of the weights, and (step, value) of every train/* and eval/* metric."""
+    """Digest of the weights, and (step, value) of every train/* and validation/* metric."""
     client = MlflowClient()
     run = client.get_run(of_key(key))
     assert run.info.status == "FINISHED"
-    keys = [k for k in run.data.metrics if k.startswith(("train/", "eval/"))]
+    keys = [k for k in run.data.metrics if k.startswith(("train/", "validation/"))]
     history = {
         k: sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, k))
         for k in keys

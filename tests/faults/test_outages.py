@@ -30,7 +30,7 @@ from tunix_mlflow.tracking.sync import delivery, worker
 
 SECONDS = 60.0 if int(os.environ.get("TUNIX_FAULTS", "4")) >= 50 else 6.0
 QUIET = TrackingConfig(system_metrics=False)
-KEYS = ("train/loss", "train/grad_norm", "train/learning_rate", "perf/step_time_ms")
+KEYS = ("train/loss", "train/grad_norm", "train/learning_rate", "train_perf/step_time_ms")
 
 
 class Proxy:
@@ -300,7 +300,7 @@ def steps_of(journals: Path) -> list[tuple[float, float]]:
         for raw in path.read_bytes().splitlines(keepends=True)
         if raw.endswith(b"\n")
     ]
-    key = "perf/step_time_ms"
+    key = "train_perf/step_time_ms"
     return [
         (x["timestamp"] / 1000, x["metrics"][key]) for x in lines if key in x.get("metrics", {})
     ]

@@ -29,7 +29,7 @@ def list_(run_id: str | None, as_json: bool) -> None:
     """List every checkpoint, where it is and its size."""
     from tunix_mlflow.cli.terminal import print_json
 
-    _, entries = _survey(run_id, 1, 0, "eval/loss", "min", 0)
+    _, entries = _survey(run_id, 1, 0, "validation/loss", "min", 0)
     if as_json:
         print_json([_plain(entry) for entry in entries])
         return
@@ -45,7 +45,7 @@ def verify(run_id: str | None, as_json: bool) -> None:
     from tunix_mlflow.cli.terminal import print_json
     from tunix_mlflow.tracking.runs import retention
 
-    client, entries = _survey(run_id, 1, 0, "eval/loss", "min", 0)
+    client, entries = _survey(run_id, 1, 0, "validation/loss", "min", 0)
     reasons = [retention.damage(client, entry) for entry in entries]
     damaged = [
         _plain(entry) | {"damage": reason}
@@ -75,7 +75,7 @@ def verify(run_id: str | None, as_json: bool) -> None:
     show_default=True,
     help="Best to keep.",
 )
-@click.option("--metric", default="eval/loss", show_default=True, help="For --keep-best.")
+@click.option("--metric", default="validation/loss", show_default=True, help="For --keep-best.")
 @click.option(
     "--mode",
     type=click.Choice(["min", "max"]),

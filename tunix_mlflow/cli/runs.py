@@ -131,7 +131,7 @@ def _row(run: Any) -> dict[str, Any]:
         "dataset": tags.get("tunix_mlflow.dataset"),
         "steps": int(metrics["total_steps"]) if "total_steps" in metrics else None,
         "final_loss": metrics.get("final_loss"),
-        "exact_match": metrics.get("eval/exact_match"),
+        "exact_match": metrics.get("eval/exact_match", metrics.get("validation/exact_match")),
         "verified": tags.get("tunix_mlflow.verified"),
         "key": tags.get("tunix_mlflow.key"),
     }

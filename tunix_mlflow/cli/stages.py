@@ -281,7 +281,10 @@ def _report_training(result: TrainResult, reporter: Any) -> None:
         f"final loss {figures['final_loss']:.4f} after {figures['total_steps']:,.0f} steps,"
         f" {figures['avg_throughput']:,.0f} tokens/s"
     )
-    names = {"eval/loss": "validation loss", "eval/exact_match": "validation exact match"}
+    names = {
+        "validation/loss": "validation loss",
+        "validation/exact_match": "validation exact match",
+    }
     for key, name in names.items():
         if key in figures:
             reporter.info(f"{name} {figures[key]:.4f}")

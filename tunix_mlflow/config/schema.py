@@ -284,7 +284,7 @@ class CheckpointsConfig(_Section, frozen=True):
     """Number of newest checkpoints to keep; older ones are deleted once the next is safe."""
     keep_best: NonNegative = 0
     """Number of best checkpoints to keep besides, by `metric`."""
-    metric: str = "eval/loss"
+    metric: str = "validation/loss"
     """Metric of `keep_best`; a checkpoint counts if it was evaluated at its step."""
     mode: Literal["min", "max"] = "min"
     """Whether a smaller or a larger `metric` is better."""

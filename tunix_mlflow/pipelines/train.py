@@ -40,7 +40,11 @@ from tunix_mlflow.training.loop import Callback, Loop, fit
 from tunix_mlflow.training.memory import MemoryReport, check_memory
 from tunix_mlflow.training.trainer import Trainer
 
-_SHOWN = {"train/loss": "loss", "perf/tokens_per_sec": "tok/s", "eval/loss": "validation loss"}
+_SHOWN = {
+    "train/loss": "loss",
+    "train_perf/tokens_per_sec": "tok/s",
+    "validation/loss": "validation loss",
+}
 """Metrics that progress shows, and how it calls them."""
 
 
@@ -369,11 +373,11 @@ def _log_results(run: Run, inputs: TrainingInputs, trainer: Trainer) -> dict[str
     config, manifest = inputs.config, inputs.manifest
     step = config.training.steps
     bundle = _bundle(inputs, trainer)
-    measured = run.last("eval/loss")
+    measured = run.last("validation/loss")
     if inputs.samples:
         scores = scoring.score(inputs.samples, bundle.complete, config.evaluation.batch_size)
-        measured["eval/exact_match"] = scoring.exact_match(scores).value
-        run.log_metrics({"eval/exact_match": measured["eval/exact_match"]}, step)
+        measured["validation/exact_match"] = scoring.exact_match(scores).value
+        run.log_metrics({"validation/exact_match": measured["validation/exact_match"]}, step)
         run.log_table(scoring.table(scores), f"generations/step-{step:08d}.json")
     summary: dict[str, float] = run.log_summary(step)
     folder, digest = _save_bundle(run.folder / "models", step, bundle)

@@ -76,7 +76,8 @@ class Recording:
         A value that is no finite number is reported, once for its key, and the others are kept.
         Within a process each call is one more point, as in MLflow. In a resumed run a point that
         was recorded before with the same step and value is not recorded again; with another value,
-        `train/*`, `eval/*`, `perf/*` and `system/*` keep their first one.
+        keys of `train/`, `validation/`, `eval/`, `train_perf/`, `perf/` and `system/` keep their
+        first one.
 
         Args:
             metrics: key -> value; NumPy and JAX scalars are taken.

@@ -41,7 +41,7 @@ class Retention(NamedTuple):
 
     keep_last: int
     keep_best: int = 0
-    metric: str = "eval/loss"
+    metric: str = "validation/loss"
     mode: Literal["min", "max"] = "min"
     every_steps: int = 0  # multiples of it are never deleted; 0: none
 

@@ -132,12 +132,12 @@ class Loop:
             "train/tokens": float(pending.tokens),
         }
         if pending.step == self.first + 1:
-            metrics["perf/first_step_ms"] = 1000 * seconds
-            metrics["perf/compile_ms"] = 1000 * self.compile_seconds
+            metrics["train_perf/first_step_ms"] = 1000 * seconds
+            metrics["train_perf/compile_ms"] = 1000 * self.compile_seconds
         else:
-            metrics["perf/step_time_ms"] = 1000 * seconds
-            metrics["perf/tokens_per_sec"] = pending.tokens / seconds
-            metrics["perf/input_wait_ms"] = 1000 * pending.input_wait
+            metrics["train_perf/step_time_ms"] = 1000 * seconds
+            metrics["train_perf/tokens_per_sec"] = pending.tokens / seconds
+            metrics["train_perf/input_wait_ms"] = 1000 * pending.input_wait
         self.record(pending.step, metrics)
 
 

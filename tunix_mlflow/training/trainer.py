@@ -114,13 +114,13 @@ class Trainer:
         return metrics
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return `eval/loss` in nats per trained token: summed on the device, divided once."""
+        """Return `validation/loss`, nats per trained token: summed on the device, divided once."""
         sums = [
             steps.eval_step(self.state.params, batch, self.frozen, spec=self.spec)
             for batch in batches
         ]
         losses, counts = jax.device_get(tuple(zip(*sums, strict=True)))
-        return {"eval/loss": float(np.sum(losses, dtype=np.float64) / np.sum(counts))}
+        return {"validation/loss": float(np.sum(losses, dtype=np.float64) / np.sum(counts))}
 
     def is_finite(self) -> bool:
         """Return whether every parameter is finite."""

@@ -21,9 +21,9 @@ from tunix_mlflow import files
 from tunix_mlflow.errors import TrackingError
 from tunix_mlflow.tracking.record import event_log
 
-COMPARED = ("train/", "eval/")
+COMPARED = ("train/", "validation/", "eval/")
 """Metrics that a resumed run must repeat exactly."""
-RECORDED_ONCE = (*COMPARED, "perf/", "system/")
+RECORDED_ONCE = (*COMPARED, "train_perf/", "perf/", "system/")
 """Metrics that have one value at a step: a resumed run does not write them again."""
 
 
@@ -171,7 +171,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the figures of a training for a table of runs.
 
     final_loss and best_loss are training losses, best_eval_loss and best_eval_loss_step the least
-    eval/loss and its step, where there is one. total_tokens counts what is not padding.
+    validation/loss and its step, where there is one. total_tokens counts what is not padding.
     avg_throughput is tokens by the time of the steps alone, without the first step of each part,
     which compiles. wall_time sums, over the parts of a resumed run, the seconds from the part's
     start to its last line.
@@ -183,7 +183,8 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         The figures; empty without a training loss.
     """
     series: dict[str, dict[int, float]] = {
-        key: {} for key in ("train/loss", "eval/loss", "train/tokens", "perf/step_time_ms")
+        key: {}
+        for key in ("train/loss", "validation/loss", "train/tokens", "train_perf/step_time_ms")
     }
     wall, start, latest = 0.0, None, 0
     for line in lines:

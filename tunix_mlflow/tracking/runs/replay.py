@@ -1,6 +1,6 @@
 """Verify a run: train its last segment again, and compare.
 
-From the checkpoint before the last to the last one, every update is computed again. The state must
+From the checkpoint before the last to the last one, every update is recomputed. The state must
 have the digest that the last checkpoint's manifest names, and each loss its recorded value.
 """
 
@@ -30,7 +30,7 @@ from tunix_mlflow.training.inputs import TrainingInputs, read_inputs
 from tunix_mlflow.training.trainer import Trainer
 
 VERDICT_TAG = "tunix_mlflow.verified"
-_COMPARED = ("train/loss", "train/grad_norm", "eval/loss")
+_COMPARED = ("train/loss", "train/grad_norm", "validation/loss")
 
 
 class ReplayReport(NamedTuple):
@@ -103,7 +103,7 @@ def verify(
         for p in _points(client, run_id)
         if p.key in _COMPARED and first < p.step <= last
     }
-    values = _train_again(trainer, inputs, last, {s for k, s in recorded if k == "eval/loss"})
+    values = _train_again(trainer, inputs, last, {s for k, s in recorded if k == "validation/loss"})
     differences = [
         f"{key} at step {step}: recorded {value!r}, now {values.get((key, step))!r}"
         for (key, step), value in sorted(recorded.items())
@@ -126,8 +126,8 @@ def _train_again(
         values["train/loss", index + 1] = float(metrics.loss)
         values["train/grad_norm", index + 1] = float(metrics.grad_norm)
         if index + 1 in evaluated and inputs.validation is not None:
-            loss = trainer.evaluate(eval_batches(inputs.validation, batch_size))["eval/loss"]
-            values["eval/loss", index + 1] = loss
+            loss = trainer.evaluate(eval_batches(inputs.validation, batch_size))["validation/loss"]
+            values["validation/loss", index + 1] = loss
     return values
 
 
