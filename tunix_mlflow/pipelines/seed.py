@@ -57,9 +57,10 @@ def seed(
                 "dataset": manifest.key,
                 "num_traces": manifest.request["num_traces"],
                 "seed": seeds.DEFAULT_SEED if seed is None else seed,
+                "examples": manifest.count,
+                **manifest.stats,
             }
         )
         for split in manifest.splits:
             run.log_input(TunixMlflowDataset(manifest, split), context="seed")
-        run.log_metrics({f"dataset/{k}": float(v) for k, v in manifest.stats.items()})
     return built
