@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import msgspec
@@ -27,7 +28,7 @@ from tunix_mlflow.training import mesh as meshes
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention
 from tunix_mlflow.training.resolve import resolve_auto
 from tunix_mlflow.training.spec import step_spec
-from tunix_mlflow.training.state import InitialState, TrainState, init_state
+from tunix_mlflow.training.state import InitialState, init_state, load_state
 from tunix_mlflow.training.trainer import Trainer
 
 STEPS = 4
@@ -38,19 +39,40 @@ TOKENIZED = encode_examples(EXAMPLES, ByteTokenizer(), True)
 VOCABULARY = ByteTokenizer.vocab_size
 
 
-def configured(data: int, fsdp: int, optimizer: str) -> Config:
+class Grid(NamedTuple):
+    """Devices, and what they train with."""
+
+    data: int
+    fsdp: int
+    optimizer: str = "adamw"
+
+
+ALONE = Grid(1, 1)
+
+
+def configured(grid: Grid) -> Config:
     tree = {
         "model": {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 24},
         "data": {"sequence_length": 64, "packing": False},
         "training": {"steps": STEPS, "batch_size": 8, "microbatch_size": 1},
-        "optimizer": {"name": optimizer, "warmup_steps": 0},
-        "mesh": {"data": data, "fsdp": fsdp},
+        "optimizer": {"name": grid.optimizer, "warmup_steps": 0},
+        "mesh": {"data": grid.data, "fsdp": grid.fsdp},
     }
     return resolve_auto(resolve(tree, "the test"), VOCABULARY, "cpu")
 
 
-def new_trainer(config: Config) -> Trainer:
-    return Trainer.create(config, VOCABULARY, devices.use("cpu"))
+@lru_cache
+def compiled(grid: Grid) -> Trainer:
+    """One trainer of each grid: its step is compiled once."""
+    return Trainer.create(configured(grid), VOCABULARY, devices.use("cpu"))
+
+
+def new_trainer(grid: Grid) -> Trainer:
+    """The trainer of a grid, at its first update again."""
+    trainer = compiled(grid)
+    initial = load_state(trainer.spec, trainer.config, VOCABULARY, trainer.device, None)
+    trainer.state = initial.state
+    return trainer
 
 
 def train(trainer: Trainer, steps: int = STEPS) -> list[float]:
@@ -60,20 +82,34 @@ def train(trainer: Trainer, steps: int = STEPS) -> list[float]:
     return [float(trainer.step(stream.at(step)).loss) for step in range(trainer.updates, steps)]
 
 
-def trained(config: Config) -> tuple[TrainState, list[float]]:
-    trainer = new_trainer(config)
+class Trained(NamedTuple):
+    """The end of a training; arrays may be donated afterwards, so they are copied."""
+
+    params: list[np.ndarray]
+    digest: str
+    losses: list[float]
+    share: float  # of the parameters, on the first device
+
+
+def trained(trainer: Trainer) -> Trained:
     losses = train(trainer)
-    return trainer.state, losses
+    leaves = jax.tree.leaves(trainer.state.params)
+    held = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
+    return Trained(
+        [np.array(leaf) for leaf in leaves],
+        arrays.digest(trainer.state),
+        losses,
+        held / sum(leaf.size for leaf in leaves),
+    )
 
 
-def distance(a: TrainState, b: TrainState) -> float:
-    pairs = zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True)
-    return max(float(np.max(np.abs(np.asarray(x) - np.asarray(y)))) for x, y in pairs)
+def distance(a: Trained, b: Trained) -> float:
+    pairs = zip(a.params, b.params, strict=True)
+    return max(float(np.max(np.abs(x - y))) for x, y in pairs)
 
 
-def moved(optimizer: str) -> dict[str, float]:
+def moved(here: Grid, there: Grid, uninterrupted: Trained) -> dict[str, Any]:
     """Trained on a mesh, saved, restored on another, trained on there."""
-    here, there = configured(2, 2, optimizer), configured(1, 4, optimizer)
     trainer, other = new_trainer(here), new_trainer(there)
     train(trainer, STEPS // 2)
     target = jax.tree.leaves(other.state)
@@ -86,21 +122,16 @@ def moved(optimizer: str) -> dict[str, float]:
     restored = jax.tree.leaves(other.state)
     same_place = all(a.sharding == b.sharding for a, b in zip(restored, target, strict=True))
     exact = arrays.digest(other.state) == arrays.digest(trainer.state)
-    train(other)
-    uninterrupted, _ = trained(here)
-    return {
-        "exact": exact,
-        "same_place": same_place,
-        "distance": distance(other.state, uninterrupted),
-    }
+    distance_at_the_end = distance(trained(other), uninterrupted)
+    return {"exact": exact, "same_place": same_place, "distance": distance_at_the_end}
 
 
-def adapted(data: int, fsdp: int, *, scanned: bool = False) -> TrainState:
+def adapted(grid: Grid, *, scanned: bool = False) -> Trained:
     """Adapters trained beside frozen parameters that are sharded."""
-    config = configured(data, fsdp, "adamw")
+    config = configured(grid)
     config = msgspec.structs.replace(
         config,
-        model=msgspec.structs.replace(config.model, layers=3),
+        model=msgspec.structs.replace(config.model, layers=2),
         lora=LoraConfig(rank=2),
         training=msgspec.structs.replace(config.training, fused=False, scan_layers=scanned),
     )
@@ -113,29 +144,31 @@ def adapted(data: int, fsdp: int, *, scanned: bool = False) -> TrainState:
         frozen = jax.device_put(frozen, meshes.shardings(frozen, spec.mesh))
     adapters = lora.init(config.model, VOCABULARY, config.lora, 0)
     initial = InitialState(init_state(spec, adapters, device), frozen, None)
-    trainer = Trainer(config, VOCABULARY, device, spec, initial)
-    train(trainer)
-    return trainer.state
+    return trained(Trainer(config, VOCABULARY, device, spec, initial))
 
 
 def main() -> None:
+    ends: dict[Grid, Trained] = {}
     found: dict[str, Any] = {}
     for optimizer, grids in (("adamw", ((2, 1), (1, 4), (2, 2))), ("muon", ((2, 2),))):
-        alone, losses = trained(configured(1, 1, optimizer))
+        alone = trained(new_trainer(Grid(1, 1, optimizer)))
         for data, fsdp in grids:
-            config = configured(data, fsdp, optimizer)
-            state, theirs = trained(config)
-            again, _ = trained(config)
-            held = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params)]
+            grid = Grid(data, fsdp, optimizer)
+            ends[grid] = end = trained(new_trainer(grid))
             found[f"{optimizer} {data}x{fsdp}"] = {
-                "distance": distance(alone, state),
-                "loss": max(abs(a - b) for a, b in zip(losses, theirs, strict=True)),
-                "again": arrays.digest(again) == arrays.digest(state),
-                "share": sum(held) / sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+                "distance": distance(alone, end),
+                "loss": max(abs(a - b) for a, b in zip(alone.losses, end.losses, strict=True)),
+                "again": trained(new_trainer(grid)).digest == end.digest,
+                "share": end.share,
             }
-    found["moved"] = moved("adamw")
-    found["adapted"] = distance(adapted(1, 1), adapted(2, 2))
-    found["scanned"] = distance(adapted(1, 1), adapted(2, 2, scanned=True))
+    here = Grid(2, 2)
+    found["moved"] = {
+        f"{there.data}x{there.fsdp}": moved(here, there, ends[here])
+        for there in (Grid(1, 4), ALONE)
+    }
+    plain = adapted(ALONE)
+    found["adapted"] = distance(plain, adapted(here))
+    found["scanned"] = distance(plain, adapted(here, scanned=True))
     print(json.dumps(found))
 
 

@@ -124,8 +124,8 @@ def test_training_on_an_evaluation_set_is_refused(store: str, tmp_path: Path) ->
     with pytest.raises(Refused, match="leaks into doubles-v1/train: 4 prompts are trained on"):
         train(load_config(None, words))
     done = train(load_config(None, words | {"data.leakage": "record"}))
-    metrics = mlflow.get_run(done.run_id).data.metrics
-    assert metrics["data/leakage_exact/asked-v1"] == 4
+    tags = mlflow.get_run(done.run_id).data.tags
+    assert tags["tunix_mlflow.leakage_exact.asked-v1"] == "4"
 
 
 def test_a_dataset_in_mlflow(store: str, tmp_path: Path) -> None:
