@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -13,7 +18,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 import tunix_mlflow as tm
-from tests.conftest import ROOT, environment, tiny, write_traces
+from tests.conftest import BIN, ROOT, environment, tiny, write_traces
 
 SMALL = """
 import os, signal
@@ -30,6 +35,15 @@ promoted = tm.promote(trained.run_id, "own", config=gate)
 assert promoted.changed and scored.examples > 0
 assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
 assert handlers == {{n: signal.getsignal(n) for n in handlers}}
+"""
+
+KERNEL = """
+import asyncio
+async def kernel():
+    names = {{}}
+    for cell in {cells!r}:
+        exec(compile(cell, "cell", "exec"), names)
+asyncio.run(kernel())
 """
 
 
@@ -53,9 +67,50 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_script_of_ones_own_is_silent(store: str, own: Path) -> None:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an MLflow server."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port)]
+    words += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    words += ["--artifacts-destination", str(folder / "artifacts")]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            words, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        for _ in range(600):
+            assert process.poll() is None, (folder / "log").read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+@pytest.fixture
+def on_server(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The tracking store of this test and its children is the server; MLflow is not silenced."""
+    monkeypatch.delenv("MLFLOW_LOGGING_LEVEL")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    mlflow.set_tracking_uri(server)
+    mlflow.set_registry_uri(server)
+    yield
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("on_server")
+def test_a_script_of_ones_own_is_silent(own: Path) -> None:
     """With jax loaded first: four calls, no output, the environment and the handlers as before."""
-    (own / "script.py").write_text(SMALL.format(overrides=tiny()))
+    (own / "script.py").write_text(SMALL.format(overrides=tiny(tracking__system_metrics="true")))
     done = python(own, "script.py")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     client = MlflowClient()
@@ -67,21 +122,47 @@ def test_a_script_of_ones_own_is_silent(store: str, own: Path) -> None:
     assert stages == {"train", "evaluate", "promote"}
 
 
-def test_the_script_of_the_docs(store: str, own: Path) -> None:
-    """docs/own_data.py runs as it is printed there."""
+@pytest.mark.usefixtures("on_server")
+def test_the_script_of_the_docs(own: Path) -> None:
+    """docs/own_data.py runs as it is printed there; its own two lines are all that is printed."""
     done = python(own, str(ROOT / "docs" / "own_data.py"), "own.jsonl", "support")
+    assert (done.returncode, done.stderr) == (0, "")
+    figures, promoted = done.stdout.splitlines()
+    assert figures.startswith("exact match ")
+    assert promoted == "support version 1: promoted, the first"
+
+
+@pytest.mark.usefixtures("on_server")
+def test_the_notebook_of_the_docs(own: Path) -> None:
+    """The cells of docs/own_data.ipynb, one after the other, in a loop as a kernel has one."""
+    notebook = json.loads((ROOT / "docs" / "own_data.ipynb").read_text())
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert len(cells) == 5
+    (own / "kernel.py").write_text(KERNEL.format(cells=cells))
+    done = python(own, "kernel.py")
     assert done.returncode == 0, done.stderr
-    assert "exact match" in done.stdout
-    assert "support version 1: promoted, the first" in done.stdout
+    # The last cell loads the model with mlflow.pyfunc, which shows its own progress.
+    others = [line for line in done.stderr.splitlines() if "Downloading artifacts" not in line]
+    assert (done.stdout, [line for line in others if line]) == ("", [])
+    version = MlflowClient().get_model_version_by_alias("notebook", "champion")
+    assert version.version == "1"
+
+
+def test_a_new_local_store_is_made_in_silence(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a server MLflow makes a database in the current folder, and logs that."""
+    monkeypatch.delenv("MLFLOW_LOGGING_LEVEL")
+    done = python(own, "-c", "import tunix_mlflow as tm\nwith tm.start_run() as run: pass")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (own / "mlflow.db").is_file()
 
 
 def test_public_names_load_lazily() -> None:
-    """Each name is there; importing the package loads none of them."""
+    """Each name is there; importing the package loads nothing but the version."""
     for name in tm.__all__:
         assert getattr(tm, name) is not None
     code = "import sys, tunix_mlflow; print(sorted(m for m in sys.modules if 'tunix_mlflow.' in m))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "['tunix_mlflow.version']"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         tm.nothing  # noqa: B018
 

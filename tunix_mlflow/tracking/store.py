@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -112,8 +113,14 @@ def _alone(uri: str) -> Iterator[None]:
         yield
         return
     name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    migrations = logging.getLogger("mlflow.store.db.utils")
+    level = migrations.level
     with FileLock(Path(tempfile.gettempdir()) / f"tunix-mlflow-{os.getuid()}-{name}.lock"):
-        yield
+        migrations.setLevel(logging.WARNING)  # it tells of each table that it makes
+        try:
+            yield
+        finally:
+            migrations.setLevel(level)
 
 
 def wanted_experiment(
