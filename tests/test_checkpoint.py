@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import test_training as training
-from tests.conftest import tiny
 from tunix_mlflow.config.load import load_config
 from tunix_mlflow.config.schema import CheckpointsConfig
 from tunix_mlflow.errors import CheckpointError, ConfigError, IntegrityError, UnavailableError
@@ -29,7 +29,6 @@ from tunix_mlflow.training.checkpoint import (
     sealed_checkpoints,
     to_delete,
 )
-from tunix_mlflow.training.resolve import resolve_auto
 from tunix_mlflow.training.state import TrainState
 
 IDENTITY = {"dataset_digest": "d" * 64, "nproc": "2"}
@@ -386,32 +385,28 @@ def test_deleting_where_a_deletion_was_killed(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_saving_by_the_clock(tmp_path: Path) -> None:
     """When the time between saves has passed after each step, each step is saved; the values are
     those of a run that is saved by steps alone, and each has the metrics of its own step."""
 
-    def trained(folder: Path, minutes: str) -> tuple[training.Recorder, TrainState]:
+    def trained(folder: Path, minutes: float) -> tuple[training.Recorder, TrainState]:
         recorder = training.Recorder()
-        overrides = tiny(
-            training__steps="4",
-            training__save_every_minutes=minutes,
-            optimizer__name="muon",
-            data__sequence_length="64",
-        )
-        config = resolve_auto(load_config(None, overrides), training.VOCABULARY, "cpu")
+        updates = msgspec.structs.replace(training.CONFIG.training, save_every_minutes=minutes)
+        config = msgspec.structs.replace(training.CONFIG, training=updates)
         return recorder, training.train(folder, recorder, config=config)
 
-    often, seldom = trained(tmp_path / "a", "1e-9"), trained(tmp_path / "b", "1e9")
-    assert often[0].flushed == [1, 2, 3, 4]
-    assert seldom[0].flushed == [2, 4]
+    often, seldom = trained(tmp_path / "a", 1e-9), trained(tmp_path / "b", 1e9)
+    assert often[0].flushed == list(range(1, 9))
+    assert seldom[0].flushed == [2, 4, 6, 8]
     assert same(often[1], seldom[1])
     assert training.deterministic(often[0]) == training.deterministic(seldom[0])
     metrics = [arrays.content(p)["metrics"] for p in sealed_checkpoints(tmp_path / "a")]
     loss = often[0].points
     assert metrics == [
-        {"validation/loss": loss["validation/loss", 2]},
+        {"validation/loss": loss["validation/loss", 6]},
         {},
-        {"validation/loss": loss["validation/loss", 4]},
+        {"validation/loss": loss["validation/loss", 8]},
     ]
 
 

@@ -23,17 +23,13 @@ VOCABULARY, LENGTH = 2048, 128
     ("remat", "scan", "fused", "rank"),
     [
         ("none", "false", "false", 0),
-        ("none", "false", "false", 4),
-        ("none", "true", "true", 0),
+        ("none", "false", "true", 0),
         ("none", "true", "false", 4),
-        ("dots", "true", "false", 0),
-        ("dots", "false", "true", 0),
-        ("dots", "false", "false", 4),
         ("dots", "true", "true", 0),
-        ("block", "true", "true", 0),
+        ("dots", "false", "false", 4),
+        ("block", "true", "false", 0),
         ("block", "false", "true", 0),
         ("block", "true", "false", 4),
-        ("block", "false", "false", 0),
     ],
 )
 def test_the_forecast_is_near_what_xla_reserves(

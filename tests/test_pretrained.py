@@ -30,7 +30,7 @@ from tunix_mlflow.training.losses import FLOAT32, token_losses
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 GOLDEN = Path(__file__).parent / "golden"
-MODELS = sorted(path.stem for path in GOLDEN.glob("*.json"))
+MODELS = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 
 
 def about(name: str) -> dict[str, Any]:

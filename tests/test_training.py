@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -28,9 +29,11 @@ from tunix_mlflow.training import callbacks
 from tunix_mlflow.training.checkpoint import Checkpoints, Retention, sealed_checkpoints
 from tunix_mlflow.training.loop import Callback, Loop, fit
 from tunix_mlflow.training.resolve import microbatch_rows, resolve_auto
-from tunix_mlflow.training.state import TrainState
+from tunix_mlflow.training.spec import StepSpec, step_spec
+from tunix_mlflow.training.state import TrainState, load_state
 from tunix_mlflow.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 VOCABULARY = ByteTokenizer.vocab_size
 GIVEN = load_config(
     None,
@@ -91,8 +94,17 @@ class SignalAt(Recorder):
             os.kill(os.getpid(), self.signum)
 
 
+@lru_cache
+def spec() -> StepSpec:
+    """One for all trainers, so that their step is compiled once."""
+    return step_spec(CONFIG, VOCABULARY, devices.use("cpu"))
+
+
 def new_trainer(config: Config = CONFIG) -> Trainer:
-    return Trainer.create(config, VOCABULARY, devices.use("cpu"))
+    """A trainer before its first update; `config` may differ from CONFIG around the updates."""
+    device = devices.use("cpu")
+    initial = load_state(spec(), config, VOCABULARY, device, None)
+    return Trainer(config, VOCABULARY, device, spec(), initial)
 
 
 def train(
@@ -243,7 +255,9 @@ def test_an_update_that_breaks_the_model_is_never_saved(tmp_path: Path) -> None:
     )
     checkpoints = Checkpoints(tmp_path, {}, retention=Retention(3))
     with pytest.raises(TrainingStopped, match="step 1: a parameter is not finite"):
-        train_unrecorded(new_trainer(resolve_auto(config, VOCABULARY, "cpu")), checkpoints)
+        resolved = resolve_auto(config, VOCABULARY, "cpu")
+        trainer = Trainer.create(resolved, VOCABULARY, devices.use("cpu"))
+        train_unrecorded(trainer, checkpoints)
     checkpoints.close()
     assert sealed_checkpoints(tmp_path) == []
 
