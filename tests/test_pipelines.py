@@ -229,8 +229,8 @@ def test_a_champion_without_the_figure_must_be_measured_first(
 
 
 def test_integrity_comes_before_registration(trained: Trained) -> None:
-    """What is not whole is refused, and the registry does not even hear of it: a run that did not
-    finish, other weights, no digest of the data, files that are damaged, swapped or of other code."""
+    """Refused, and the registry does not even hear of it: a run that did not finish, other weights,
+    no digest of the data, files that are damaged, swapped or of other code."""
     client = MlflowClient()
     log_score(trained.model_id, 1.0)
     run = client.get_run(trained.run_id)
@@ -261,7 +261,7 @@ def test_integrity_comes_before_registration(trained: Trained) -> None:
     refused("package digest")
     text = (folder / "MLmodel").read_text()
     (folder / "MLmodel").write_text(text.replace("tunix_mlflow.tracking.models.flavor", "evil"))
-    refused("flavor")
+    refused("served by code that is not")
     assert promote(trained.run_id, config=config()).changed
 
 
