@@ -146,6 +146,27 @@ def run_here(*arguments: str) -> int:
         return int(stop.code or 0)
 
 
+@contextlib.contextmanager
+def signalled(monkeypatch: pytest.MonkeyPatch, number: int, at: int) -> Iterator[None]:
+    """This process gets a signal when a training begins its step `at`, counted from here."""
+    from tunix_mlflow.input.batches import Batch
+    from tunix_mlflow.training.step import StepMetrics
+    from tunix_mlflow.training.trainer import Trainer
+
+    real, calls = Trainer.step, 0
+
+    def step(self: Trainer, batch: Batch) -> StepMetrics:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), number)
+        return real(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", step)
+        yield
+
+
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a child process."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mlflow
+import mlflow.projects
 import pytest
 import yaml
 from mlflow.entities import Run
@@ -23,11 +25,13 @@ from tests.conftest import (
     as_parameters,
     environment,
     last_json,
+    run_here,
+    signalled,
     tiny,
     write_traces,
 )
 from tunix_mlflow import start_run
-from tunix_mlflow.errors import TrackingError
+from tunix_mlflow.errors import UnavailableError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -56,14 +60,37 @@ def project(tmp_path: Path) -> str:
     return f"file://{tree}"
 
 
-def mlflow_run(
-    command: Command, entry: str, parameters: dict[str, str], uri: str = str(ROOT)
-) -> subprocess.CompletedProcess[str]:
-    version = ["-v", "main"] if uri.startswith("file://") else []
-    return command(
-        *("mlflow", "run", uri, *version, "-e", entry, "--env-manager", "local"),
-        *as_parameters(parameters),
-    )
+class Project:
+    """`mlflow run`, launched from this process: the entry points are processes all the same."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self._capture = capture
+
+    def __call__(
+        self, entry: str, parameters: dict[str, str], uri: str = str(ROOT), *, fails: bool = False
+    ) -> tuple[str, str]:
+        """Return what the entry point wrote to stdout and stderr."""
+        self._capture.readouterr()
+        try:
+            mlflow.projects.run(
+                uri,
+                entry_point=entry,
+                version="main" if uri.startswith("file://") else None,
+                parameters=parameters,
+                env_manager="local",
+            )
+            failed = False
+        except mlflow.exceptions.ExecutionException:
+            failed = True
+        out, err = self._capture.readouterr()
+        assert failed == fails, err
+        return out, err
+
+
+@pytest.fixture
+def mlflow_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Project:
+    monkeypatch.setenv("PATH", environment()["PATH"])
+    return Project(capfd)
 
 
 def runs() -> list[Run]:
@@ -73,71 +100,44 @@ def runs() -> list[Run]:
     return found
 
 
-def test_every_entry_point(store: str, command: Command, project: str, tmp_path: Path) -> None:
-    """seed, train, evaluate, promote, bench, from another folder, one of them by a git URI."""
-    done = mlflow_run(command, "seed", {"dataset": "golden-v1"}, project)
-    assert done.returncode == 0, done.stderr
-    assert last_json(done.stdout)["examples"] == 5
-
-    # golden-v2 is not in the catalog: seeded on first use, and said so.
-    small = tiny(dataset="golden-v2", evaluation__samples="1")
-    done = mlflow_run(command, "train", small)
-    assert done.returncode == 0, done.stderr
-    assert "seeded golden-v2: 100 examples" in done.stderr
-    trained = last_json(done.stdout)
-    run = MlflowClient().get_run(trained["run_id"])
-    assert run.info.status == "FINISHED"
-    assert run.data.params["training.steps"] == "4"
-    assert run.data.params["optimizer.name"] == "muon"  # from the preset
-
-    few = {
-        "model": trained["model_id"],
-        "dataset": "golden-v2",
-    }
-    done = mlflow_run(command, "evaluate", few | {"evaluation.max_new_tokens": "4"})
-    assert done.returncode == 0, done.stderr
-    assert last_json(done.stdout)["examples"] == 10
-
-    gate = {"model": trained["run_id"], "name": "golden"}
-    done = mlflow_run(command, "promote", gate | {"promotion.thresholds.exact_match": "0"})
-    assert done.returncode == 0, done.stderr
-    assert MlflowClient().get_registered_model("golden").aliases.keys() == {
-        "challenger",
-        "champion",
-    }
-
-    done = mlflow_run(
-        command,
-        "bench",
-        tiny(dataset="golden-v2", benchmark__steps="2", benchmark__repeats="2"),
-    )
-    assert done.returncode == 0, done.stderr
-    assert last_json(done.stdout)["tokens_per_sec"] > 0
+def test_every_entry_point(store: str, mlflow_run: Project, project: str) -> None:
+    """seed, evaluate, promote and bench, from another folder, one of them by a git URI; train and
+    main have tests of their own."""
+    out, _ = mlflow_run("seed", {"dataset": "golden-v1"}, project)
+    assert last_json(out)["examples"] == 5
+    assert run_here("train", *as_arguments(tiny(dataset="golden-v2", evaluation__samples="1"))) == 0
+    trained = runs()[-1].info.run_id
+    few = {"model": trained, "dataset": "golden-v2", "evaluation.max_new_tokens": "4"}
+    out, _ = mlflow_run("evaluate", few)
+    assert last_json(out)["examples"] == 10
+    gate = {"model": trained, "name": "golden", "promotion.thresholds.exact_match": "0"}
+    out, _ = mlflow_run("promote", gate)
+    assert last_json(out)["verdict"] == "promoted, the first"
+    golden = MlflowClient().get_registered_model("golden")
+    assert golden.aliases.keys() == {"challenger", "champion"}
+    quick = tiny(dataset="golden-v2", benchmark__steps="2", benchmark__repeats="2")
+    out, _ = mlflow_run("bench", quick)
+    assert last_json(out)["tokens_per_sec"] > 0
     assert [r.info.status for r in runs()] == ["FINISHED"] * 5
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_main_links_its_stages(store: str, command: Command) -> None:
+def test_main_links_its_stages(store: str, mlflow_run: Project) -> None:
     """One parent, four children in one process, each FINISHED; the model promoted."""
     small = tiny(
         dataset="golden-v2",
         promotion__model="golden",
         promotion__thresholds__exact_match="0",
     )
-    done = mlflow_run(command, "main", small)
-    assert done.returncode == 0, done.stderr
-    figures = last_json(done.stdout)
+    out, _ = mlflow_run("main", small)
+    figures = last_json(out)
     assert figures["version"] == "1"
     everything = runs()
     parents = [r for r in everything if "mlflow.parentRunId" not in r.data.tags]
     assert [r.info.run_id for r in parents] == [figures["run_id"]]
     children = [r for r in everything if r not in parents]
-    assert [r.data.tags["tunix_mlflow.stage"] for r in children] == [
-        "seed",
-        "train",
-        "evaluate",
-        "promote",
-    ]
+    stages = [r.data.tags["tunix_mlflow.stage"] for r in children]
+    assert stages == ["seed", "train", "evaluate", "promote"]
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == {figures["run_id"]}
     assert {r.info.status for r in everything} == {"FINISHED"}
 
@@ -150,15 +150,14 @@ def test_main_links_its_stages(store: str, command: Command) -> None:
     ],
 )
 def test_a_users_mistake_is_one_line(
-    store: str, command: Command, entry: str, parameters: dict[str, str], message: str
+    store: str, mlflow_run: Project, entry: str, parameters: dict[str, str], message: str
 ) -> None:
     """Non-zero, no traceback, the run FAILED with the message in a tag, none left RUNNING."""
-    done = mlflow_run(command, entry, parameters)
-    assert done.returncode != 0
-    ours = [line for line in done.stderr.splitlines() if line.startswith("tunix-mlflow: error:")]
+    _, err = mlflow_run(entry, parameters, fails=True)
+    ours = [line for line in err.splitlines() if line.startswith("tunix-mlflow: error:")]
     assert len(ours) == 1
     assert message in ours[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in err
     (run,) = runs()
     assert run.info.status == "FAILED"
     assert message in run.data.tags["tunix_mlflow.error"]
@@ -210,41 +209,63 @@ def open_again(run_id: str) -> None:
         raise AssertionError
 
 
-def test_killed_and_resumed_is_bit_identical(store: str, command: Command, home: Path) -> None:
-    """SIGKILL, then SIGTERM, then to the end: the same MLflow run, the same parameters to the
-    bit, each metric point once and the same as in an uninterrupted run."""
-    done = command("tunix-mlflow", "train", *as_arguments(LONG))
-    assert done.returncode == 0, done.stderr
-    uninterrupted = last_json(done.stdout)["run_id"]
+@pytest.fixture
+def same_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's default level by name, so that processes of ours and this one compute alike."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+
+
+def test_killed_and_resumed_is_bit_identical(
+    store: str,
+    home: Path,
+    same_compiler: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """SIGKILL, SIGTERM, SIGINT, then to the end: exit codes, statuses and messages; the same MLflow
+    run, the same parameters to the bit, each metric point once and as in an uninterrupted run."""
+    assert run_here("train", *as_arguments(LONG)) == 0
+    uninterrupted = runs()[-1].info.run_id
     shutil.rmtree(home / "runs")
     client = MlflowClient()
 
-    process = start("train", *as_arguments(LONG))
-    folder = wait_for_step(process, home, 25)
-    with pytest.raises(TrackingError, match="open in another process"):
-        open_again(folder.name)
-    process.kill()
-    process.communicate()
+    with start("train", *as_arguments(LONG)) as process:
+        folder = wait_for_step(process, home, 25)  # the save of step 10 is sealed by now
+        with pytest.raises(UnavailableError, match="open in another process"):
+            open_again(folder.name)
+        process.kill()
+        process.communicate()
     assert client.get_run(folder.name).info.status == "RUNNING"
-    process = start("resume", folder.name)
-    assert wait_for_step(process, home, 45) == folder
-    process.terminate()
-    assert "resuming run" in process.communicate()[1]
-    assert process.returncode == 143
+    with start("resume", folder.name) as process:
+        assert wait_for_step(process, home, 45) == folder
+        process.terminate()
+        assert "resuming run" in process.communicate()[1]
+        assert process.returncode == 143
     assert client.get_run(folder.name).info.status == "KILLED"
-    done = command("tunix-mlflow", "resume", folder.name)
-    assert done.returncode == 0, done.stderr
-    assert last_json(done.stdout)["run_id"] == folder.name
+    saved = list((folder / "checkpoints").glob("*/manifest.json"))
+    assert saved
 
+    with signalled(monkeypatch, signal.SIGINT, 3):
+        assert run_here("resume", folder.name) == 130
+    said = capsys.readouterr().err
+    assert f"tunix-mlflow resume {folder.name}" in said
+    assert "error: interrupted by SIGINT" in said
+    run = client.get_run(folder.name)
+    assert run.info.status == "KILLED"
+    assert run.data.tags["tunix_mlflow.error"] == "interrupted by SIGINT"
+
+    assert run_here("resume", folder.name) == 0
+    assert last_json(capsys.readouterr().out)["run_id"] == folder.name
     resumed, reference = client.get_run(folder.name), client.get_run(uninterrupted)
     assert resumed.info.status == "FINISHED"
     assert "tunix_mlflow.error" not in resumed.data.tags
     digests = {r.data.tags["tunix_mlflow.weights_digest"] for r in (resumed, reference)}
     assert len(digests) == 1
     assert history(folder.name) == history(uninterrupted)
-    done = command("tunix-mlflow", "resume", folder.name)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "has finished" in done.stderr
+    assert run_here("resume", folder.name) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "has finished" in err
 
 
 def launch_project(parameters: dict[str, str]) -> subprocess.Popen[str]:
@@ -260,64 +281,73 @@ def launch_project(parameters: dict[str, str]) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_child_does_not_outlive_mlflow_run(
-    store: str, command: Command, home: Path, number: int
-) -> None:
-    """Whatever ends `mlflow run` alone, training saves and ends KILLED; -P resume continues the run
-    and leaves no other one RUNNING."""
-    process = launch_project(LONG | {"training.steps": "400"})
-    folder = wait_for_step(process, home, 25)
-    process.send_signal(number)
-    process.wait(30)
-    client = MlflowClient()
-    deadline = time.monotonic() + 60
-    while client.get_run(folder.name).info.status == "RUNNING" and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert client.get_run(folder.name).info.status == "KILLED"
-    process.communicate()
-    if number == signal.SIGKILL:
-        return
-    done = mlflow_run(command, "train", {"resume": folder.name})
-    assert done.returncode == 0, done.stderr
+def test_the_child_does_not_outlive_mlflow_run(store: str, home: Path) -> None:
+    """Whatever ends `mlflow run` alone, training saves and ends KILLED. -P resume continues the
+    run; the one that `mlflow run` made for that says so, and ends as the other does."""
+    client, endless = MlflowClient(), LONG | {"training.steps": "100000"}
+    with launch_project(endless) as process:
+        folder = wait_for_step(process, home, 25)
+        process.terminate()
+        process.wait(60)
+        said = process.communicate()[0]
+        assert wait_until_ended(folder.name) == "KILLED"
+    # golden-v2 was not in the catalog: seeded on first use, and said so.
+    assert "seeded golden-v2: 100 examples" in said
+    params = client.get_run(folder.name).data.params
+    assert params["training.steps"] == "100000"
+    assert params["optimizer.name"] == "muon"  # from the preset
+    last = history(folder.name)["train/loss"][-1][0]
+    with launch_project({"resume": folder.name}) as process:
+        assert wait_for_step(process, home, last + 25) == folder
+        process.kill()
+        process.wait(60)
+        assert wait_until_ended(folder.name) == "KILLED"
+        process.communicate()
+    steps = [step for step, _ in history(folder.name)["train/loss"]]
+    assert steps == list(range(1, len(steps) + 1))
     (launcher,) = [r for r in runs() if r.info.run_id != folder.name]
     assert launcher.data.tags["tunix_mlflow.launcher_of"] == folder.name
     assert launcher.data.metrics == {}
-    assert launcher.info.status == client.get_run(folder.name).info.status == "FINISHED"
+    assert wait_until_ended(launcher.info.run_id) == "KILLED"
 
 
-def test_interrupt_ends_the_run_killed(store: str, home: Path) -> None:
-    """SIGINT saves, ends the run KILLED and exits 130."""
-    process = start("train", *as_arguments(LONG))
-    folder = wait_for_step(process, home, 12)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130, err
-    assert f"tunix-mlflow resume {folder.name}" in err
-    assert "error: interrupted by SIGINT" in err
-    run = MlflowClient().get_run(folder.name)
-    assert run.info.status == "KILLED"
-    assert run.data.tags["tunix_mlflow.error"] == "interrupted by SIGINT"
-    assert list((folder / "checkpoints").glob("*/manifest.json"))
+def wait_until_ended(run_id: str) -> str:
+    """A run's status when it is no longer RUNNING, or after two minutes."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        status = str(MlflowClient().get_run(run_id).info.status)
+        if status != "RUNNING":
+            break
+        time.sleep(0.2)
+    return status
 
 
-def test_demo_keeps_to_itself(command: Command, tmp_path: Path, home: Path) -> None:
-    """Whatever the environment names, everything is in ./.demo; the second time changes little."""
-    elsewhere = {
-        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
-        "MLFLOW_EXPERIMENT_NAME": "somebody-elses",
-        "TUNIX_MLFLOW_HOME": str(tmp_path / "untouched"),
-    }
-    small = tiny(dataset="golden-v2", promotion__thresholds__exact_match="0")
-    for turn in range(2):
-        done = command("tunix-mlflow", "demo", *as_arguments(small), env=elsewhere)
-        assert done.returncode == 0, done.stderr
-        figures = last_json(done.stdout)
-        assert figures["version"] == "1"
-        assert figures["verdict"] == ("was champion already" if turn else "promoted, the first")
+def test_demo_keeps_to_itself(
+    command: Command,
+    tmp_path: Path,
+    same_compiler: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever the environment names, everything is in ./.demo; the second time changes little.
+    stdout is one line of JSON for a program, the rest is on stderr for people."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "somebody-elses")
+    monkeypatch.setenv("TUNIX_MLFLOW_HOME", str(tmp_path / "untouched"))
+    small = as_arguments(tiny(dataset="golden-v2", promotion__thresholds__exact_match="0"))
+
+    def check(out: str, err: str, verdict: str) -> None:
+        figures = json.loads(out)
+        assert (figures["version"], figures["verdict"]) == ("1", verdict)
         for word in ("dataset", "steps", "tokens/s", "final loss", "test exact match", "model"):
-            assert word in done.stderr
-        assert "workflowType=machine_learning" in done.stderr
+            assert word in err
+        assert "workflowType=machine_learning" in err
+
+    done = command("tunix-mlflow", "demo", *small)
+    assert done.returncode == 0, done.stderr
+    check(done.stdout, done.stderr, "promoted, the first")
+    assert run_here("demo", *small) == 0
+    check(*capsys.readouterr(), "was champion already")
     assert [p.name for p in Path.cwd().iterdir()] == [".demo"]
     assert not (tmp_path / "untouched").exists()
 
@@ -333,10 +363,11 @@ def test_mlproject_declares_the_six_entry_points() -> None:
             assert parameter.get("default") != ""
 
 
-def test_a_closed_pipe_is_no_traceback(command: Command, home: Path) -> None:
+def test_a_closed_pipe_is_no_traceback(home: Path) -> None:
     """`tunix-mlflow datasets list | head` ends quietly."""
     write_traces(home.parent / "a.jsonl", 3)
-    command("tunix-mlflow", "datasets", "ingest", str(home.parent / "a.jsonl"), "--name", "a")
+    name = ("--name", "a", "--version", "v1")
+    assert run_here("datasets", "ingest", str(home.parent / "a.jsonl"), *name) == 0
     done = subprocess.run(
         f"{BIN / 'tunix-mlflow'} datasets list --json | true",
         shell=True,
@@ -359,13 +390,3 @@ def test_a_script_is_the_command() -> None:
         check=True,
     )
     assert done.stdout.startswith("Usage: tunix-mlflow train [OPTIONS] [CONFIG] [KEY=VALUE]...")
-
-
-def test_results_are_json(command: Command, home: Path) -> None:
-    """The last line of stdout is JSON for a program; the rest is on stderr for people."""
-    done = command(
-        *("tunix-mlflow", "seed", "golden-v1"), env={"MLFLOW_TRACKING_URI": f"sqlite:///{home}.db"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["dataset"] == "golden-v1"
-    assert Path(f"{home}.db").exists()

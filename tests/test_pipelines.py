@@ -265,7 +265,7 @@ def test_integrity_comes_before_registration(trained: Trained) -> None:
     refused("package digest")
     text = (folder / "MLmodel").read_text()
     (folder / "MLmodel").write_text(text.replace("tunix_mlflow.tracking.models.flavor", "evil"))
-    refused("flavor")
+    refused("served by code that is not")
     assert promote(trained.run_id, config=config()).changed
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import threading
@@ -15,14 +14,13 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.conftest import run_here, tiny, write_traces
+from tests.conftest import run_here, signalled, tiny, write_traces
 from tunix_mlflow import paths
 from tunix_mlflow.config.identity import to_json
 from tunix_mlflow.config.load import load_config
 from tunix_mlflow.config.schema import Config, TrackingConfig
 from tunix_mlflow.data import datasets
 from tunix_mlflow.errors import CheckpointError, Interrupted, UnavailableError
-from tunix_mlflow.input.batches import Batch
 from tunix_mlflow.pipelines.resume import ResumePoint
 from tunix_mlflow.pipelines.train import train
 from tunix_mlflow.tracking import tags
@@ -31,8 +29,6 @@ from tunix_mlflow.tracking.runs import lookup
 from tunix_mlflow.tracking.runs import resume as resuming
 from tunix_mlflow.tracking.sync import lease
 from tunix_mlflow.training import checkpoint
-from tunix_mlflow.training.step import StepMetrics
-from tunix_mlflow.training.trainer import Trainer
 
 
 def config(**more: str) -> Config:
@@ -48,20 +44,8 @@ def doubles(tmp_path: Path, store: str) -> str:
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, **more: str) -> str:
     """The id of a run that a SIGTERM ended after so many steps."""
-    real = Trainer.step
-    calls = 0
-
-    def step(self: Trainer, batch: Batch) -> StepMetrics:
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", step)
-        with pytest.raises(Interrupted):
-            train(config(**more))
+    with signalled(monkeypatch, signal.SIGTERM, at), pytest.raises(Interrupted):
+        train(config(**more))
     client = MlflowClient()
     experiments = [e.experiment_id for e in client.search_experiments()]
     (run, *_) = client.search_runs(experiments, order_by=["attributes.start_time DESC"])

@@ -12,12 +12,25 @@ from mlflow.tracking import MlflowClient
 from tests.conftest import BIN, ROOT, as_arguments, environment, last_json, tiny
 
 PROGRAM = """
-import sys
-from tunix_mlflow.tracking.run import start_run
-with start_run(log_system_metrics=False) as run:
-    for step in range(1, 101):
-        run.log_metrics({"train/loss": step + float(sys.argv[1])}, step=step)
-print(run.run_id)
+import os, sys
+from pathlib import Path
+from tunix_mlflow.tracking.run import start_run  # loaded once, so that the eight begin together
+
+def one(number):
+    os.environ["TUNIX_MLFLOW_HOME"] = str(Path(sys.argv[1]) / f"home{number}")
+    with start_run(log_system_metrics=False) as run:
+        for step in range(1, 101):
+            run.log_metrics({"train/loss": float(step + number)}, step=step)
+    (Path(sys.argv[1]) / f"run{number}").write_text(run.run_id)
+
+children = []
+for number in range(8):
+    children.append(os.fork())
+    if children[-1] == 0:
+        one(number)
+        sys.stderr.flush()
+        os._exit(0)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
 """
 
 
@@ -48,10 +61,10 @@ def together(uri: str, folder: Path, commands: list[list[str]]) -> list[tuple[st
 def test_eight_at_once_on_a_fresh_database(tmp_path: Path) -> None:
     """No lock and no migration error, and every point of each is there, once."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    commands = [[sys.executable, "-c", PROGRAM, str(n)] for n in range(8)]
+    together(uri, tmp_path, [[sys.executable, "-c", PROGRAM, str(tmp_path)]])
     client = MlflowClient(uri)
-    for n, (out, _) in enumerate(together(uri, tmp_path, commands)):
-        run_id = out.split()[-1]
+    for n in range(8):
+        run_id = (tmp_path / f"run{n}").read_text()
         found = client.get_metric_history(run_id, "train/loss")
         assert sorted((m.step, m.value) for m in found) == [
             (s, float(s + n)) for s in range(1, 101)
