@@ -140,8 +140,8 @@ def test_own_data_on_a_teams_server(
         assert run_here(*words) == 0, capsys.readouterr().err
         return last_json(capsys.readouterr().out)
 
-    name = ("--name", "support", "--version", "v1")
-    assert run_here("datasets", "ingest", str(data), *name) == 0
+    key = ("--name", "support", "--version", "v1")
+    assert run_here("datasets", "ingest", str(data), *key) == 0
     small = as_arguments(tiny(dataset="support-v1", training__save_every_steps="4"))
     with monkeypatch.context() as patched:
         patched.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
