@@ -73,7 +73,7 @@ def show(
     show_default=True,
     help="How many.",
 )
-@click.option("--seed", type=Number(), default=0, show_default=True, help="Of the random numbers.")
+@click.option("--seed", type=Number(0), default=0, show_default=True, help="Of the random numbers.")
 @click.option("--split", help="Draw from this split only.")
 @_json
 def sample(key: str, count: int, seed: int, split: str | None, as_json: bool) -> None:

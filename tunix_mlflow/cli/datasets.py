@@ -66,7 +66,9 @@ def list_(as_json: bool) -> None:
 
 @datasets.command()
 @_key
-@click.option("--limit", type=Number(), help="At most so many examples, up to 10,000,000.")
+@click.option(
+    "--limit", type=Number(1, 10_000_000), help="At most so many examples, up to 10,000,000."
+)
 @click.option(
     "--where", multiple=True, metavar="CONDITION", help="A condition on meta; may be repeated."
 )
@@ -77,7 +79,7 @@ def list_(as_json: bool) -> None:
     show_default=True,
     help="Which examples --limit keeps.",
 )
-@click.option("--seed", type=Number(), default=0, show_default=True, help="For --select random.")
+@click.option("--seed", type=Number(0), default=0, show_default=True, help="For --select random.")
 @_split
 @click.option("--from", "parent", metavar="KEY", help="Select from this dataset's examples only.")
 @_json
@@ -122,7 +124,7 @@ def build(
 @datasets.command()
 @click.argument("files", nargs=-1, required=True, metavar="[SPLIT=]PATH...")
 @_key
-@click.option("--format", "form", default="auto", show_default=True, help="See below.")
+@click.option("--format", "form", default="auto", show_default=True, help="One of the above.")
 @click.option(
     "--map", "mapping", multiple=True, metavar="FIELD=COLUMN", help="The column of a field."
 )

@@ -147,7 +147,9 @@ def evaluate(
 @click.command(cls=ConfigurableCommand)
 @click.argument("model")
 @click.argument("name", required=False)
-@click.option("--dataset", metavar="KEY", help="Judge on this dataset.  [default: last evaluated]")
+@click.option(
+    "--dataset", metavar="KEY", help="Read the figures on this dataset.  [default: last evaluated]"
+)
 @_config
 def promote(
     model: str,

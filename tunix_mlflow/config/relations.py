@@ -48,6 +48,11 @@ def check_relations(config: Config) -> None:
             f"data.train_split and data.validation_split are both {config.data.train_split!r}:"
             " what training chooses by must be another split than what is trained on"
         )
+    if config.checkpoints.keep_best and config.checkpoints.metric != "validation/loss":
+        raise ConfigError(
+            f"checkpoints.metric={config.checkpoints.metric!r} is not measured when a checkpoint is"
+            " saved: use validation/loss, or set checkpoints.keep_best=0"
+        )
     device, _, index = config.device.partition(":")
     if device not in ("auto", "cpu", "gpu", "tpu") or (
         ":" in config.device and not re.fullmatch("[0-9]{1,4}", index)
