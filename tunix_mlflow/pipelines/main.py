@@ -58,7 +58,6 @@ def run_all(config: Config, *, reporter: Reporter = SILENT) -> MainResult:
                 f" is back, run tunix-mlflow sync {trained.run_id}, then evaluate and promote it"
             )
         scored = evaluate(trained.model_id, config=config, reporter=reporter)
-        promotion = promote(trained.model_id, config=config, reporter=reporter)
         figures = {
             "eval/exact_match": scored.exact_match,
             "eval/exact_match_low": scored.low,
@@ -67,17 +66,16 @@ def run_all(config: Config, *, reporter: Reporter = SILENT) -> MainResult:
         for name in ("final_loss", "best_loss", "best_eval_loss", "avg_throughput"):
             if name in trained.figures:
                 figures[name] = trained.figures[name]
+        # Recorded before the gate, which may refuse.
         run.log_metrics(figures)
-        run.set_tags(
-            {
-                tags.MODEL: promotion.name,
-                tags.MODEL_VERSION: promotion.version,
-                tags.TRAINING_RUN: trained.run_id,
-            }
-        )
+        run.set_tags({tags.TRAINING_RUN: trained.run_id})
         shown = {name: f"{value:,.4f}" for name, value in figures.items()}
+        links = {"training": trained.link, "evaluation": scored.link}
+        run.set_note(notes.main(shown, links))
+        promotion = promote(trained.model_id, config=config, reporter=reporter)
+        run.set_tags({tags.MODEL: promotion.name, tags.MODEL_VERSION: promotion.version})
         shown["registered version"] = f"{promotion.name} {promotion.version}: {promotion.verdict}"
-        run.set_note(notes.main(shown, {"training": trained.link, "evaluation": scored.link}))
+        run.set_note(notes.main(shown, links))
         link = store.run_link(run.experiment_id or "")
     return MainResult(
         dataset=trained.manifest.key,

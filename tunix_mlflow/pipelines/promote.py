@@ -47,7 +47,9 @@ def promote(
         tags={tags.MODEL: name, **registry.training_run_tag(logged)},
         report=reporter.info,
     ) as run:
-        params = {"model": logged.model_id, "promotion.model": name, "dataset": key}
+        params = {"model": logged.model_id, "promotion.model": name}
+        if key is not None:
+            params["dataset"] = key
         thresholds = config.promotion.thresholds
         run.log_params(
             params | {f"promotion.thresholds.{metric}": v for metric, v in thresholds.items()}

@@ -136,6 +136,11 @@ def train(
                     run.folder, client if run.is_online else None, run.run_id
                 )
                 _restore(run, trainer, checkpoints, resume, is_fork, reporter)
+            if trainer.updates > config.training.steps:
+                raise ConfigError(
+                    f"training.steps={config.training.steps}, but step {trainer.updates} is done:"
+                    " give more steps, or the step of an earlier checkpoint with --step"
+                )
             reporter.info(f"if it is interrupted: tunix-mlflow resume {run.run_id}")
             fit(
                 trainer,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tunix_mlflow.errors import Interrupted
 from tunix_mlflow.files import one_line
@@ -24,7 +25,13 @@ class Endable(Protocol):
         """End it; a second call does nothing."""
 
 
-_open: list[Endable] = []
+class _Open(NamedTuple):
+    run: Endable
+    pid: int
+    shown: object  # the error that the interpreter had shown before, as a notebook's earlier cell
+
+
+_open: list[_Open] = []
 
 
 def outcome(error: BaseException | None) -> tuple[str, str | None]:
@@ -39,12 +46,12 @@ def outcome(error: BaseException | None) -> tuple[str, str | None]:
 
 def register(run: Endable) -> None:
     """Have a run ended when the process exits, if nobody ends it before."""
-    _open.append(run)
+    _open.append(_Open(run, os.getpid(), getattr(sys, "last_value", None)))
 
 
 def unregister(run: Endable) -> None:
     """Take back one :func:`register`."""
-    _open[:] = [one for one in _open if one is not run]
+    _open[:] = [one for one in _open if one.run is not run]
 
 
 @contextlib.contextmanager
@@ -79,9 +86,11 @@ def undisturbed(give_up: Callable[[], None]) -> Iterator[None]:
 
 def _end_open_runs() -> None:
     """End what is still open as the interpreter exits: FAILED after an error that nobody caught."""
-    for run in reversed(_open[:]):
-        with contextlib.suppress(Exception):
-            run.end(*outcome(getattr(sys, "last_value", None)))
+    for run, pid, shown in reversed(_open[:]):
+        error = getattr(sys, "last_value", None)
+        if pid == os.getpid():  # a forked process has no part in its parent's runs
+            with contextlib.suppress(Exception):
+                run.end(*outcome(error if error is not shown else None))
 
 
 atexit.register(_end_open_runs)

@@ -16,7 +16,7 @@ from tunix_mlflow.tracking.record import metrics_log
 from tunix_mlflow.tracking.record.event_log import EventLog
 from tunix_mlflow.tracking.record.folder import METRICS_LOG
 from tunix_mlflow.tracking.record.metrics_log import MetricsLog
-from tunix_mlflow.tracking.record.values import split_values, to_step
+from tunix_mlflow.tracking.record.values import split_values, to_step, to_text, to_timestamp
 from tunix_mlflow.tracking.recorder import Recorder, encode_table
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ class Recording:
 
         Raises:
             UnavailableError: when another process has taken the run's lease.
-            TrackingError: for a step that is no integer, or when the run has ended.
+            TrackingError: for a step or a timestamp that is no integer of 64 bits, or when the run
+                has ended.
         """
         self._check_open()
         good, bad = split_values(metrics)
@@ -98,7 +99,8 @@ class Recording:
             if dataset is not None:
                 entity = dataset_entity(dataset)
                 measured_on = (entity.name, entity.digest)
-            self._metrics.log_metrics(good, to_step(step), timestamp, model_id, measured_on)
+            at = to_timestamp(timestamp)
+            self._metrics.log_metrics(good, to_step(step), at, model_id, measured_on)
 
     def log_param(self, key: str, value: Any) -> Any:
         """Record one parameter as `str(value)`; return the value."""
@@ -109,7 +111,7 @@ class Recording:
         """Record parameters as `str(value)`; one that the run has already keeps its value."""
         self._record(
             "params",
-            params={str(key): str(value) for key, value in params.items()},
+            params={to_text(key): to_text(value) for key, value in params.items()},
             name_conflicts=self._name_conflicts,
         )
 
@@ -119,7 +121,7 @@ class Recording:
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Record tags as `str(value)`; later values win."""
-        self._record("tags", tags={str(key): str(value) for key, value in tags.items()})
+        self._record("tags", tags={to_text(key): to_text(value) for key, value in tags.items()})
 
     def set_note(self, markdown: str) -> None:
         """Write the description on the run's page."""

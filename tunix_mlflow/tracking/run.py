@@ -18,7 +18,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import mlflow
@@ -72,9 +71,12 @@ class Run(Recording):
         log_system_metrics: bool,
     ) -> None:
         super().__init__(opened.folder, report, name_conflicts=stage is None)
+        self._pid = os.getpid()
         self.client, self.stage = client, stage
         self._attached, self._launcher = opened.attached, launcher
         self._info, self._lock = opened.info, opened.lock
+        # Before the worker, which would keep the lease of a run that never began.
+        self._monitor = SystemMetrics(self._metrics) if log_system_metrics else None
         self._worker = SyncWorker(
             self.folder,
             client,
@@ -91,7 +93,6 @@ class Run(Recording):
         self._put("tags", tags=dict(own_tags))
         if stage is not None:
             self._put("experiment_kind")
-        self._monitor = SystemMetrics(self._metrics) if log_system_metrics else None
         self._activation = active.Activation(lambda: self.info)
         ending.register(self)
 
@@ -213,33 +214,28 @@ class Run(Recording):
         Returns:
             Whether MLflow has everything.
         """
-        if self._ended:
+        if self._ended or self._pid != os.getpid():  # a forked process has no part in it
             return True
         self._ended = True
         with ending.undisturbed(self._worker.give_up):
             try:
                 return self._end(status, error)
             finally:
-                self._activation.end()
-                ending.unregister(self)
-                self._worker.close()
-                self._events.close()
-                self._lock.release()
-                active.restore_request_limits()
+                with contextlib.ExitStack() as last:  # each of them, whatever another raises
+                    last.callback(active.restore_request_limits)
+                    last.callback(self._lock.release)
+                    last.callback(self._events.close)
+                    last.callback(self._worker.close)
+                    last.callback(ending.unregister, self)
+                    last.callback(self._activation.end)
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.end(*ending.outcome(error))
 
     def _end(self, status: str, error: str | None) -> bool:
-        delivered = True
         try:
             if self._monitor is not None:
                 self._monitor.finish()
@@ -261,6 +257,7 @@ class Run(Recording):
                     self._worker.lease.release()
         except OSError as problem:  # a full disk; what ended the block is what the user must see
             self.report(f"the end of run {self.run_id} could not be recorded: {problem}")
+            return False
         if not delivered:
             self.report(
                 f"MLflow does not have all of run {self.run_id} yet; nothing is lost. When the"

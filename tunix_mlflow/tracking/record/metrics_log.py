@@ -38,6 +38,9 @@ class Point(NamedTuple):
     dataset: tuple[str, str] | None = None  # name and digest
 
 
+_Place = tuple[str, int, str | None, tuple[str, str] | None]  # key, step, model, dataset
+
+
 class MetricsLog:
     """Writes metrics.jsonl. Safe to use from several threads.
 
@@ -49,12 +52,12 @@ class MetricsLog:
     def __init__(self, path: Path, report: Callable[[str], None]) -> None:
         self.path, self._report = path, report
         self._lock = threading.Lock()
-        self._before: dict[tuple[str, int], float] = {}  # of earlier parts
+        self._before: dict[_Place, float] = {}  # of earlier parts
         self._differs = False
         path.parent.mkdir(parents=True, exist_ok=True)
         for line in read(path, truncate=True):
             for point in points(line):
-                self._before[point.key, point.step] = point.value
+                self._before[point.key, point.step, point.model_id, point.dataset] = point.value
         self._file = path.open("a", encoding="utf-8")
         self._append({"part": os.getpid(), "timestamp": now()})
 
@@ -82,7 +85,11 @@ class MetricsLog:
         with self._lock:
             new = metrics
             if self._before:
-                new = {k: v for k, v in metrics.items() if self._is_new(k, step, v)}
+                new = {
+                    k: v
+                    for k, v in metrics.items()
+                    if self._is_new((k, step, model_id, dataset), v)
+                }
             if new:
                 line: dict[str, Any] = {
                     "step": step,
@@ -97,7 +104,8 @@ class MetricsLog:
 
     def next_step(self, prefix: str) -> int:
         """Return the step after the last one that earlier parts wrote with this prefix."""
-        return 1 + max((step for key, step in self._before if key.startswith(prefix)), default=-1)
+        steps = (step for key, step, *_ in self._before if key.startswith(prefix))
+        return 1 + max(steps, default=-1)
 
     def flush(self) -> None:
         """Force the file to disk."""
@@ -110,8 +118,9 @@ class MetricsLog:
                 self.flush()
                 self._file.close()
 
-    def _is_new(self, key: str, step: int, value: float) -> bool:
-        before = self._before.get((key, step))
+    def _is_new(self, place: _Place, value: float) -> bool:
+        before = self._before.get(place)
+        key, step, *_ = place
         if before is None:
             return True
         if _same(before, value):

@@ -6,6 +6,7 @@ sensors are used. It also logs a line where there is no GPU, which a library mus
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
@@ -40,7 +41,8 @@ class SystemMetrics:
     def _run(self) -> None:
         while True:
             for sensor in self._sensors:
-                sensor.collect_metrics()
+                with contextlib.suppress(Exception):  # a GPU that is lost; the others continue
+                    sensor.collect_metrics()
             if self._done.wait(INTERVAL_SECONDS):
                 return
             sample: dict[str, float] = {}
@@ -53,10 +55,9 @@ class SystemMetrics:
 
 
 def _sensors() -> list[BaseMetricsMonitor]:
-    sensors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    for gpu in (GPUMonitor, ROCMMonitor):
-        try:
-            return [*sensors, gpu()]
-        except Exception:  # its library is missing, or finds no GPU: they raise what they like
-            continue
+    sensors: list[BaseMetricsMonitor] = []
+    for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor, ROCMMonitor):
+        # Without a network, a GPU or its library they raise what they like.
+        with contextlib.suppress(Exception):
+            sensors.append(kind())
     return sensors

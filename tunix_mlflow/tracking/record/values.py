@@ -27,6 +27,8 @@ def split_values(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str
         if type(key) is not str:
             bad[str(key)] = f"the key is {type(key).__name__}, expected str"
             continue
+        if not key.isascii():
+            key = to_text(key)
         try:
             number = value if type(value) is float else to_float(value)
         except (TypeError, ValueError, OverflowError):
@@ -58,16 +60,37 @@ def to_step(step: Any) -> int:
     """Return a step as an int; None is 0, as in MLflow.
 
     Raises:
-        TrackingError: if it is not an integer.
+        TrackingError: if it is not an integer of 64 bits.
     """
-    if step is None:
-        return 0
+    return 0 if step is None else _to_int64("step", step)
+
+
+def to_timestamp(timestamp: Any) -> int | None:
+    """Return milliseconds since the epoch as an int; None stays.
+
+    Raises:
+        TrackingError: if they are not a number of 64 bits; a fraction of one is left out.
+    """
+    if isinstance(timestamp, float | np.floating) and math.isfinite(timestamp):
+        timestamp = int(timestamp)
+    return None if timestamp is None else _to_int64("timestamp", timestamp)
+
+
+def to_text(value: Any) -> str:
+    """Return `str(value)`, with escapes for what UTF-8 cannot hold, as in some names of files."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def _to_int64(name: str, value: Any) -> int:
+    number: int | None = None
     try:
-        return operator.index(step)
+        number = operator.index(value)
     except TypeError:
-        pass
-    if isinstance(step, float | np.floating) and float(step).is_integer():
-        return int(step)
-    raise TrackingError(
-        f"step: expected an integer, got {str(step)[:40]!r} ({type(step).__name__})"
-    )
+        if isinstance(value, float | np.floating) and float(value).is_integer():
+            number = int(value)
+    if number is None or not -(2**63) <= number < 2**63:
+        raise TrackingError(
+            f"{name}: expected an integer of 64 bits, got {str(value)[:40]!r}"
+            f" ({type(value).__name__})"
+        )
+    return number

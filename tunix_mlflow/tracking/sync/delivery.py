@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlflow
 from mlflow.entities import Dataset as DatasetEntity
@@ -43,6 +43,7 @@ from tunix_mlflow.tracking.record.folder import (
 from tunix_mlflow.tracking.sync import logged_model, metrics
 from tunix_mlflow.tracking.sync.refusal import Undeliverable, is_refusal
 
+_Item = TypeVar("_Item", Param, RunTag)
 _PER_REQUEST = 100  # params or tags
 _PARAM_LIMIT, _TAG_LIMIT = 6000, 5000  # characters; MLflow would cut or refuse longer ones
 _TABLES_TAG = "mlflow.loggedArtifacts"
@@ -93,6 +94,13 @@ def deliver(client: MlflowClient, folder: Path, record: dict[str, Any]) -> None:
         if op != "create" and is_refusal(client, _link(folder).run_id, error):
             raise Undeliverable(f"{op}: {one_line(error)}") from error
         raise
+    except (TypeError, ValueError) as error:
+        # An answer that is no JSON is of a server that is half up; what has no content of the
+        # user's must be delivered.
+        if isinstance(error, OSError | json.JSONDecodeError) or op in ("create", "begin", "status"):
+            raise
+        # The client could not send it, and never will.
+        raise Undeliverable(f"{op}: {one_line(error)}") from error
 
 
 def adopt(folder: Path, run_id: str, experiment_id: str) -> None:
@@ -160,22 +168,49 @@ def _params(
     run_id = _link(folder).run_id
     have = client.get_run(run_id).data.params
     new = [Param(k, v[:_PARAM_LIMIT]) for k, v in params.items() if k not in have]
-    for start in range(0, len(new), _PER_REQUEST):
-        client.log_batch(run_id, params=new[start : start + _PER_REQUEST])
+    refused = _log_each(client, run_id, new, lambda items: client.log_batch(run_id, params=items))
+    conflicts: list[str] = []
     if name_conflicts:
         conflicts = [
             f"{key} is {have[key][:80]!r} already, not {value[:80]!r}"
             for key, value in params.items()
             if key in have and have[key] != value[:_PARAM_LIMIT]
         ]
-        if conflicts:
-            raise Undeliverable(f"params: {'; '.join(conflicts)}")
+    if refused or conflicts:
+        raise Undeliverable(f"params: {'; '.join(refused + conflicts)}")
 
 
 def _tags(client: MlflowClient, folder: Path, *, tags: dict[str, str]) -> None:
     items = [RunTag(k, v[:_TAG_LIMIT]) for k, v in tags.items()]
-    for start in range(0, len(items), _PER_REQUEST):
-        client.log_batch(_link(folder).run_id, tags=items[start : start + _PER_REQUEST])
+    run_id = _link(folder).run_id
+    refused = _log_each(client, run_id, items, lambda few: client.log_batch(run_id, tags=few))
+    if refused:
+        raise Undeliverable(f"tags: {'; '.join(refused)}")
+
+
+def _log_each(
+    client: MlflowClient, run_id: str, items: list[_Item], log: Callable[[list[_Item]], object]
+) -> list[str]:
+    """Log what MLflow takes of params or tags; return why it refuses the others."""
+    refused: list[str] = []
+    parts = [items[n : n + _PER_REQUEST] for n in range(0, len(items), _PER_REQUEST)]
+    while parts:
+        part = parts.pop(0)
+        try:
+            log(part)
+        except MlflowException as error:
+            if not is_refusal(client, run_id, error):
+                raise
+            if len(part) == 1:
+                refused.append(f"{part[0].key[:80]!r}: {one_line(error)}")
+            else:
+                parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
+    return refused
+
+
+def _parent(artifact: str) -> str | None:
+    parent = Path(artifact).parent
+    return None if parent == Path() else str(parent)
 
 
 def _delete_tag(client: MlflowClient, folder: Path, *, name: str) -> None:
@@ -209,7 +244,7 @@ def _artifact(client: MlflowClient, folder: Path, *, path: str, artifact: str) -
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             copy = Path(scratch) / Path(artifact).name
             shutil.copyfile(source, copy)
-            client.log_artifact(run_id, str(copy), str(Path(artifact).parent).strip(".") or None)
+            client.log_artifact(run_id, str(copy), _parent(artifact))
     except FileNotFoundError:
         if source.exists():
             raise
