@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -67,12 +68,18 @@ def test_a_script_of_ones_own_is_silent(store: str, own: Path) -> None:
     assert stages == {"train", "evaluate", "promote"}
 
 
-def test_the_script_of_the_docs(store: str, own: Path) -> None:
+def test_the_script_of_the_docs(
+    store: str, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """docs/own_data.py runs as it is printed there."""
-    done = python(own, str(ROOT / "docs" / "own_data.py"), "own.jsonl", "support")
-    assert done.returncode == 0, done.stderr
-    assert "exact match" in done.stdout
-    assert "support version 1: promoted, the first" in done.stdout
+    monkeypatch.chdir(own)
+    script = str(ROOT / "docs" / "own_data.py")
+    monkeypatch.setattr(sys, "argv", [script, "own.jsonl", "support"])
+    runpy.run_path(script, run_name="__main__")
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "exact match" in captured.out
+    assert "support version 1: promoted, the first" in captured.out
 
 
 def test_public_names_load_lazily() -> None:

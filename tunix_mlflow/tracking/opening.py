@@ -205,7 +205,7 @@ def _open_away(away: str, request: Request, report: Callable[[str], None]) -> Op
 def _give_up(client: MlflowClient, run_id: str) -> None:
     """End a run that was made and could not be opened."""
     with contextlib.suppress(Exception):
-        client.set_terminated(run_id, "FAILED")
+        store.end_run(client, run_id, "FAILED")
 
 
 def _check_state_root() -> None:

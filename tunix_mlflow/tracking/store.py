@@ -14,9 +14,11 @@ from urllib.parse import urlsplit
 
 import mlflow
 from filelock import FileLock
+from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient, fluent
+from mlflow.utils.time import get_current_time_millis
 
 from tunix_mlflow import paths
 from tunix_mlflow.config.schema import TrackingConfig
@@ -209,6 +211,22 @@ def ui_command() -> str | None:
     # In an environment that is not activated, the plain name is not found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")
     return f"{program} server --backend-store-uri {public(uri)} --port 5000"
+
+
+def end_run(client: MlflowClient, run_id: str, status: str, end_time: int | None = None) -> None:
+    """Set the status of a run that has ended.
+
+    As `client.set_terminated`, which would print links to stdout if the store is a server.
+
+    Args:
+        client: reaches MLflow.
+        run_id: the run.
+        status: FINISHED, FAILED or KILLED.
+        end_time: milliseconds since 1970; None: now.
+    """
+    ended = get_current_time_millis() if end_time is None else end_time
+    runs = client._tracking_client.store  # there is no public way to set the time in silence
+    runs.update_run_info(run_id, RunStatus.from_string(status), ended, None)
 
 
 def delete_artifacts(client: MlflowClient, run_id: str, artifact: str) -> None:

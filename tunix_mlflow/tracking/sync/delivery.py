@@ -268,7 +268,7 @@ def _model(client: MlflowClient, folder: Path, **fields: Any) -> None:
 def _status(
     client: MlflowClient, folder: Path, *, status: str, end_time: int, run_id: str | None = None
 ) -> None:
-    client.set_terminated(run_id or _link(folder).run_id, status, end_time)
+    store.end_run(client, run_id or _link(folder).run_id, status, end_time)
 
 
 def _begin(client: MlflowClient, folder: Path) -> None:

@@ -86,4 +86,4 @@ def end_dead(client: MlflowClient, run_id: str) -> None:
         if tags.is_training_run(run.data.tags):
             message += f"; tunix-mlflow resume {run_id}"
         client.set_tag(run_id, tags.ERROR, message)
-        client.set_terminated(run_id, "KILLED")
+        store.end_run(client, run_id, "KILLED")
