@@ -41,6 +41,16 @@ def test_a_resumed_run_repeats_in_silence_and_reports_a_difference(tmp_path: Pat
     assert found[4]["metrics"] == {"own": 5.0}
 
 
+def test_points_of_two_models_are_two(tmp_path: Path) -> None:
+    """After a resume too: a point is the same if key, step, model and dataset are."""
+    for model in ("m-a", "m-b", "m-b"):
+        log = MetricsLog(tmp_path / "metrics.jsonl", pytest.fail)
+        log.log_metrics({"eval/score": 0.5}, 1, model_id=model)
+        log.close()
+    lines = read(tmp_path / "metrics.jsonl")
+    assert [line["model_id"] for line in lines if "metrics" in line] == ["m-a", "m-b"]
+
+
 def test_within_a_process_every_point_counts(tmp_path: Path) -> None:
     """As in MLflow: two values at one step are two points."""
     log = open_log(tmp_path / "metrics.jsonl", [])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.conftest import run_here, signalled, tiny, write_traces
+from tests.conftest import ROOT, environment, run_here, signalled, tiny, write_traces
 from tunix_mlflow import paths
 from tunix_mlflow.config.identity import to_json
 from tunix_mlflow.config.load import load_config
@@ -365,3 +367,48 @@ def test_need_of_a_checkpoint(doubles: str) -> None:
     run_id = train(config()).run_id
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; there are: 4, 6, 8"):
         resuming.need_checkpoint(lookup.look_up(run_id), 3, lambda _: None)
+
+
+def test_fewer_steps_than_are_done_are_refused(
+    doubles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No model of a step that it is not of is logged; the run can still be resumed."""
+    run_id = interrupted(monkeypatch, 5)
+    with pytest.raises(ConfigError, match=r"training.steps=3, but step \d is done"):
+        train(config(training__steps="3"), resume=ResumePoint(run_id))
+    train(config(), resume=ResumePoint(run_id))
+    assert MlflowClient().get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_key_that_is_newer_than_a_run(
+    doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A version with more keys, each with a default, resumes a run of before to the same bits; the
+    run's digests stay, and its config.json has the keys from then on."""
+    whole = train(config()).run_id
+    run_id = interrupted(monkeypatch, 5)
+    before = MlflowClient().get_run(run_id).data.tags
+    shutil.copytree(ROOT / "tunix_mlflow", tmp_path / "newer" / "tunix_mlflow")
+    schema = tmp_path / "newer" / "tunix_mlflow" / "config" / "schema.py"
+    text = schema.read_text()
+    for line in ("    steps: Positive = 200\n", "    dataset: str | None = None\n"):
+        assert text.count(line) == 1
+        text = text.replace(line, f"    added: int = 7\n{line}")
+    schema.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "tunix_mlflow.cli.main", "resume", run_id],
+        cwd=tmp_path / "newer",
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    run = MlflowClient().get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert weights(run_id) == weights(whole)
+    assert losses(run_id) == losses(whole)
+    for tag in (tags.CONFIG_DIGEST, f"{tags.PREFIX}trajectory_digest"):
+        assert run.data.tags[tag] == before[tag]
+    now = json.loads((paths.run_dir(run_id) / "config.json").read_text())
+    assert (now["added"], now["training"]["added"]) == (7, 7)

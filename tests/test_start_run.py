@@ -137,6 +137,57 @@ def test_numpy_and_jax_numbers_are_taken(store: str) -> None:
     assert sorted((m.step, m.value) for m in found) == [(n, 0.5) for n in range(1, 6)]
 
 
+def test_what_mlflow_never_takes_holds_nothing_up(
+    store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is named, what is beside it is recorded, and the run gets its status."""
+    with started() as run:
+        run.log_params({"good": 1, "bad!": 2, "fine": 3})
+        run.set_tags({"file": "\udc80.txt", "a" * 300: "key too long", "other": "kept"})
+        for timestamp in (1.5e12, np.int64(1_500_000_000_001), None):
+            run.log_metric("loss", 1.0, timestamp=timestamp)
+        with pytest.raises(TrackingError, match="step: expected an integer of 64 bits"):
+            run.log_metric("loss", 1.0, step=10**20)
+    client = MlflowClient()
+    found = client.get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {"good": "1", "fine": "3"}
+    assert (found.data.tags["file"], found.data.tags["other"]) == ("\\udc80.txt", "kept")
+    assert "'bad!'" in caplog.text
+    assert "'aaa" in caplog.text
+    times = [point.timestamp for point in client.get_metric_history(run.run_id, "loss")]
+    assert times[:2] == [1_500_000_000_000, 1_500_000_000_001]
+    assert len(times) == 3
+
+
+def test_a_forked_process_ends_no_run_of_its_parent(store: str) -> None:
+    """Whether it leaves the block or exits; the parent records to the end of its own."""
+    code = """
+import os, sys
+import tunix_mlflow as tm
+with tm.start_run() as run:
+    for leave in ("exit", "end"):
+        child = os.fork()
+        if child == 0:
+            if leave == "end":
+                run.end("FAILED", "the child's")
+            sys.exit(0)
+        os.waitpid(child, 0)
+    run.log_metric("after", 1.0)
+print(run.run_id)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = MlflowClient().get_run(done.stdout.strip())
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"after": 1.0})
+    assert "tunix_mlflow.error" not in found.data.tags
+
+
 def test_our_run_is_mlflows_active_run(store: str) -> None:
     """What MLflow's fluent functions log lands there; after the block nothing is active."""
     with started() as run:

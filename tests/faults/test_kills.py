@@ -30,6 +30,7 @@ from mlflow.tracking import MlflowClient
 
 from tests.conftest import BIN, ROOT, as_arguments, as_parameters, environment, tiny
 from tests.test_server import free_port
+from tunix_mlflow.tracking.runs.resume import uploaded_steps
 
 KILLS = int(os.environ.get("KILLS", "5"))
 LOST_DISKS = max(1, KILLS // 10)
@@ -62,8 +63,10 @@ class Victims:
         assert self._server.stdout is not None
         assert self._server.stdout.readline() == "ready\n"
 
-    def run(self, key: str, home: Path, kill_after: float | None = None, crash_at: int = 0) -> int:
-        """The exit code of a training that may be killed after some seconds, or die before one
+    def run(
+        self, key: str, home: Path, moment: Callable[[], None] | None = None, crash_at: int = 0
+    ) -> int:
+        """The exit code of a training that may be killed when `moment` returns, or die before one
         of its operations on files."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -76,8 +79,8 @@ class Victims:
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         pid = int(self._server.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
+        if moment is not None:
+            moment()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return int(self._server.stdout.readline())
@@ -162,13 +165,26 @@ def test_any_death_comes_back_bit_for_bit(store: str, spawn: Spawn, home: Path) 
     others = [spawn() for _ in range(TOGETHER - 1)]
     lock, kills, chains, moments = threading.Lock(), 0, 0, Counter[str]()
 
+    def moment(key: str, rng: random.Random) -> Callable[[], None]:
+        """Any time, or, as often, one that begins when the run has begun."""
+        amid, after = rng.random() < 0.5, rng.random()
+
+        def wait() -> None:
+            begun = time.monotonic()
+            while amid and time.monotonic() < begun + took:
+                if _moment(home, key) != "before the run":
+                    break
+                time.sleep(0.02)
+            time.sleep((0.5 * after if amid else 0.05 + 1.05 * after) * took)
+
+        return wait
+
     def chain(victims: Victims, number: int) -> None:
         """One run, killed until it gets through."""
         nonlocal kills
         key, rng = f"chain{number}", random.Random(f"{KILLS} {number}")
         while True:
-            after = None if kills >= KILLS else rng.uniform(0.05, 1.1) * took
-            code = victims.run(key, home, after)
+            code = victims.run(key, home, None if kills >= KILLS else moment(key, rng))
             if code == 0:
                 break
             assert code == -signal.SIGKILL, victims.log.read_text()[-3000:]
@@ -236,6 +252,15 @@ def test_a_crash_before_any_operation(store: str, spawn: Spawn, home: Path) -> N
     print(f"{sum(crashed)} of {sum(crashed)} crashes survived, of {total} places")
 
 
+def has_uploaded(key: str) -> bool:
+    """Whether MLflow has a whole checkpoint of a run."""
+    try:
+        run_id = of_key(key)
+    except ValueError:  # MLflow has not heard of it
+        return False
+    return bool(uploaded_steps(MlflowClient(), run_id))
+
+
 def test_a_lost_disk_goes_on_elsewhere(team: str, spawn: Spawn, tmp_path: Path) -> None:
     """Killed, and everything on the machine is gone: another continues from what was uploaded."""
     victims, begun = spawn(), time.monotonic()
@@ -245,7 +270,15 @@ def test_a_lost_disk_goes_on_elsewhere(team: str, spawn: Spawn, tmp_path: Path) 
     rng, client, points = random.Random(1), MlflowClient(), 0
     for n in range(LOST_DISKS):
         key, here, there = f"lost{n}", tmp_path / f"here{n}", tmp_path / f"there{n}"
-        victims.run(key, here, rng.uniform(0.3, 1.0) * took)
+
+        def moment(key: str = key, first: bool = n == 0) -> None:
+            after, begun = rng.uniform(0.3, 1.0) * took, time.monotonic()
+            while time.monotonic() < begun + (took if first else after):
+                if first and has_uploaded(key):
+                    return
+                time.sleep(0.02)
+
+        victims.run(key, here, moment)
         shutil.rmtree(here)
         try:
             run_id = of_key(key)
@@ -259,6 +292,7 @@ def test_a_lost_disk_goes_on_elsewhere(team: str, spawn: Spawn, tmp_path: Path) 
         assert {(m.step, m.value, m.timestamp) for m in shipped} <= kept
         points += len(shipped)
     fetched = victims.log.read_text().count("fetched the checkpoint")
+    assert fetched or LOST_DISKS == 1  # a quick one may have come to its end before the kill
     print(
         f"{team}: {LOST_DISKS} of {LOST_DISKS} runs were resumed elsewhere, {fetched} from an"
         f" uploaded checkpoint; 0 of {points} shipped points of train/loss lost, 0 doubled"
