@@ -22,7 +22,7 @@ from tunix_mlflow.config.identity import to_json
 from tunix_mlflow.config.load import load_config
 from tunix_mlflow.config.schema import Config, TrackingConfig
 from tunix_mlflow.data import datasets
-from tunix_mlflow.errors import CheckpointError, Interrupted, UnavailableError
+from tunix_mlflow.errors import CheckpointError, ConfigError, Interrupted, UnavailableError
 from tunix_mlflow.pipelines.resume import ResumePoint
 from tunix_mlflow.pipelines.train import train
 from tunix_mlflow.tracking import tags

@@ -12,6 +12,7 @@ import sys
 import threading
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import mlflow
@@ -144,7 +145,8 @@ def test_what_mlflow_never_takes_holds_nothing_up(
     with started() as run:
         run.log_params({"good": 1, "bad!": 2, "fine": 3})
         run.set_tags({"file": "\udc80.txt", "a" * 300: "key too long", "other": "kept"})
-        for timestamp in (1.5e12, np.int64(1_500_000_000_001), None):
+        stamps: tuple[Any, ...] = (1.5e12, np.int64(1_500_000_000_001), None)
+        for timestamp in stamps:
             run.log_metric("loss", 1.0, timestamp=timestamp)
         with pytest.raises(TrackingError, match="step: expected an integer of 64 bits"):
             run.log_metric("loss", 1.0, step=10**20)
@@ -165,7 +167,7 @@ def test_a_forked_process_ends_no_run_of_its_parent(store: str) -> None:
     code = """
 import os, sys
 import tunix_mlflow as tm
-with tm.start_run() as run:
+with tm.start_run(log_system_metrics=False) as run:
     for leave in ("exit", "end"):
         child = os.fork()
         if child == 0:
