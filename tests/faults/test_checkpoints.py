@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT, environment
-from tunix_mlflow.errors import CheckpointError, IntegrityError
+from tunix_mlflow.errors import CheckpointError, IntegrityError, UnavailableError
 from tunix_mlflow.models import arrays
 from tunix_mlflow.training.checkpoint import QUARANTINE, Checkpoints, Retention, sealed_checkpoints
 
@@ -279,14 +279,14 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     checkpoint restores."""
     save_all(tmp_path, range(1, 3))
     (tmp_path / "00000003").write_text("x")
-    with pytest.raises(CheckpointError, match=r"write .*00000003: File exists; \d+ MiB are free"):
+    with pytest.raises(UnavailableError, match=r"write .*00000003: File exists; \d+ MiB are free"):
         save_all(tmp_path, range(3, 4))
     assert newest(tmp_path) == 2
     victim = tmp_path / "00000002" / arrays.MANIFEST
     good = victim.read_bytes()
     victim.write_bytes(good[1:])
     (tmp_path / QUARANTINE).write_text("x")
-    with pytest.raises(CheckpointError, match=r"move to quarantine/ .*00000002: .* MiB are free"):
+    with pytest.raises(UnavailableError, match=r"move to quarantine/ .*00000002: .* MiB are free"):
         newest(tmp_path)
     victim.write_bytes(good)
     assert newest(tmp_path) == 2
