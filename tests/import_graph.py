@@ -20,7 +20,7 @@ _BY_PATH = {
 class Import(NamedTuple):
     """One module that another names, or code that it loads without saying which."""
 
-    name: str  # as resolved: a module, or a package and what it does not have
+    name: str  # as resolved: a module, or a package and a name that is no module of it
     line: int
     is_lazy: bool = False  # within a function: it does not run when the module is imported
     is_for_types: bool = False  # under TYPE_CHECKING: it never runs

@@ -302,7 +302,7 @@ def test_equal_runs_have_equal_weights(trained: Trained) -> None:
 
 
 def test_no_validation_split_is_said(store: str, tmp_path: Path) -> None:
-    """Training goes on without its figures; what has no test split is not evaluated."""
+    """Training continues without validation figures; evaluating without a test split is refused."""
     path = write_traces(tmp_path / "all.jsonl", 20, split="train")
     datasets.ingest(path, "all-v1")
     messages = Messages()
