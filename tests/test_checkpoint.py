@@ -276,19 +276,28 @@ def test_the_best_stay_and_the_order_is_safe(tmp_path: Path) -> None:
 
 def test_the_state_may_be_given_away(tmp_path: Path) -> None:
     """What is saved, and its digest, is the state at the time of the save, though its buffers
-    are donated to the updates after it."""
+    are donated to the updates after it.
+
+    JAX copies a donated buffer instead of reusing it while a numpy view of it exists, which Orbax's
+    thread may hold for a moment: what is donated for certain here is another state.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {name: array + 1 for name, array in values.items()}
 
-    values = {"a": jnp.zeros((1000, 500)), "b": jnp.zeros((5,), jnp.bfloat16)}
+    def initial() -> dict[str, jax.Array]:
+        return {"a": jnp.zeros((1000, 500)), "b": jnp.zeros((5,), jnp.bfloat16)}
+
+    other = initial()
+    update(other)
+    assert other["a"].is_deleted()
+    assert other["b"].is_deleted()
+    values = initial()
     kept = manager(tmp_path)
     kept.save(1, values)
-    given_away = values["a"]
     for _ in range(5):
         values = update(values)
-    assert given_away.is_deleted()
     kept.wait()
     zeros = jax.tree.map(jnp.zeros_like, values)
     assert same(kept.restore(1, values), zeros)
