@@ -46,15 +46,17 @@ class Proxy:
     def uri(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def be(self, mode: str) -> None:
+    def be(self, mode: str, *, keep_connections: bool = False) -> None:
+        """Change; end the connections that there are, or leave them as they are."""
         self._mode = mode
         listener, self._listener = self._listener, None
-        for old in [listener, *self._sockets]:
+        for old in [listener, *([] if keep_connections else self._sockets)]:
             if old is not None:
                 with contextlib.suppress(OSError):
                     old.shutdown(socket.SHUT_RDWR)
                 old.close()
-        self._sockets = []
+        if not keep_connections:
+            self._sockets = []
         if mode != "down":
             self._listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
             threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
@@ -198,6 +200,28 @@ def test_an_outage_loses_and_doubles_nothing(
         f"{fault}: 0 of {points} points lost, 0 doubled; a write took {calm:.3f} ms before,"
         f" {stormy:.3f} ms meanwhile (medians)"
     )
+
+
+def test_a_request_without_an_answer_is_sent_again(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run ends while a request hangs whose connection nobody closes, as behind a network that
+    drops packets: the server answers others, so the end of the run waits until it has timed out."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "6")
+    monkeypatch.setattr(worker, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(worker, "INTERVAL_SECONDS", 0.2)
+    proxy.be("pass")
+    loop, reports = Loop(), list[str]()
+    with open_run(stage="train", tracking=QUIET, report=reports.append) as run:
+        loop.go(run, 0.5)
+        proxy.be("down")
+        loop.go(run, 1.0)
+        proxy.be("hang")
+        loop.go(run, 2.0)
+        proxy.be("pass", keep_connections=True)
+    assert "sync" not in "".join(reports)
+    assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"
+    assert_all_there(MlflowClient(), run.run_id, loop.step)
 
 
 def test_a_server_dead_from_the_start(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:

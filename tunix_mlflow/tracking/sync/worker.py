@@ -55,6 +55,7 @@ class SyncWorker:
         self._stop = threading.Event()
         self._answered = time.monotonic()  # when MLflow last did what was asked
         self._why = ""  # of the last attempt, if it failed
+        self._failures = 0  # attempts that failed, so far
         self._threads = [
             threading.Thread(target=run, name=name, daemon=True)
             for run, name in (
@@ -74,20 +75,22 @@ class SyncWorker:
         """Wait until everything is delivered, as long as MLflow answers.
 
         Args:
-            patience: seconds without an answer until it gives up.
+            patience: seconds without an answer until it gives up. While the server can be asked,
+                an attempt that is under way may take longer: a large upload, or a request that was
+                sent before the server was back and has to time out.
 
         Returns:
             Whether MLflow has everything.
         """
         allowed = PATIENCE_SECONDS if patience is None else patience
-        begun = time.monotonic()
+        begun, failures = time.monotonic(), self._failures
         while event_log.pending_bytes(self.folder):
             if self._stop.is_set():
                 return False
             quiet = time.monotonic() - max(begun, self._answered)
-            # A large upload takes its time; the server answers meanwhile.
-            uploading = not self._why and quiet < _UPLOAD_SECONDS
-            if quiet > allowed and not (uploading and store.answers()):
+            # The first failure may be of a request that was sent while the server was away.
+            under_way = self._failures - failures < 2 and quiet < _UPLOAD_SECONDS
+            if quiet > allowed and not (under_way and store.answers()):
                 return False
             self._wake.set()
             time.sleep(0.02)
@@ -120,6 +123,7 @@ class SyncWorker:
                 self._wake.wait(INTERVAL_SECONDS)
             except Exception as error:  # whatever the client raises, the folder has it all
                 self._why = one_line(error)
+                self._failures += 1
                 self._stop.wait(RETRY_SECONDS)
             self._wake.clear()
 
