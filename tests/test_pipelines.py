@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -383,6 +384,7 @@ def test_an_offline_run_is_resumed_offline(
     client = MlflowClient()
     launched = client.create_run("0").info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", launched)
+    before = dict(os.environ)
 
     def step(self: Trainer, batch: Batch) -> NoReturn:
         raise KeyboardInterrupt
@@ -392,10 +394,14 @@ def test_an_offline_run_is_resumed_offline(
         with pytest.raises(KeyboardInterrupt):
             train(config(tracking__offline="true"))
     (folder,) = lookup.folders()
+    assert mlflow.get_tracking_uri() == mlflow.get_registry_uri() == store
+    assert dict(os.environ) == before
     found = resume_run(folder.name, {})
     assert found.config.tracking.offline
     assert set(found.environment) == {"NPROC", "XLA_FLAGS"}
     assert train(found.config, resume=found.point).run_id == folder.name != launched
+    assert mlflow.get_tracking_uri() == mlflow.get_registry_uri() == store
+    assert dict(os.environ) == before
     experiments = [e.experiment_id for e in client.search_experiments()]
     (run,) = client.search_runs(experiments)
     assert (run.info.run_id, run.info.status) == (launched, "RUNNING")

@@ -158,6 +158,10 @@ def test_by_key(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
     capsys.readouterr()
     assert run_here(*again) == 0
     assert json.loads(capsys.readouterr().out) == {"run_id": run_id, "finished": True}
+    assert run_here(*again, "seed=3") == 2  # not the run that was asked for, finished or not
+    assert "seed: 0, now 3" in capsys.readouterr().err
+    assert run_here(*again, "training.steps=10") == 0
+    assert [step for step, _ in losses(run_id)] == list(range(1, 11))
     assert run_here("train", "--resume", "auto") == 2
 
 
@@ -366,7 +370,7 @@ def test_need_of_a_checkpoint(doubles: str) -> None:
     """What there is is listed."""
     run_id = train(config()).run_id
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; there are: 4, 6, 8"):
-        resuming.need_checkpoint(lookup.look_up(run_id), 3, lambda _: None)
+        resuming.need_checkpoint(lookup.look_up(run_id, print), 3, lambda _: None)
 
 
 def test_fewer_steps_than_are_done_are_refused(

@@ -244,6 +244,37 @@ def test_offline_records_in_a_store_of_its_own(store: str) -> None:
     assert MlflowClient(store).search_runs(["0"]) == []
 
 
+@pytest.mark.parametrize("status", ["FINISHED", "KILLED"])
+def test_a_signal_while_a_run_ends(
+    store: str, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    """The run gets its status first; then who waits for the signal gets it, unless a signal ended
+    the run already."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    deliver = delivery.deliver
+
+    def interrupted(client: MlflowClient, folder: Path, record: dict[str, Any]) -> None:
+        if record["op"] == "status":
+            os.kill(os.getpid(), signal.SIGTERM)
+        deliver(client, folder, record)
+
+    try:
+        run = opened()
+        monkeypatch.setattr(delivery, "deliver", interrupted)
+        assert run.end(status)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert MlflowClient().get_run(run.run_id).info.status == status
+    assert heard == ([signal.SIGTERM] if status == "FINISHED" else [])
+
+
+def test_one_experiment(store: str) -> None:
+    """Its name or its id; both would leave one of them without effect."""
+    with pytest.raises(TrackingError, match="experiment or experiment_id, not both"):
+        start_run(experiment="a", experiment_id="0")
+
+
 def test_another_dataset_is_refused_before_the_run_is_touched(store: str) -> None:
     """Continuing a run under another digest names it, and the run stays as it was."""
     with opened(tags={DIGEST: "a" * 64}) as run:
@@ -268,16 +299,16 @@ def test_a_run_is_open_once(store: str) -> None:
 def test_what_cannot_be_resumed(store: str) -> None:
     """No run, another's run, a finished one: one line each."""
     with pytest.raises(TrackingError, match="there is no run"):
-        resume.to_resume("0" * 32)
+        resume.to_resume("0" * 32, print)
     with mlflow.start_run() as other:
         pass
     with pytest.raises(TrackingError, match="not a training run of ours"):
-        resume.to_resume(other.info.run_id)
+        resume.to_resume(other.info.run_id, print)
     with opened(tags={DIGEST: "a" * 64}) as run:
         run.write_file("config.json", to_json(Config()))
         run.write_file("environment.json", b"{}")
     with pytest.raises(TrackingError, match="has finished"):
-        resume.to_resume(run.run_id)
+        resume.to_resume(run.run_id, print)
 
 
 def test_links_open_the_training_view(store: str) -> None:

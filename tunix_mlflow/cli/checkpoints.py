@@ -132,13 +132,14 @@ def prune(
 def _survey(
     run_id: str | None, keep_last: int, keep_best: int, metric: str, mode: str, every: int
 ) -> tuple[Any, list[Entry]]:
+    from tunix_mlflow.cli.terminal import Terminal
     from tunix_mlflow.config.schema import TrackingConfig
     from tunix_mlflow.tracking import store
     from tunix_mlflow.tracking.runs import lookup, retention
     from tunix_mlflow.training.checkpoint import Retention
 
     if run_id is not None:
-        run_id = lookup.look_up(run_id).run_id
+        run_id = lookup.look_up(run_id, Terminal().info).run_id
     client = store.connect(TrackingConfig())
     policy = Retention(keep_last, keep_best, metric, "min" if mode == "min" else "max", every)
     return client, retention.survey(client, policy, run_id)

@@ -57,7 +57,7 @@ def verify(run_id: str, as_json: bool) -> None:
     from tunix_mlflow.runtime.environment import export
     from tunix_mlflow.tracking.runs import lookup
 
-    run = lookup.look_up(run_id)
+    run = lookup.look_up(run_id, Terminal().info)
     export(run.config, run.environment)
     if run.config.dataset is None:
         raise TrackingError(f"run {run.run_id} names no dataset")

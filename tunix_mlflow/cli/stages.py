@@ -108,9 +108,11 @@ def resume(
     tunix-mlflow resume RUN_ID training.steps=400
     tunix-mlflow resume RUN_ID --step 100 --fork optimizer.learning_rate=1e-4
     """
+    from tunix_mlflow.cli.terminal import Terminal
     from tunix_mlflow.pipelines.resume import resume_run
 
-    _train(resume_run(run_id, overrides, step=step, fork=fork), plan=False, force=force)
+    run = resume_run(run_id, overrides, step=step, fork=fork, reporter=Terminal())
+    _train(run, plan=False, force=force)
 
 
 @click.command(cls=ConfigurableCommand)
@@ -231,6 +233,7 @@ def _resolve_run(
     overrides: dict[str, str],
 ) -> Resumption:
     """Return the run that `train` begins or resumes."""
+    from tunix_mlflow.cli.terminal import Terminal
     from tunix_mlflow.config.load import load_config
 
     if resume is not None and resume != AUTO:
@@ -240,7 +243,7 @@ def _resolve_run(
             )
         from tunix_mlflow.pipelines.resume import resume_run
 
-        return resume_run(resume, overrides, step=step, fork=fork)
+        return resume_run(resume, overrides, step=step, fork=fork, reporter=Terminal())
     if step is not None or fork:
         raise ConfigError("--step and --fork need --resume RUN_ID")
     if "base" in overrides and source in (None, _TRAIN):
@@ -248,7 +251,9 @@ def _resolve_run(
     config = load_config(source or _TRAIN, overrides)  # a mistake does not wait for MLflow
     from tunix_mlflow.pipelines.resume import Resumption, resume_by_key
 
-    return resume_by_key(config) if resume == AUTO else Resumption(config, {}, None)
+    if resume == AUTO:
+        return resume_by_key(config, reporter=Terminal())
+    return Resumption(config, {}, None)
 
 
 def _train(run: Resumption, *, plan: bool, force: bool) -> None:

@@ -36,6 +36,7 @@ class EvaluationResult(NamedTuple):
     examples: int
 
 
+@store.restored()
 def evaluate(
     model: str,
     *,

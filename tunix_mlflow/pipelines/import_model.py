@@ -15,7 +15,7 @@ from tunix_mlflow.models.hub import base as bases
 from tunix_mlflow.models.hub import pretrained
 from tunix_mlflow.runtime import devices, environment
 from tunix_mlflow.runtime.report import SILENT, Reporter
-from tunix_mlflow.tracking import artifacts
+from tunix_mlflow.tracking import artifacts, store
 from tunix_mlflow.tracking.run import open_run
 
 _PROMPT = "What is the capital of France?"
@@ -30,6 +30,7 @@ class ImportResult(NamedTuple):
     parameters: int
 
 
+@store.restored()
 def import_model(
     base: str,
     *,

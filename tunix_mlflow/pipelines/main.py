@@ -36,6 +36,7 @@ class MainResult(NamedTuple):
     ui: str | None  # the command that starts the UI on a local store
 
 
+@store.restored()
 def run_all(config: Config, *, reporter: Reporter = SILENT) -> MainResult:
     """Run the stages in order, each in a child run, in this process.
 

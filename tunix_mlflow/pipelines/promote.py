@@ -12,6 +12,7 @@ from tunix_mlflow.tracking.models.gate import Promotion
 from tunix_mlflow.tracking.run import open_run
 
 
+@store.restored()
 def promote(
     model: str,
     name: str | None = None,

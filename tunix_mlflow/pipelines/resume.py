@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from tunix_mlflow.config.load import apply_overrides, inherit_auto
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import ConfigError
+from tunix_mlflow.runtime.report import SILENT, Reporter
 from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking.runs import lookup
 from tunix_mlflow.tracking.runs import resume as resuming
@@ -31,8 +32,14 @@ class Resumption(NamedTuple):
     finished: bool = False  # there is nothing left to do
 
 
+@store.restored()
 def resume_run(
-    run_id: str, overrides: Mapping[str, Any], *, step: int | None = None, fork: bool = False
+    run_id: str,
+    overrides: Mapping[str, Any],
+    *,
+    step: int | None = None,
+    fork: bool = False,
+    reporter: Reporter = SILENT,
 ) -> Resumption:
     """Return how the training run `run_id` is continued.
 
@@ -41,6 +48,7 @@ def resume_run(
         overrides: dotted keys to change; which may change is `config.identity.FREE`.
         step: begin at the checkpoint of this step; None: at the newest.
         fork: begin a new run there; anything may change.
+        reporter: receives messages.
 
     Raises:
         TrackingError: if there is no such run, it has finished, or a key that may not change does.
@@ -48,12 +56,19 @@ def resume_run(
     """
     if step is not None and step < 0:
         raise ConfigError(f"step: expected a number of updates, got {step}")
-    run = resuming.to_resume(run_id, lambda before: apply_overrides(before, overrides), fork=fork)
+    run = resuming.to_resume(
+        run_id, reporter.info, lambda before: apply_overrides(before, overrides), fork=fork
+    )
     return Resumption(run.config, run.environment, ResumePoint(run.run_id, step, fork))
 
 
-def resume_by_key(config: Config) -> Resumption:
+@store.restored()
+def resume_by_key(config: Config, *, reporter: Reporter = SILENT) -> Resumption:
     """Return how the newest run with `tracking.key` is continued, or begun if there is none.
+
+    Args:
+        config: the whole configuration; what is null is as the run resolved it.
+        reporter: receives messages.
 
     Raises:
         ConfigError: without a key.
@@ -61,16 +76,17 @@ def resume_by_key(config: Config) -> Resumption:
     """
     if not config.tracking.key:
         raise ConfigError("resume=auto needs tracking.key=NAME, by which the run is found again")
-    keyed = lookup.of_key(config.tracking)
-    if keyed is None:
+    run_id = lookup.of_key(config.tracking)
+    if run_id is None:
         return Resumption(config, {}, None)
-    if keyed.finished:
-        launched = os.environ.get("MLFLOW_RUN_ID")
-        if launched is not None:
-            lookup.tag_launcher(store.connect(config.tracking), launched, keyed.run_id)
-        return Resumption(config, {}, ResumePoint(keyed.run_id), finished=True)
     try:
-        run = resuming.to_resume(keyed.run_id, lambda before: inherit_auto(config, before))
+        run = lookup.look_up(run_id, reporter.info)
     except lookup.NotRecorded:  # killed in its first moments
-        return Resumption(config, {}, ResumePoint(keyed.run_id))
-    return Resumption(run.config, run.environment, ResumePoint(run.run_id))
+        return Resumption(config, {}, ResumePoint(run_id))
+    config = inherit_auto(config, run.config)
+    resuming.check_changes(run, config)
+    finished = resuming.is_done(run, config)
+    launched = os.environ.get("MLFLOW_RUN_ID")
+    if finished and launched is not None:
+        lookup.tag_launcher(store.connect(config.tracking), launched, run.run_id)
+    return Resumption(config, run.environment, ResumePoint(run.run_id), finished)

@@ -11,6 +11,7 @@ from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
 from tunix_mlflow.tracking.run import open_run
 
 
+@store.restored()
 def seed(
     key: str,
     *,

@@ -69,6 +69,7 @@ class PlanResult(NamedTuple):
     fits: bool
 
 
+@store.restored()
 def train(
     config: Config,
     *,
@@ -104,7 +105,7 @@ def train(
         if not memory.fits and not force:
             raise UnavailableError(f"this run {memory.text()}. --force trains anyway")
         if resume is not None and (resume.fork or resume.step is not None):
-            recorded = lookup.look_up(resume.run_id)
+            recorded = lookup.look_up(resume.run_id, reporter.info)
             resuming.need_checkpoint(recorded, resume.step, reporter.info)
         trainer = Trainer.create(
             inputs.config, inputs.vocab_size, inputs.device, base, compile_ahead=True

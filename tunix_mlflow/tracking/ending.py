@@ -55,14 +55,15 @@ def unregister(run: Endable) -> None:
 
 
 @contextlib.contextmanager
-def undisturbed(give_up: Callable[[], None]) -> Iterator[None]:
+def undisturbed(give_up: Callable[[], None], *, interrupted: bool) -> Iterator[None]:
     """Let no signal keep a run from getting its status, for the length of a block.
 
-    The handlers that were there before come back at its end. Outside the main thread nothing is
-    changed.
+    The handlers that were there before come back at its end, and get the first signal that came
+    meanwhile. Outside the main thread nothing is changed.
 
     Args:
         give_up: called by a signal that comes after two seconds; ends the wait for MLflow.
+        interrupted: a signal ended the run; those that follow it are repetitions, and dropped.
     """
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
@@ -70,8 +71,10 @@ def undisturbed(give_up: Callable[[], None]) -> Iterator[None]:
         yield  # a handler that was not installed by Python could not be restored
         return
     begun = time.monotonic()
+    came: list[int] = []
 
-    def insist(*_: object) -> None:
+    def insist(number: int, _: object) -> None:
+        came.append(number)
         if time.monotonic() - begun > _INSIST_SECONDS:
             give_up()
 
@@ -82,6 +85,8 @@ def undisturbed(give_up: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if came and not interrupted:
+            signal.raise_signal(came[0])
 
 
 def _end_open_runs() -> None:

@@ -96,7 +96,7 @@ def _open_online(client: MlflowClient, request: Request, report: Callable[[str],
     experiment_id = None
     if run_id is None and request.resume and request.key is not None:
         experiment_id = store.find_experiment(client, request.experiment, request.experiment_id)
-        run_id = lookup.unfinished_of_key(client, experiment_id, request.key)
+        run_id = lookup.unfinished_of_key(client, experiment_id, request.key, report)
     run_id = run_id or request.launched
     if run_id is None and experiment_id is None:
         experiment_id = store.find_experiment(client, request.experiment, request.experiment_id)
@@ -141,7 +141,7 @@ def _create(
 def _attach(
     client: MlflowClient, run_id: str, request: Request, report: Callable[[str], None]
 ) -> Opened:
-    run_id = lookup.mlflow_id(client, run_id)
+    run_id = lookup.mlflow_id(client, run_id, report)
     run = client.get_run(run_id)
     before = run.data.tags
     if run.info.lifecycle_stage == "deleted":
@@ -168,7 +168,7 @@ def _attach(
 def _open_away(away: str, request: Request, report: Callable[[str], None]) -> Opened:
     run_id = request.run_id
     if run_id is None and request.resume and request.key is not None:
-        run_id = lookup.unfinished_of_key(None, None, request.key)
+        run_id = lookup.unfinished_of_key(None, None, request.key, report)
     run_id = run_id or request.launched
     folder = paths.run_dir(run_id or uuid.uuid4().hex)
     if run_id is not None and not (folder / METRICS_LOG).exists():

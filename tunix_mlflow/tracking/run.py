@@ -217,7 +217,7 @@ class Run(Recording):
         if self._ended or self._pid != os.getpid():  # a forked process has no part in it
             return True
         self._ended = True
-        with ending.undisturbed(self._worker.give_up):
+        with ending.undisturbed(self._worker.give_up, interrupted=status == "KILLED"):
             try:
                 return self._end(status, error)
             finally:
@@ -292,6 +292,8 @@ def start_run(
     While it is open it is MLflow's active run in this thread, so that `mlflow.log_figure` and
     autologging land there. It records what is logged, and nothing else (besides system/*).
 
+    A run that is continued keeps its experiment, name and parent, as MLflow's own do.
+
     Args:
         experiment: name of the experiment; None: MLflow's own choice (`mlflow.set_experiment`,
             MLFLOW_EXPERIMENT_NAME, MLFLOW_EXPERIMENT_ID, or the parent's), else tunix-mlflow.
@@ -318,6 +320,8 @@ def start_run(
     """
     if resume and key is None and run_id is None:
         raise TrackingError("resume=True needs the key, or the run_id, of the run to continue")
+    if experiment is not None and experiment_id is not None:
+        raise TrackingError("give experiment or experiment_id, not both")
     given = {str(name): str(value) for name, value in (tags or {}).items()}
     if description is not None:
         if names.NOTE in given:

@@ -20,6 +20,8 @@ from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient, fluent
+from mlflow.tracking._model_registry import utils as registry_uris
+from mlflow.tracking._tracking_service import utils as tracking_uris
 
 from tunix_mlflow import paths
 from tunix_mlflow.config.schema import TrackingConfig
@@ -29,6 +31,7 @@ from tunix_mlflow.files import one_line
 DEFAULT_EXPERIMENT = "tunix-mlflow"
 _KIND_TAG = {"mlflow.experimentKind": "custom_model_development"}
 _PROBE_SECONDS = 4
+_EXPORTED = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")  # by MLflow, when it is given a store
 
 
 def connect(config: TrackingConfig) -> MlflowClient:
@@ -81,6 +84,28 @@ def reach(config: TrackingConfig) -> tuple[MlflowClient, str | None]:
             f"cannot use the MLflow store {public(uri)}: {hint}{one_line(error)}"
         ) from error
     return client, None
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Give the process its own tracking store back at the end of a block, or of a function.
+
+    :func:`reach` points the whole process at the offline store, its environment included.
+    """
+    # There is no public way to ask what was set, if anything.
+    before = tracking_uris._tracking_uri, registry_uris._registry_uri
+    exported = {name: os.environ.get(name) for name in _EXPORTED}
+    try:
+        yield
+    finally:
+        if (tracking_uris._tracking_uri, registry_uris._registry_uri) != before:
+            mlflow.set_tracking_uri(before[0])  # type: ignore[arg-type]  # None: as if never set
+            mlflow.set_registry_uri(before[1])  # type: ignore[arg-type]
+        for name, value in exported.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def answers() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,17 +39,14 @@ class NotRecorded(TrackingError):
     """A training run that died before it recorded its configuration."""
 
 
-class KeyedRun(NamedTuple):
-    """The run that has a key."""
-
-    run_id: str
-    finished: bool
-
-
-def look_up(run_id: str) -> RecordedRun:
+def look_up(run_id: str, report: Callable[[str], None]) -> RecordedRun:
     """Return a training run of ours, by MLflow's id or the name of a folder.
 
     Its configuration and environment are read from its local folder, else from its artifacts.
+
+    Args:
+        run_id: of the run.
+        report: called with what MLflow refuses of a run that is uploaded to have an id.
 
     Raises:
         NotRecorded: if it died before it recorded its configuration.
@@ -75,7 +72,7 @@ def look_up(run_id: str) -> RecordedRun:
             raise NotRecorded(f"run {run_id} died before it could record its configuration")
         texts = [(path / name).read_bytes() for name in (CONFIG, ENVIRONMENT)]
     else:
-        run_id = mlflow_id(client, run_id)
+        run_id = mlflow_id(client, run_id, report)
         status = _training_run(client, run_id).info.status
         texts = _configuration(client, run_id, path)
     return RecordedRun(
@@ -87,25 +84,34 @@ def look_up(run_id: str) -> RecordedRun:
     )
 
 
-def mlflow_id(client: MlflowClient, run_id: str) -> str:
+def mlflow_id(client: MlflowClient, run_id: str, report: Callable[[str], None]) -> str:
     """Return MLflow's id of a run that may be named by its folder.
 
     One that began while MLflow was away is uploaded first, so that it has an id.
+
+    Args:
+        client: reaches MLflow.
+        run_id: MLflow's, or the folder's name.
+        report: called with what MLflow refuses.
 
     Raises:
         UnavailableError: if it has none, and is open in another process.
     """
     path = paths.run_dir(run_id)
     if (path / EVENT_LOG).exists() and read_link(path) is None:
-        if folder.is_open(path):
-            raise UnavailableError(f"run {run_id} is open in another process on this machine")
-        upload.catch_up(client, path, lambda _: None)
+        held = folder.lock(path)
+        try:
+            upload.catch_up(client, path, report)
+        finally:
+            held.release()
     link = read_link(path)
     return link.run_id if link else run_id
 
 
-def of_key(tracking: TrackingConfig) -> KeyedRun | None:
-    """Return the newest training run with `tracking.key`; None if there is none.
+def of_key(tracking: TrackingConfig) -> str | None:
+    """Return the newest training run with `tracking.key`, by MLflow's id or its folder's name.
+
+    None if there is none.
 
     Raises:
         TrackingError: if the store cannot be used.
@@ -120,18 +126,21 @@ def of_key(tracking: TrackingConfig) -> KeyedRun | None:
             max_results=10,
         ):
             if tags.is_training_run(run.data.tags):
-                return KeyedRun(run.info.run_id, run.info.status == "FINISHED")
+                return str(run.info.run_id)
     for path in folders():
         if away is None and read_link(path) is not None:
             continue  # MLflow has it
         recorded = recorded_tags(path)
         if recorded.get(tags.KEY) == tracking.key and tags.is_training_run(recorded):
-            return KeyedRun(path.name, recorded_status(path) == "FINISHED")
+            return path.name
     return None
 
 
 def unfinished_of_key(
-    client: MlflowClient | None, experiment_id: str | None, key: str
+    client: MlflowClient | None,
+    experiment_id: str | None,
+    key: str,
+    report: Callable[[str], None],
 ) -> str | None:
     """Return the newest run with a key, of whatever stage, that has not finished.
 
@@ -141,6 +150,7 @@ def unfinished_of_key(
         client: reaches MLflow; None: it is away, and only this machine is asked.
         experiment_id: where to look in MLflow.
         key: the tag's value.
+        report: called with what MLflow refuses.
 
     Returns:
         MLflow's id, or the name of a folder that MLflow does not have; None if there is none.
@@ -153,7 +163,7 @@ def unfinished_of_key(
         if client is None:
             return path.name
         if not folder.is_open(path):
-            upload.catch_up(client, path, lambda _: None)
+            mlflow_id(client, path.name, report)
     if client is None or experiment_id is None:
         return None
     runs = client.search_runs(

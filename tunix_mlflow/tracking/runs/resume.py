@@ -22,12 +22,17 @@ from tunix_mlflow.tracking.sync import lease, upload
 
 
 def to_resume(
-    run_id: str, change: Callable[[Config], Config] = lambda before: before, *, fork: bool = False
+    run_id: str,
+    report: Callable[[str], None],
+    change: Callable[[Config], Config] = lambda before: before,
+    *,
+    fork: bool = False,
 ) -> RecordedRun:
     """Return configuration and environment of a training run that can be resumed.
 
     Args:
         run_id: MLflow's, or the name of a folder that MLflow does not have.
+        report: called with what MLflow refuses of a run that is uploaded first.
         change: from the run's configuration to the one to resume with; what may change is told
             by `config.identity.FREE`.
         fork: a new run will begin at a checkpoint of this one; then anything may change.
@@ -37,20 +42,34 @@ def to_resume(
         TrackingError: if there is no such run, it is no training run, it has finished, or what
             may not change would.
     """
-    found = look_up(run_id)
+    found = look_up(run_id, report)
     config = change(found.config)
-    longer = config.training.steps > found.config.training.steps
-    if found.status == "FINISHED" and not longer and not fork:
+    if is_done(found, config) and not fork:
         raise TrackingError(
             f"run {found.run_id} has finished; there is nothing to resume. Continue it with more"
             f" steps: training.steps={2 * found.config.training.steps}"
         )
-    if not fork and (changed := differences(found.config, config)):
+    if not fork:
+        check_changes(found, config)
+    return found._replace(config=config)
+
+
+def check_changes(run: RecordedRun, config: Config) -> None:
+    """Check that a run can be resumed with another configuration.
+
+    Raises:
+        TrackingError: if it changes what may not change.
+    """
+    if changed := differences(run.config, config):
         raise TrackingError(
-            f"run {found.run_id} cannot be resumed with {'; '.join(changed)}; leave it as it was,"
+            f"run {run.run_id} cannot be resumed with {'; '.join(changed)}; leave it as it was,"
             " or start a new run from its checkpoint with --fork"
         )
-    return found._replace(config=config)
+
+
+def is_done(run: RecordedRun, config: Config) -> bool:
+    """Return whether a run has finished, and `config` asks for no more steps."""
+    return run.status == "FINISHED" and config.training.steps <= run.config.training.steps
 
 
 def need_checkpoint(run: RecordedRun, step: int | None, report: Callable[[str], None]) -> None:
