@@ -139,6 +139,9 @@ def test_main_links_its_stages(store: str, mlflow_run: Project) -> None:
     stages = [r.data.tags["tunix_mlflow.stage"] for r in children]
     assert stages == ["seed", "train", "evaluate", "promote"]
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == {figures["run_id"]}
+    note = parents[0].data.tags["mlflow.note.content"]
+    assert [word for word in stages if f"[{word}](" in note] == stages
+    assert all(f"/runs/{r.info.run_id}" in note for r in children)
     assert {r.info.status for r in everything} == {"FINISHED"}
 
 

@@ -42,6 +42,8 @@ from tunix_mlflow.training.inputs import read_inputs
 from tunix_mlflow.training.step import StepMetrics
 from tunix_mlflow.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SHAPE = ModelConfig(
     family="qwen3",
     width=24,

@@ -27,6 +27,7 @@ from tunix_mlflow.tracking import opening
 from tunix_mlflow.tracking import store as links
 from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
 from tunix_mlflow.tracking.record import event_log
+from tunix_mlflow.tracking.recorder import encode_table
 from tunix_mlflow.tracking.run import Run, open_run, start_run
 from tunix_mlflow.tracking.runs import resume
 from tunix_mlflow.tracking.sync import delivery, lease, upload, worker
@@ -432,6 +433,17 @@ def test_a_loop_of_its_own_may_time_what_it_likes(store: str) -> None:
     with opened() as run:
         run.log_metrics({"train/loss": 1.0, "train_perf/step_time_ms": 3.0}, 1)
         assert run.log_summary(1)["avg_throughput"] == 0.0
+
+
+def test_a_table_is_strict_json() -> None:
+    """numpy's numbers and NaN, at any depth; MLflow's UI parses it with JavaScript."""
+    columns = {"a": [np.float32("nan"), np.int64(2), {"x": [math.inf, (np.float64(0.5),)]}]}
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(name)
+
+    table = json.loads(encode_table(columns, "t.json"), parse_constant=no_constant)
+    assert table["data"] == [[None], [2], [{"x": [None, [0.5]]}]]
 
 
 def test_a_table_is_replaced_not_doubled(store: str) -> None:

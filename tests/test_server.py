@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -86,9 +87,10 @@ def cheapen_password(database: Path) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path: Path, empty_database: Path) -> Iterator[Server]:
     folder = tmp_path / "server"
     folder.mkdir()
+    shutil.copy(empty_database, folder / "mlflow.db")
     (folder / "auth.ini").write_text(
         "[mlflow]\ndefault_permission = READ\n"
         f"database_uri = sqlite:///{folder / 'auth.db'}\n"

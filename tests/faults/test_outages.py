@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import statistics
 import threading
@@ -99,9 +100,10 @@ class Proxy:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[int]:
     """A real `mlflow server`; its port."""
     folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_database, folder / "mlflow.db")
     port = free_port()
     words = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port)]
     words += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"]

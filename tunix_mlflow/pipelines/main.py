@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data import seeds
-from tunix_mlflow.errors import UnavailableError
+from tunix_mlflow.errors import Refused, UnavailableError
 from tunix_mlflow.pipelines import notes
 from tunix_mlflow.pipelines.evaluate import evaluate
 from tunix_mlflow.pipelines.promote import promote
@@ -14,7 +15,8 @@ from tunix_mlflow.pipelines.seed import seed
 from tunix_mlflow.pipelines.train import train
 from tunix_mlflow.runtime.report import SILENT, Reporter
 from tunix_mlflow.tracking import store, tags
-from tunix_mlflow.tracking.run import open_run
+from tunix_mlflow.tracking.run import Run, open_run
+from tunix_mlflow.tracking.runs import lookup
 
 
 class MainResult(NamedTuple):
@@ -71,12 +73,14 @@ def run_all(config: Config, *, reporter: Reporter = SILENT) -> MainResult:
         run.log_metrics(figures)
         run.set_tags({tags.TRAINING_RUN: trained.run_id})
         shown = {name: f"{value:,.4f}" for name, value in figures.items()}
-        links = {"training": trained.link, "evaluation": scored.link}
-        run.set_note(notes.main(shown, links))
-        promotion = promote(trained.model_id, config=config, reporter=reporter)
+        try:
+            promotion = promote(trained.model_id, config=config, reporter=reporter)
+        except Refused:
+            _note(run, shown)
+            raise
         run.set_tags({tags.MODEL: promotion.name, tags.MODEL_VERSION: promotion.version})
         shown["registered version"] = f"{promotion.name} {promotion.version}: {promotion.verdict}"
-        run.set_note(notes.main(shown, links))
+        _note(run, shown)
         link = store.run_link(run.experiment_id or "")
     return MainResult(
         dataset=trained.manifest.key,
@@ -94,3 +98,9 @@ def run_all(config: Config, *, reporter: Reporter = SILENT) -> MainResult:
         link=link,
         ui=store.ui_command(),
     )
+
+
+def _note(run: Run, figures: Mapping[str, str]) -> None:
+    """Describe the run on its page: its figures, and links to its stages."""
+    links = lookup.child_links(run.client, run.run_id, run.experiment_id or "")
+    run.set_note(notes.main(figures, links))

@@ -72,8 +72,16 @@ def encode_table(data: Mapping[str, Any] | pd.DataFrame, artifact_file: str) -> 
 
 
 def _cell(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Return a value as JSON has it, which has neither numpy's types nor NaN."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, list | tuple):
+        return [_cell(each) for each in value]
+    if isinstance(value, Mapping):
+        return {str(name): _cell(each) for name, each in value.items()}
+    return value
 
 
 def _plain(value: Any) -> Any:

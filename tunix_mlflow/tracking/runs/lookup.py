@@ -175,6 +175,19 @@ def unfinished_of_key(
     return str(runs[0].info.run_id) if runs else None
 
 
+def child_links(client: MlflowClient, run_id: str, experiment_id: str) -> dict[str, str]:
+    """Return the pages of the children of a run of all stages, by stage, in their order."""
+    children = client.search_runs(
+        [experiment_id],
+        f"tags.`{tags.PARENT}` = '{run_id}'",
+        order_by=["attributes.start_time ASC"],
+    )
+    return {
+        child.data.tags.get(tags.STAGE, "run"): store.run_link(experiment_id, child.info.run_id)
+        for child in children
+    }
+
+
 def training_runs(client: MlflowClient, limit: int) -> list[Run]:
     """Return the newest training runs of all experiments."""
     experiments = [e.experiment_id for e in client.search_experiments(max_results=1000)]
