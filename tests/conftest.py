@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -11,20 +12,29 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.servers import Server
 
 os.environ.setdefault("NPROC", "2")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# Or each server starts eight more processes, for jobs that no test has: 20 seconds of a core.
+os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
 # One compilation cache for this process and all its children, pytest's workers among them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="tunix-jax-cache-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-KEPT = {"MLFLOW_LOGGING_LEVEL", "MLFLOW_DISABLE_TELEMETRY"}
+KEPT = {
+    "MLFLOW_LOGGING_LEVEL",
+    "MLFLOW_DISABLE_TELEMETRY",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION",
+}
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
@@ -46,8 +56,8 @@ TINY = {
 
 
 LONG = (
-    *("test_kills.py", "test_mlproject.py", "test_outages.py", "test_server.py"),
-    *("test_retention.py", "test_resume.py"),
+    *("test_kills.py", "test_mlproject.py", "test_outages.py", "test_public_api.py"),
+    *("test_server.py", "test_retention.py", "test_resume.py"),
 )
 
 
@@ -84,13 +94,29 @@ def quick_compile() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated MLflow database, made once: the migrations take seconds."""
+    """A migrated MLflow database, made once for all workers: the migrations take seconds."""
     from mlflow.tracking import MlflowClient
 
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    with contextlib.chdir(path.parent):  # where its default experiment keeps artifacts
-        MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "empty-store"
+    folder.mkdir(exist_ok=True)
+    done = folder / "done"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            with contextlib.chdir(folder):  # where its default experiment keeps artifacts
+                MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+            done.touch()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Server]:
+    """A plain MLflow server, for tests that do not mind the runs of others."""
+    from tests.servers import mlflow_server
+
+    with mlflow_server(tmp_path_factory.mktemp("server"), empty_database) as it:
+        yield it
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from mlflow.tracking import MlflowClient
 
 from tests.conftest import ROOT, as_arguments, environment, last_json, tiny
 
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # as `quick_compile` does
+
 
 def test_a_mesh_trains_as_one_device() -> None:
     """Parameters and losses within 1e-6, twice the same bits, a share of the parameters each; a
@@ -24,7 +26,7 @@ def test_a_mesh_trains_as_one_device() -> None:
             {
                 "JAX_NUM_CPU_DEVICES": "4",
                 "JAX_PLATFORMS": "cpu",
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # as `quick_compile` does
+                **QUICK,
             }
         ),
         capture_output=True,
@@ -51,8 +53,9 @@ def test_a_mesh_trains_as_one_device() -> None:
 
 def test_a_run_on_a_mesh(store: str, command: Callable[..., Any]) -> None:
     """Training on two devices says where, and is resumed on four, which is said."""
-    words = as_arguments(tiny(dataset="golden-v2", training__steps="2", mesh__data="2"))
-    done = command("tunix-mlflow", "train", "cpu-fast", *words)
+    small = {"training__steps": "2", "evaluation__samples": "0", "mesh__data": "2"}
+    words = as_arguments(tiny(dataset="golden-v2", **small))
+    done = command("tunix-mlflow", "train", "cpu-fast", *words, env=QUICK)
     assert done.returncode == 0, done.stderr
     run = MlflowClient().get_run(last_json(done.stdout)["run_id"])
     assert run.data.tags["tunix_mlflow.mesh"] == "data=2,fsdp=1"
@@ -60,6 +63,7 @@ def test_a_run_on_a_mesh(store: str, command: Callable[..., Any]) -> None:
     resumed = command(
         *("tunix-mlflow", "resume", run.info.run_id),
         *("training.steps=4", "mesh.data=1", "mesh.fsdp=4"),
+        env=QUICK,
     )
     assert resumed.returncode == 0, resumed.stderr
     assert "mesh data=2,fsdp=1, now data=1,fsdp=4" in resumed.stderr

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +15,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 import tunix_mlflow as tm
-from tests.conftest import BIN, ROOT, environment, tiny, write_traces
+from tests.conftest import ROOT, environment, tiny, write_traces
+from tests.servers import Server
 
 SMALL = """
 import os, signal
@@ -68,42 +65,13 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[str]:
-    """The address of an MLflow server."""
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(empty_database, folder / "mlflow.db")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    words += ["--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            words, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        for _ in range(600):
-            assert process.poll() is None, (folder / "log").read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
-
-
 @pytest.fixture
-def on_server(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The tracking store of this test and its children is the server; MLflow is not silenced."""
     monkeypatch.delenv("MLFLOW_LOGGING_LEVEL")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    mlflow.set_tracking_uri(server)
-    mlflow.set_registry_uri(server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    mlflow.set_tracking_uri(server.uri)
+    mlflow.set_registry_uri(server.uri)
     yield
     mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
     mlflow.set_registry_uri(None)  # type: ignore[arg-type]

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import signal
-import socket
 import sqlite3
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlflow
 import mlflow.models
@@ -22,60 +17,11 @@ import requests
 from mlflow.tracking import MlflowClient
 from werkzeug.security import generate_password_hash
 
-from tests.conftest import BIN, as_arguments, environment, last_json, run_here, tiny, write_traces
+from tests.conftest import BIN, as_arguments, last_json, run_here, tiny, write_traces
+from tests.servers import Server, end, free_port, launch, mlflow_server, wait_for
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 USER, PASSWORD = "admin", "a-long-password-1234"
-
-
-class Server(NamedTuple):
-    uri: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def credentials(self) -> dict[str, str]:
-        return {
-            "MLFLOW_TRACKING_URI": self.uri,
-            "MLFLOW_TRACKING_USERNAME": USER,
-            "MLFLOW_TRACKING_PASSWORD": PASSWORD,
-        }
-
-
-def free_port() -> int:
-    with socket.socket() as it:
-        it.bind(("127.0.0.1", 0))
-        port: int = it.getsockname()[1]
-        return port
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if requests.get(url, timeout=2).ok:
-                return
-        except requests.RequestException:
-            pass
-        time.sleep(0.2)
-    raise AssertionError(log.read_text()[-3000:])
-
-
-def launch(words: list[str], log: Path, extra: dict[str, str]) -> subprocess.Popen[bytes]:
-    with log.open("wb") as out:
-        return subprocess.Popen(
-            words,
-            env=environment(extra),
-            stdout=out,
-            stderr=out,
-            cwd=log.parent,
-            start_new_session=True,
-        )
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """The server starts workers; they are its process group, and have nothing to save."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(60)
 
 
 def cheapen_password(database: Path) -> None:
@@ -90,34 +36,19 @@ def cheapen_password(database: Path) -> None:
 def server(tmp_path: Path, empty_database: Path) -> Iterator[Server]:
     folder = tmp_path / "server"
     folder.mkdir()
-    shutil.copy(empty_database, folder / "mlflow.db")
     (folder / "auth.ini").write_text(
         "[mlflow]\ndefault_permission = READ\n"
         f"database_uri = sqlite:///{folder / 'auth.db'}\n"
         f"admin_username = {USER}\nadmin_password = {PASSWORD}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
-    port, log = free_port(), folder / "log"
-    process = launch(
-        [
-            *(str(BIN / "mlflow"), "server", "--app-name", "basic-auth"),
-            *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
-            *("--artifacts-destination", str(folder / "artifacts")),
-            *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        ],
-        log,
-        {
-            "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": "for-this-test-alone",
-        },
-    )
-    try:
-        uri = f"http://127.0.0.1:{port}"
-        wait_for(f"{uri}/health", process, log)
+    extra = {
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "for-this-test-alone",
+    }
+    with mlflow_server(folder, empty_database, "--app-name", "basic-auth", extra=extra) as it:
         cheapen_password(folder / "auth.db")
-        yield Server(uri, process, log)
-    finally:
-        end(process)
+        yield it
 
 
 def test_own_data_on_a_teams_server(
@@ -133,7 +64,12 @@ def test_own_data_on_a_teams_server(
     data = write_traces(tmp_path / "support.jsonl", 80)
     home_of_user = tmp_path / "user"
     home_of_user.mkdir()
-    user = server.credentials() | {"HOME": str(home_of_user)}
+    user = {
+        "MLFLOW_TRACKING_URI": server.uri,
+        "MLFLOW_TRACKING_USERNAME": USER,
+        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+        "HOME": str(home_of_user),
+    }
     for name, value in user.items():
         monkeypatch.setenv(name, value)
 

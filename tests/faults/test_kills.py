@@ -29,12 +29,12 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from tests.conftest import BIN, ROOT, as_arguments, as_parameters, environment, tiny
-from tests.test_server import free_port
+from tests.servers import free_port
 from tunix_mlflow.tracking.runs.resume import uploaded_steps
 
-KILLS = int(os.environ.get("KILLS", "5"))
+KILLS = int(os.environ.get("KILLS", "4"))
 LOST_DISKS = max(1, KILLS // 10)
-CRASHES = os.environ.get("CRASHES", str(max(3, KILLS // 4)))  # a number, or all
+CRASHES = os.environ.get("CRASHES", str(max(2, KILLS // 4)))  # a number, or all
 STEPS = 24
 TOGETHER = 2  # victims at a time
 RUN = tiny(

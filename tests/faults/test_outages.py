@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 import statistics
 import threading
@@ -21,7 +20,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from tests.conftest import BIN, as_arguments, tiny
-from tests.test_server import end, free_port, launch, wait_for
+from tests.servers import Server, end, free_port, launch
 from tunix_mlflow.config.schema import TrackingConfig
 from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking.record import event_log
@@ -99,26 +98,9 @@ class Proxy:
             client.close()
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[int]:
-    """A real `mlflow server`; its port."""
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(empty_database, folder / "mlflow.db")
-    port = free_port()
-    words = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"]
-    words += ["--artifacts-destination", str(folder / "artifacts")]
-    process = launch(words, folder / "log", {})
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
-        yield port
-    finally:
-        end(process)
-
-
 @pytest.fixture
-def proxy(server: int) -> Iterator[Proxy]:
-    it = Proxy(server)
+def proxy(server: Server) -> Iterator[Proxy]:
+    it = Proxy(server.port)
     mlflow.set_tracking_uri(it.uri)
     mlflow.set_registry_uri(it.uri)
     yield it

@@ -1,4 +1,7 @@
-"""The process of a command: signals, quiet libraries, exit codes. The library uses none of this."""
+"""The process of a command: signals, quiet libraries, exit codes.
+
+The library uses only `COMPILING` of this.
+"""
 
 from __future__ import annotations
 
