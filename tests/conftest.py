@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pytest
 
@@ -29,6 +30,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="tunix-jax-cache-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+# As the command line does: collecting garbage is a twentieth of the time.
+gc.set_threshold(100_000, 10, 10)
 
 KEPT = {
     "MLFLOW_LOGGING_LEVEL",
@@ -64,6 +68,15 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left with one of them at the end."""
     items.sort(key=lambda item: (*LONG, item.path.name).index(item.path.name))
+
+
+T = TypeVar("T")
+
+
+class BeginFrom(Protocol):
+    """The fixture `begin_from`."""
+
+    def __call__(self, name: str, make: Callable[[], T]) -> T: ...
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +149,55 @@ def store(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         mlflow.end_run()
     mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
     mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def beginnings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """What `begin_from` has made, by name: a folder, and what its maker returned."""
+    return {}
+
+
+@pytest.fixture
+def begin_from(
+    store: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    beginnings: dict[str, tuple[Path, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> BeginFrom:
+    """Begin a test with a tracking store and a state root that a function has filled.
+
+    The first test of a worker that asks for a name calls the function; those that follow get a
+    copy of what it left, at the same place, since stores hold absolute paths.
+    """
+    import mlflow
+
+    def begin(name: str, make: Callable[[], T]) -> T:
+        if name not in beginnings:
+            folder = tmp_path_factory.mktemp(name)
+            (folder / "live").mkdir()
+            shutil.copy(store.removeprefix("sqlite:///"), folder / "live" / "mlflow.db")
+            use(folder / "live" / "mlflow.db")
+            made = make()
+            shutil.copytree(folder / "live", folder / "kept", symlinks=True)
+            beginnings[name] = folder, made
+        folder, made = beginnings[name]
+        shutil.rmtree(folder / "live")
+        shutil.copytree(folder / "kept", folder / "live", symlinks=True)
+        database = folder / "live" / f"{tmp_path.name}.db"  # MLflow keeps connections by path
+        (folder / "live" / "mlflow.db").rename(database)
+        use(database)
+        result: T = made
+        return result
+
+    def use(database: Path) -> None:
+        uri = f"sqlite:///{database}"
+        monkeypatch.setenv("TUNIX_MLFLOW_HOME", str(database.parent / "home"))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+
+    return begin
 
 
 @pytest.fixture

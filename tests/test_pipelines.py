@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.conftest import tiny, write_traces
+from tests.conftest import BeginFrom, tiny, write_traces
 from tunix_mlflow.config.load import load_config
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data import datasets
@@ -38,10 +38,14 @@ def config(**more: str) -> Config:
     return load_config(None, tiny(**more))
 
 
+def ingest_doubles(folder: Path) -> str:
+    datasets.ingest(write_traces(folder / "doubles.jsonl", 60), "doubles-v1")
+    return "doubles-v1"
+
+
 @pytest.fixture
 def doubles(tmp_path: Path) -> str:
-    datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 60), "doubles-v1")
-    return "doubles-v1"
+    return ingest_doubles(tmp_path)
 
 
 class Trained(NamedTuple):
@@ -50,8 +54,14 @@ class Trained(NamedTuple):
 
 
 @pytest.fixture
-def trained(store: str, doubles: str) -> Trained:
-    return trained_model()
+def trained(begin_from: BeginFrom, tmp_path: Path) -> Trained:
+    """A run in a store of its own."""
+
+    def make() -> Trained:
+        ingest_doubles(tmp_path)
+        return trained_model()
+
+    return begin_from("trained", make)
 
 
 def trained_model(**more: str) -> Trained:

@@ -10,13 +10,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.conftest import ROOT, environment, run_here, signalled, tiny, write_traces
+from tests.conftest import ROOT, BeginFrom, environment, run_here, signalled, tiny, write_traces
 from tunix_mlflow import paths
 from tunix_mlflow.config.identity import to_json
 from tunix_mlflow.config.load import load_config
@@ -44,6 +44,33 @@ def doubles(tmp_path: Path, store: str) -> str:
     return "doubles-v1"
 
 
+class Recorded(NamedTuple):
+    """Two runs of the same configuration in a store of their own."""
+
+    whole: str
+    killed: str  # after step 5
+
+
+@pytest.fixture
+def recorded(begin_from: BeginFrom, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recorded:
+    def make() -> Recorded:
+        datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 60), "doubles-v1")
+        return Recorded(train(config()).run_id, interrupted(monkeypatch, 5))
+
+    return begin_from("recorded", make)
+
+
+@pytest.fixture
+def finished(begin_from: BeginFrom, tmp_path: Path) -> str:
+    """The only run of a store of its own."""
+
+    def make() -> str:
+        datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 60), "doubles-v1")
+        return train(config()).run_id
+
+    return begin_from("finished", make)
+
+
 def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, **more: str) -> str:
     """The id of a run that a SIGTERM ended after so many steps."""
     with signalled(monkeypatch, signal.SIGTERM, at), pytest.raises(Interrupted):
@@ -69,21 +96,20 @@ def stamps(run_id: str) -> set[tuple[int, int]]:
     return {(m.step, m.timestamp) for m in found}
 
 
-def test_from_an_earlier_step(doubles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_an_earlier_step(finished: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Later checkpoints are put aside and made anew; the run ends as if nothing had been."""
-    whole = train(config())
     run_id = interrupted(monkeypatch, 7)
     done = train(config(), resume=ResumePoint(run_id, step=4))
     assert done.run_id == run_id
-    assert weights(run_id) == weights(whole.run_id)
-    assert losses(run_id) == losses(whole.run_id)
+    assert weights(run_id) == weights(finished)
+    assert losses(run_id) == losses(finished)
     folder = paths.run_dir(run_id) / "checkpoints"
     assert {p.name for p in (folder / "superseded").iterdir()} == {*("00000006.0", "00000007.0")}
 
 
-def test_more_steps(doubles: str) -> None:
+def test_more_steps(finished: str) -> None:
     """A finished run goes on when it is given more steps, and only then."""
-    run_id = train(config()).run_id
+    run_id = finished
     assert run_here("resume", run_id) == 2
     assert run_here("resume", run_id, "training.steps=12", "training.eval_every_steps=3") == 0
     assert [step for step, _ in losses(run_id)] == list(range(1, 13))
@@ -94,43 +120,38 @@ def test_more_steps(doubles: str) -> None:
     assert json.loads(kept.read_text())["training"]["steps"] == 12
 
 
-def test_a_fork_is_a_run_of_its_own(doubles: str) -> None:
+def test_a_fork_is_a_run_of_its_own(finished: str) -> None:
     """It begins where the other was, may change anything, and leaves the other as it was."""
-    first = train(config()).run_id
-    before = losses(first)
-    words = ("resume", first, "--step", "4", "--fork", "optimizer.learning_rate=0.01")
+    before = losses(finished)
+    words = ("resume", finished, "--step", "4", "--fork", "optimizer.learning_rate=0.01")
     assert run_here(*words) == 0
     client = MlflowClient()
-    experiment = client.get_run(first).info.experiment_id
-    (fork,) = client.search_runs([experiment], f"tags.`tunix_mlflow.forked_from` = '{first}@4'")
+    experiment = client.get_run(finished).info.experiment_id
+    (fork,) = client.search_runs([experiment], f"tags.`tunix_mlflow.forked_from` = '{finished}@4'")
     assert [step for step, _ in losses(fork.info.run_id)] == [5, 6, 7, 8]
-    assert losses(first) == before
+    assert losses(finished) == before
     assert fork.data.params["optimizer.learning_rate"] == "0.01"
 
 
-def test_elsewhere(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_elsewhere(recorded: Recorded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With nothing but the id: configuration, history and checkpoint come from MLflow."""
-    whole = train(config())
-    run_id = interrupted(monkeypatch, 5)
+    run_id = recorded.killed
     points = {
         (m.step, m.timestamp) for m in MlflowClient().get_metric_history(run_id, "train/loss")
     }
     monkeypatch.setenv("TUNIX_MLFLOW_HOME", str(tmp_path / "elsewhere"))
     datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 60), "doubles-v1")
     assert run_here("resume", run_id) == 0
-    assert weights(run_id) == weights(whole.run_id)
-    assert losses(run_id) == losses(whole.run_id)
+    assert weights(run_id) == weights(recorded.whole)
+    assert losses(run_id) == losses(recorded.whole)
     now = stamps(run_id)
     assert points < now
     assert len(now) == 8
 
 
-def test_a_damaged_upload_is_not_used(
-    doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
-) -> None:
+def test_a_damaged_upload_is_not_used(recorded: Recorded, capsys: Any) -> None:
     """The one before it is."""
-    whole = train(config())
-    run_id = interrupted(monkeypatch, 5)
+    run_id = recorded.killed
     client = MlflowClient()
     place = Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://"))
     victim = next((place / "checkpoints" / "00000005" / "state").rglob("*/d/*"))
@@ -142,7 +163,7 @@ def test_a_damaged_upload_is_not_used(
     said = capsys.readouterr().err
     assert "uploaded checkpoint of step 5 is damaged" in said
     assert "fetched the checkpoint of step 4" in said
-    assert weights(run_id) == weights(whole.run_id)
+    assert weights(run_id) == weights(recorded.whole)
 
 
 def test_by_key(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
@@ -186,11 +207,11 @@ WRONG = {
 
 
 @pytest.fixture
-def targets(doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+def targets(recorded: Recorded, tmp_path: Path) -> dict[str, str]:
     client = MlflowClient()
-    run_id = interrupted(monkeypatch, 5)
+    run_id = recorded.killed
     experiment = client.get_run(run_id).info.experiment_id
-    found = {"RUN": run_id, "FINISHED": train(config()).run_id}
+    found = {"RUN": run_id, "FINISHED": recorded.whole}
     datasets.ingest(write_traces(tmp_path / "other.jsonl", 70), "other-v1")
     for name in ("OTHER", "SEED", "LAUNCHER", "DELETED", "TOKENIZER"):
         found[name] = client.create_run(experiment).info.run_id
@@ -239,9 +260,9 @@ def test_the_difference_is_named(targets: dict[str, str], capsys: Any) -> None:
     assert "another dataset_digest" in capsys.readouterr().err
 
 
-def test_a_run_that_is_open_elsewhere(doubles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_open_elsewhere(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease that is renewed keeps others out; one that ends is waited for."""
-    run_id = interrupted(monkeypatch, 5)
+    run_id = recorded.killed
     client = MlflowClient()
     looks = 0
 
@@ -300,10 +321,10 @@ def test_a_long_upload_keeps_the_lease(store: str, monkeypatch: pytest.MonkeyPat
     assert lease.expired(client.get_run(run.run_id).data.tags)
 
 
-def test_a_death_without_a_word_is_marked(doubles: str) -> None:
+def test_a_death_without_a_word_is_marked(finished: str) -> None:
     """The next training in the experiment finds the run, and gives it its status."""
     client = MlflowClient()
-    dead = train(config()).run_id
+    dead = finished
     client.update_run(dead, status="RUNNING")
     client.set_tag(dead, tags.LEASE, f"somebody {int(1000 * (time.time() - 1))}")
     alive = client.create_run(client.get_run(dead).info.experiment_id).info.run_id
@@ -315,11 +336,11 @@ def test_a_death_without_a_word_is_marked(doubles: str) -> None:
 
 
 def test_the_launcher_of_a_resume_is_no_ghost(
-    doubles: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """The run that `mlflow run` made says whose it is, has no metrics, ends as that one does, and
     is in none of our lists."""
-    run_id = interrupted(monkeypatch, 5)
+    run_id = recorded.killed
     client = MlflowClient()
     launcher = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", launcher)
@@ -330,12 +351,13 @@ def test_the_launcher_of_a_resume_is_no_ghost(
     assert (found.data.metrics, found.data.params) == ({}, {})
     capsys.readouterr()
     assert run_here("runs", "list", "--json") == 0
-    assert [row["run_id"] for row in json.loads(capsys.readouterr().out)] == [run_id]
+    listed = {row["run_id"] for row in json.loads(capsys.readouterr().out)}
+    assert listed == {run_id, recorded.whole}
 
 
-def test_verify_proves_a_run(doubles: str, capsys: Any) -> None:
+def test_verify_proves_a_run(finished: str, capsys: Any) -> None:
     """The last segment is trained again; a value that was changed is found; the verdict stays."""
-    run_id = train(config()).run_id
+    run_id = finished
     client = MlflowClient()
     assert run_here("runs", "verify", run_id) == 0
     tag = client.get_run(run_id).data.tags["tunix_mlflow.verified"]
@@ -349,11 +371,11 @@ def test_verify_proves_a_run(doubles: str, capsys: Any) -> None:
     assert client.get_run(run_id).data.tags["tunix_mlflow.verified"].startswith("differs: ")
 
 
-def test_verify_notices_another_state(doubles: str) -> None:
+def test_verify_notices_another_state(finished: str) -> None:
     """A checkpoint that holds something else than training would give."""
     from tunix_mlflow.models import arrays
 
-    run_id = train(config()).run_id
+    run_id = finished
     folder = checkpoint.sealed_checkpoints(paths.run_dir(run_id) / "checkpoints")[-1]
     other = train(config(seed="3")).run_id
     wrong = checkpoint.sealed_checkpoints(paths.run_dir(other) / "checkpoints")[-1]
@@ -366,31 +388,25 @@ def test_verify_notices_another_state(doubles: str) -> None:
     assert run_here("runs", "verify", run_id) == 3
 
 
-def test_need_of_a_checkpoint(doubles: str) -> None:
+def test_need_of_a_checkpoint(finished: str) -> None:
     """What there is is listed."""
-    run_id = train(config()).run_id
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; there are: 4, 6, 8"):
-        resuming.need_checkpoint(lookup.look_up(run_id, print), 3, lambda _: None)
+        resuming.need_checkpoint(lookup.look_up(finished, print), 3, lambda _: None)
 
 
-def test_fewer_steps_than_are_done_are_refused(
-    doubles: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fewer_steps_than_are_done_are_refused(recorded: Recorded) -> None:
     """No model of a step that it is not of is logged; the run can still be resumed."""
-    run_id = interrupted(monkeypatch, 5)
+    run_id = recorded.killed
     with pytest.raises(ConfigError, match=r"training.steps=3, but step \d is done"):
         train(config(training__steps="3"), resume=ResumePoint(run_id))
     train(config(), resume=ResumePoint(run_id))
     assert MlflowClient().get_run(run_id).info.status == "FINISHED"
 
 
-def test_a_key_that_is_newer_than_a_run(
-    doubles: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_key_that_is_newer_than_a_run(recorded: Recorded, tmp_path: Path) -> None:
     """A version with more keys, each with a default, resumes a run of before to the same bits; the
     run's digests stay, and its config.json has the keys from then on."""
-    whole = train(config()).run_id
-    run_id = interrupted(monkeypatch, 5)
+    run_id = recorded.killed
     before = MlflowClient().get_run(run_id).data.tags
     shutil.copytree(ROOT / "tunix_mlflow", tmp_path / "newer" / "tunix_mlflow")
     schema = tmp_path / "newer" / "tunix_mlflow" / "config" / "schema.py"
@@ -410,8 +426,8 @@ def test_a_key_that_is_newer_than_a_run(
     assert done.returncode == 0, done.stderr
     run = MlflowClient().get_run(run_id)
     assert run.info.status == "FINISHED"
-    assert weights(run_id) == weights(whole)
-    assert losses(run_id) == losses(whole)
+    assert weights(run_id) == weights(recorded.whole)
+    assert losses(run_id) == losses(recorded.whole)
     for tag in (tags.CONFIG_DIGEST, f"{tags.PREFIX}trajectory_digest"):
         assert run.data.tags[tag] == before[tag]
     now = json.loads((paths.run_dir(run_id) / "config.json").read_text())
