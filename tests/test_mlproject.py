@@ -101,48 +101,43 @@ def runs() -> list[Run]:
 
 
 def test_every_entry_point(store: str, mlflow_run: Project, project: str) -> None:
-    """seed, evaluate, promote and bench, from another folder, one of them by a git URI; train and
-    main have tests of their own."""
-    out, _ = mlflow_run("seed", {"dataset": "golden-v1"}, project)
-    assert last_json(out)["examples"] == 5
-    assert run_here("train", *as_arguments(tiny(dataset="golden-v2", evaluation__samples="1"))) == 0
-    trained = runs()[-1].info.run_id
-    few = {"model": trained, "dataset": "golden-v2", "evaluation.max_new_tokens": "4"}
-    out, _ = mlflow_run("evaluate", few)
-    assert last_json(out)["examples"] == 10
-    gate = {"model": trained, "name": "golden", "promotion.thresholds.exact_match": "0"}
-    out, _ = mlflow_run("promote", gate)
-    assert last_json(out)["verdict"] == "promoted, the first"
-    golden = MlflowClient().get_registered_model("golden")
-    assert golden.aliases.keys() == {"challenger", "champion"}
-    quick = tiny(dataset="golden-v2", benchmark__steps="2", benchmark__repeats="2")
-    out, _ = mlflow_run("bench", quick)
-    assert last_json(out)["tokens_per_sec"] > 0
-    assert [r.info.status for r in runs()] == ["FINISHED"] * 5
-    assert list(Path.cwd().iterdir()) == []
-
-
-def test_main_links_its_stages(store: str, mlflow_run: Project) -> None:
-    """One parent, four children in one process, each FINISHED; the model promoted."""
+    """From another folder, main by a git URI: one parent, four children in one process, the model
+    promoted. Then seed, evaluate, promote and bench alone; train has tests of its own."""
     small = tiny(
         dataset="golden-v2",
         promotion__model="golden",
         promotion__thresholds__exact_match="0",
     )
-    out, _ = mlflow_run("main", small)
+    out, _ = mlflow_run("main", small, project)
     figures = last_json(out)
     assert figures["version"] == "1"
     everything = runs()
     parents = [r for r in everything if "mlflow.parentRunId" not in r.data.tags]
     assert [r.info.run_id for r in parents] == [figures["run_id"]]
     children = [r for r in everything if r not in parents]
-    stages = [r.data.tags["tunix_mlflow.stage"] for r in children]
-    assert stages == ["seed", "train", "evaluate", "promote"]
+    stages = {r.data.tags["tunix_mlflow.stage"]: r.info.run_id for r in children}
+    assert list(stages) == ["seed", "train", "evaluate", "promote"]
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == {figures["run_id"]}
     note = parents[0].data.tags["mlflow.note.content"]
-    assert [word for word in stages if f"[{word}](" in note] == stages
+    assert [word for word in stages if f"[{word}](" in note] == list(stages)
     assert all(f"/runs/{r.info.run_id}" in note for r in children)
-    assert {r.info.status for r in everything} == {"FINISHED"}
+
+    out, _ = mlflow_run("seed", {"dataset": "golden-v1"})
+    assert last_json(out)["examples"] == 5
+    few = {"model": stages["train"], "dataset": "golden-v2", "evaluation.max_new_tokens": "4"}
+    out, _ = mlflow_run("evaluate", few)
+    assert last_json(out)["examples"] == 10
+    gate = {"model": stages["train"], "name": "alone", "promotion.thresholds.exact_match": "0"}
+    out, _ = mlflow_run("promote", gate)
+    assert last_json(out)["verdict"] == "promoted, the first"
+    for name in ("golden", "alone"):
+        aliases = MlflowClient().get_registered_model(name).aliases
+        assert aliases.keys() == {"challenger", "champion"}
+    quick = tiny(dataset="golden-v2", benchmark__steps="2", benchmark__repeats="2")
+    out, _ = mlflow_run("bench", quick)
+    assert last_json(out)["tokens_per_sec"] > 0
+    assert [r.info.status for r in runs()] == ["FINISHED"] * (5 + 4)
+    assert list(Path.cwd().iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -18,21 +18,16 @@ import tunix_mlflow as tm
 from tests.conftest import ROOT, environment, tiny, write_traces
 from tests.servers import Server
 
-SMALL = """
-import os, signal
-handlers = {{n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}}
+GUARDED = """
+import os, runpy, signal, sys
+handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 import jax, jax.numpy as jnp
 jnp.zeros(()).block_until_ready()  # jax is loaded, and has its backend, before anything of ours
 before = dict(os.environ)
-import tunix_mlflow as tm
-dataset = tm.load_dataset("own.jsonl", key="own-v1")
-trained = tm.train(tm.load_config(None, {overrides!r} | {{"dataset": dataset.key}}))
-scored = tm.evaluate(trained.model_id, dataset=dataset.key)
-gate = tm.load_config(None, {{"promotion.thresholds": {{"exact_match": 0}}}})
-promoted = tm.promote(trained.run_id, "own", config=gate)
-assert promoted.changed and scored.examples > 0
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
 assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
-assert handlers == {{n: signal.getsignal(n) for n in handlers}}
+assert handlers == {n: signal.getsignal(n) for n in handlers}
 """
 
 KERNEL = """
@@ -78,28 +73,21 @@ def on_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 @pytest.mark.usefixtures("on_server")
-def test_a_script_of_ones_own_is_silent(own: Path) -> None:
-    """With jax loaded first: four calls, no output, the environment and the handlers as before."""
-    (own / "script.py").write_text(SMALL.format(overrides=tiny(tracking__system_metrics="true")))
-    done = python(own, "script.py")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    client = MlflowClient()
-    assert client.get_model_version_by_alias("own", "champion").version
-    experiment = client.get_experiment_by_name("tunix-mlflow")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
-    stages = {run.data.tags["tunix_mlflow.stage"] for run in runs}
-    assert stages == {"train", "evaluate", "promote"}
-
-
-@pytest.mark.usefixtures("on_server")
 def test_the_script_of_the_docs(own: Path) -> None:
-    """docs/own_data.py runs as it is printed there; its own two lines are all that is printed."""
-    done = python(own, str(ROOT / "docs" / "own_data.py"), "own.jsonl", "support")
+    """docs/own_data.py runs as it is printed there, with jax loaded first; its own two lines are
+    all that is printed, and the environment and the signal handlers are as before."""
+    (own / "guarded.py").write_text(GUARDED)
+    done = python(own, "guarded.py", str(ROOT / "docs" / "own_data.py"), "own.jsonl", "support")
     assert (done.returncode, done.stderr) == (0, "")
     figures, promoted = done.stdout.splitlines()
     assert figures.startswith("exact match ")
     assert promoted == "support version 1: promoted, the first"
+    client = MlflowClient()
+    version = client.get_model_version_by_alias("support", "champion")
+    run = client.get_run(str(version.run_id))
+    runs = client.search_runs([run.info.experiment_id])
+    stages = {run.data.tags["tunix_mlflow.stage"] for run in runs}
+    assert stages == {"train", "evaluate", "promote"}
 
 
 @pytest.mark.usefixtures("on_server")
