@@ -115,6 +115,42 @@ def test_equal_content_and_other_packages(store: str) -> None:
     assert len({model.tags[tags.PACKAGE_DIGEST] for model in models}) == 2
 
 
+def test_a_run_names_no_model_that_mlflow_does_not_have(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the one of before it was continued, while the new one waits or when MLflow refuses it."""
+    seen = []
+    with opened("train") as run:
+        log(run)
+    seen.append(run.model_id)
+
+    def away(self: MlflowClient, *_: Any) -> None:
+        raise ConnectionError("MLflow is away")
+
+    monkeypatch.setattr(worker, "RETRY_SECONDS", 0.05)
+    with opened("train", run_id=run.run_id) as again:
+        with monkeypatch.context() as patched:
+            patched.setattr(MlflowClient, "create_logged_model", away)
+            log(again, seed=1)
+            seen.append(again.model_id)
+        assert again.sync()
+        seen.append(again.model_id)
+        (again.folder / "models" / "1" / "manifest.json").unlink()
+        again.log_model(
+            again.folder / "models" / "1",
+            name="gone",
+            step=4,
+            prompts=[],
+            tags={tags.WEIGHTS_DIGEST: "0" * 64},
+        )
+        assert again.sync()
+        seen.append(again.model_id)
+    first, waiting, second, refused = seen
+    assert waiting is refused is None
+    assert None not in (first, second)
+    assert first != second
+
+
 CALLS = (
     *("create_logged_model", "set_logged_model_tags", "log_model_artifacts"),
     *("finalize_logged_model", "log_outputs", "log_batch"),

@@ -30,7 +30,7 @@ from tunix_mlflow.tracking import active, ending, git, opening, store
 from tunix_mlflow.tracking import tags as names
 from tunix_mlflow.tracking.opening import Opened, Request
 from tunix_mlflow.tracking.record import event_log, metrics_log
-from tunix_mlflow.tracking.record.folder import METRICS_LOG, read_link
+from tunix_mlflow.tracking.record.folder import EVENT_LOG, METRICS_LOG, read_link
 from tunix_mlflow.tracking.record.metrics_log import now
 from tunix_mlflow.tracking.record.system_metrics import SystemMetrics
 from tunix_mlflow.tracking.record.values import split_values
@@ -75,16 +75,12 @@ class Run(Recording):
         self.client, self.stage = client, stage
         self._attached, self._launcher = opened.attached, launcher
         self._info, self._lock = opened.info, opened.lock
+        self._model_recorded = 0  # bytes of the event log with the model that was logged last
         # Before the worker, which would keep the lease of a run that never began.
         self._monitor = SystemMetrics(self._metrics) if log_system_metrics else None
+        lease, away = opened.lease, opened.lease is None
         self._worker = SyncWorker(
-            self.folder,
-            client,
-            report,
-            lease_seconds,
-            self._lose,
-            opened.lease,
-            is_away=opened.lease is None,
+            self.folder, client, report, lease_seconds, self._lose, lease, is_away=away
         )
         if opened.attached:
             self._put("begin")
@@ -129,7 +125,8 @@ class Run(Recording):
     def model_id(self) -> str | None:
         """The model that was logged last; None while MLflow does not have it."""
         link = read_link(self.folder)
-        return link.model_id if link else None
+        delivered = event_log.read_cursor(self.folder).events >= self._model_recorded
+        return link.model_id if link and delivered else None
 
     @property
     def link(self) -> str:
@@ -193,6 +190,7 @@ class Run(Recording):
             metrics=[[key, value, stamps[key], step] for key, value in good.items()],
             dataset=[entity.name, entity.digest] if entity else None,
         )
+        self._model_recorded = event_log.size(self.folder / EVENT_LOG)
 
     def sync(self) -> bool:
         """Wait until MLflow has what was recorded so far, as long as it answers.

@@ -38,6 +38,7 @@ def log_model(
     A process can die between any two of these calls; whoever delivers the record again finds the
     logged model and does what is left.
     """
+    write_link(folder, msgspec.structs.replace(link, model_id=None))
     source = folder / bundle
     if not (source / _SEAL).is_file():
         raise Undeliverable(f"the model in {source} is gone")
