@@ -37,7 +37,7 @@ def test_the_forecast_is_near_what_xla_reserves(
 ) -> None:
     """Temporaries and state of the compiled step, within a third."""
     model = ModelConfig(
-        layers=6, width=128, heads=4, kv_heads=2, mlp_width=344, vocab_size=VOCABULARY
+        layers=4, width=128, heads=4, kv_heads=2, mlp_width=344, vocab_size=VOCABULARY
     )
     overrides = {
         "device": "cpu",

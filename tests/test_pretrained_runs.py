@@ -72,7 +72,7 @@ def folder(tmp_path: Path, store: str) -> Path:
 
 def given(folder: Path, **more: str) -> dict[str, str]:
     small = {
-        **{"dataset": "doubles-v1", "training__steps": "8", "evaluation__samples": "2"},
+        **{"dataset": "doubles-v1", "training__steps": "8", "evaluation__samples": "0"},
         **{"base": str(folder), "training__save_every_steps": "4"},
     }
     return {k: v for k, v in tiny(**(small | more)).items() if not k.startswith("model.")}
@@ -182,7 +182,7 @@ def test_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_what_was_trained_is_handed_on(folder: Path, tmp_path: Path) -> None:
     """The logged model answers prompts and conversations, and goes out merged or as an adapter."""
-    run_id = train(config(folder, **LORA)).run_id
+    run_id = train(config(folder, **LORA, evaluation__samples="2")).run_id
     bundle = flavor.load_model(f"models:/{model_of(run_id)}")
     assert bundle.adapter is not None
     served = mlflow.pyfunc.load_model(f"models:/{model_of(run_id)}")
