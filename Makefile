@@ -32,7 +32,7 @@ test: venv  ## the tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-install: venv  ## the tests that build environments: uv, and the wheel in an empty one
-	$(BIN)/python -m pytest -q -m install tests/test_install.py
+	$(BIN)/python -m pytest -q -n 2 -m install tests/test_install.py
 
 faults: venv $(SERVICES)/.installed  ## the long counts: KILLS=200 of training, long outages, PostgreSQL, S3
 	TUNIX_FAULTS=50 KILLS=$(KILLS) $(if $(CRASHES),CRASHES=$(CRASHES)) TUNIX_SERVICES=$(abspath $(SERVICES))/bin/python \

@@ -152,7 +152,7 @@ def store(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(scope="session")
-def beginnings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+def beginnings() -> dict[str, tuple[Path, Any]]:
     """What `begin_from` has made, by name: a folder, and what its maker returned."""
     return {}
 

@@ -56,6 +56,7 @@ def mlflow_server(
 
 
 def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on."""
     with socket.socket() as it:
         it.bind(("127.0.0.1", 0))
         port: int = it.getsockname()[1]

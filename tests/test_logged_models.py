@@ -151,6 +151,32 @@ def test_a_run_names_no_model_that_mlflow_does_not_have(
     assert first != second
 
 
+def test_nor_the_one_before_what_an_earlier_process_left(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process ends before it could deliver its model; the run that goes on does not name the
+    model before that one."""
+
+    def away(self: MlflowClient, *_: Any, **__: Any) -> None:
+        raise ConnectionError("MLflow is away")
+
+    with opened("train") as first:
+        log(first)
+    before = first.model_id
+    monkeypatch.setattr(worker, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(worker, "RETRY_SECONDS", 0.05)
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "log_batch", away)
+        with opened("train", run_id=first.run_id) as left:
+            left.set_tags({"before": "the model"})
+            log(left, seed=1)
+        with opened("train", run_id=first.run_id) as later:
+            assert later.model_id is None
+    with opened("train", run_id=first.run_id) as later:
+        assert later.sync()
+        assert later.model_id not in (None, before)
+
+
 CALLS = (
     *("create_logged_model", "set_logged_model_tags", "log_model_artifacts"),
     *("finalize_logged_model", "log_outputs", "log_batch"),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data import seeds
-from tunix_mlflow.errors import Refused, UnavailableError
+from tunix_mlflow.errors import UnavailableError
 from tunix_mlflow.pipelines import notes
 from tunix_mlflow.pipelines.evaluate import evaluate
 from tunix_mlflow.pipelines.promote import promote
@@ -75,12 +75,11 @@ def run_all(config: Config, *, reporter: Reporter = SILENT) -> MainResult:
         shown = {name: f"{value:,.4f}" for name, value in figures.items()}
         try:
             promotion = promote(trained.model_id, config=config, reporter=reporter)
-        except Refused:
+            run.set_tags({tags.MODEL: promotion.name, tags.MODEL_VERSION: promotion.version})
+            version = f"{promotion.name} {promotion.version}: {promotion.verdict}"
+            shown["registered version"] = version
+        finally:
             _note(run, shown)
-            raise
-        run.set_tags({tags.MODEL: promotion.name, tags.MODEL_VERSION: promotion.version})
-        shown["registered version"] = f"{promotion.name} {promotion.version}: {promotion.verdict}"
-        _note(run, shown)
         link = store.run_link(run.experiment_id or "")
     return MainResult(
         dataset=trained.manifest.key,

@@ -75,7 +75,8 @@ class Run(Recording):
         self.client, self.stage = client, stage
         self._attached, self._launcher = opened.attached, launcher
         self._info, self._lock = opened.info, opened.lock
-        self._model_recorded = 0  # bytes of the event log with the model that was logged last
+        # Bytes of the event log with the model logged last, or with what an earlier process left.
+        self._model_recorded = event_log.size(self.folder / EVENT_LOG)
         # Before the worker, which would keep the lease of a run that never began.
         self._monitor = SystemMetrics(self._metrics) if log_system_metrics else None
         lease, away = opened.lease, opened.lease is None
