@@ -36,6 +36,7 @@ from tunix_mlflow.models.hub import names, pretrained
 from tunix_mlflow.pipelines.resume import ResumePoint
 from tunix_mlflow.pipelines.train import plan, train
 from tunix_mlflow.runtime import devices
+from tunix_mlflow.runtime.memory import Allowance
 from tunix_mlflow.tracking.models import flavor
 from tunix_mlflow.training import memory
 from tunix_mlflow.training.inputs import read_inputs
@@ -248,7 +249,8 @@ def test_what_cannot_fit_is_refused(
     """Before anything is allocated, with what would fit; --force trains anyway."""
     foreseen = plan(config(folder, data__sequence_length="64"))
     available = foreseen.bytes["total"] - 1
-    monkeypatch.setattr(memory, "device_capacity", lambda device, count: available)
+    allowed = Allowance(available, "the test")
+    monkeypatch.setattr(memory, "device_capacity", lambda device, count: allowed)
     with pytest.raises(UnavailableError, match=r"What would fit: .*lora.rank"):
         train(config(folder, data__sequence_length="64"))
     assert MlflowClient().search_runs(["0"]) == []

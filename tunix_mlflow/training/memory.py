@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import jax
 import msgspec
-import psutil
 
 from tunix_mlflow.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from tunix_mlflow.models import decoder, lora
+from tunix_mlflow.runtime import memory
 from tunix_mlflow.training.resolve import resolve_auto
 
 CARDS = {"24 GB": 24 * 10**9, "80 GB": 80 * 10**9, "141 GB": 141 * 10**9}
@@ -51,6 +51,7 @@ class MemoryReport(NamedTuple):
     needs: MemoryForecast
     available_bytes: int  # that it may take of each device
     remedies: list[str]  # what would make it fit, the smallest change first
+    source: str = ""  # what limits the memory
 
     @property
     def fits(self) -> bool:
@@ -59,7 +60,9 @@ class MemoryReport(NamedTuple):
 
     def text(self) -> str:
         """Return the report on one line."""
-        text = f"needs {self.needs.text()}; a device has {self.available_bytes / 1e9:.2f} GB"
+        limit = f" ({self.source})" if self.source else ""
+        has = f"a device has {self.available_bytes / 1e9:.2f} GB{limit}"
+        text = f"needs {self.needs.text()}; {has}"
         if self.fits:
             return text
         remedies = "; ".join(self.remedies)
@@ -77,17 +80,21 @@ def check_memory(
         device: the first device.
         available: bytes that a run may take of each device; None: what they have.
     """
+    source = ""
     if available is None:
-        available = device_capacity(device, config.mesh.size)
+        available, source = device_capacity(device, config.mesh.size)
     needs = forecast(config, vocab_size)
     remedies = [] if needs.total <= available else _remedies(config, vocab_size, available)
-    return MemoryReport(needs, available, remedies)
+    return MemoryReport(needs, available, remedies, source)
 
 
-def device_capacity(device: jax.Device, count: int) -> int:
+def device_capacity(device: jax.Device, count: int) -> memory.Allowance:
     """Return the bytes that a run may take of each of `count` devices; CPU devices share memory."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    return int(USABLE * (limit or psutil.virtual_memory().available / count))
+    if limit:
+        return memory.Allowance(int(USABLE * limit), "the device")
+    found = memory.available()
+    return memory.Allowance(int(USABLE * found.bytes / count), found.source)
 
 
 def forecast(config: Config, vocab_size: int) -> MemoryForecast:
