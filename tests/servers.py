@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
 import requests
 
 from tests.conftest import BIN, environment
+
+_HOP_BY_HOP = {"host", "connection", "content-length", "transfer-encoding", "accept-encoding"}
 
 
 class Server(NamedTuple):
@@ -97,3 +102,77 @@ def end(process: subprocess.Popen[bytes]) -> None:
     """Kill a process and those that it started, which have nothing to save."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(60)
+
+
+Rule = Callable[[str, str, int], int | None]
+
+
+class RefusingProxy:
+    """A port in front of a server that refuses some requests.
+
+    Attributes:
+        rule: the status to answer a request with, by method, path and length; None: pass it on.
+    """
+
+    def __init__(self, target: str, rule: Rule) -> None:
+        self.rule, self._target = rule, target
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_one_request(self) -> None:
+                with contextlib.suppress(ConnectionError):
+                    super().handle_one_request()
+
+            def answer(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length) if length else b""
+                if "chunked" in self.headers.get("Transfer-Encoding", ""):
+                    body = b"".join(iter(self.chunk, b""))
+                status = proxy.rule(self.command, self.path, len(body))
+                if status is not None:
+                    self.finish_with(status, {"Content-Type": "text/html"}, b"<html>no</html>")
+                    return
+                kept = {k: v for k, v in self.headers.items() if k.lower() not in _HOP_BY_HOP}
+                got = requests.request(
+                    self.command,
+                    f"{proxy._target}{self.path}",
+                    data=body,
+                    headers=kept,
+                    timeout=60,
+                    allow_redirects=False,
+                )
+                kind = {"Content-Type": got.headers.get("Content-Type", "text/plain")}
+                self.finish_with(got.status_code, kind, got.content)
+
+            def chunk(self) -> bytes:
+                data = self.rfile.read(int(self.rfile.readline().strip() or b"0", 16))
+                self.rfile.readline()
+                return data
+
+            def finish_with(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = answer
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()

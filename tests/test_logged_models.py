@@ -21,9 +21,10 @@ from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 from tunix_mlflow.tracking import tags
 from tunix_mlflow.tracking.models import flavor, gate, registry
 from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
-from tunix_mlflow.tracking.record import event_log
+from tunix_mlflow.tracking.record.cursor import Cursor, update_cursor
 from tunix_mlflow.tracking.run import Run, open_run
 from tunix_mlflow.tracking.sync import upload, worker
+from tunix_mlflow.tracking.sync.delivery import Away, Delivery
 
 QUIET = TrackingConfig(system_metrics=False)
 
@@ -157,8 +158,8 @@ def test_nor_the_one_before_what_an_earlier_process_left(
     """A process ends before it could deliver its model; the run that goes on does not name the
     model before that one."""
 
-    def away(self: MlflowClient, *_: Any, **__: Any) -> None:
-        raise ConnectionError("MLflow is away")
+    def away(self: Delivery) -> bool:
+        raise Away("MLflow is away")
 
     with opened("train") as first:
         log(first)
@@ -166,9 +167,8 @@ def test_nor_the_one_before_what_an_earlier_process_left(
     monkeypatch.setattr(worker, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr(worker, "RETRY_SECONDS", 0.05)
     with monkeypatch.context() as patched:
-        patched.setattr(MlflowClient, "log_batch", away)
+        patched.setattr(Delivery, "deliver_next", away)
         with opened("train", run_id=first.run_id) as left:
-            left.set_tags({"before": "the model"})
             log(left, seed=1)
         with opened("train", run_id=first.run_id) as later:
             assert later.model_id is None
@@ -220,7 +220,7 @@ def test_a_delivery_that_was_cut_off_is_completed(
         assert found.outputs is not None
         assert [o.model_id for o in found.outputs.model_outputs] == [model.model_id]
         assert len(client.search_logged_models([run.experiment_id or ""])) == 1
-        event_log.move_cursor(run.folder, event_log.Cursor())
+        update_cursor(run.folder, lambda _: Cursor())
         upload.catch_up(client, run.folder, print)
 
 

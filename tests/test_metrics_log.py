@@ -81,7 +81,7 @@ def test_a_line_torn_by_a_kill_is_dropped(tmp_path: Path, cut: int) -> None:
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     """File and line."""
-    (tmp_path / "m.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    (tmp_path / "m.jsonl").write_text('{"part": 1}\nnonsense\n{"part": 2}\n')
     with pytest.raises(TrackingError, match=r"m.jsonl:2 is damaged"):
         read(tmp_path / "m.jsonl")
 

@@ -16,7 +16,16 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.conftest import ROOT, BeginFrom, environment, run_here, signalled, tiny, write_traces
+from tests.conftest import (
+    ROOT,
+    BeginFrom,
+    environment,
+    last_json,
+    run_here,
+    signalled,
+    tiny,
+    write_traces,
+)
 from tunix_mlflow import paths
 from tunix_mlflow.config.identity import to_json
 from tunix_mlflow.config.load import load_config
@@ -69,6 +78,19 @@ def finished(begin_from: BeginFrom, tmp_path: Path) -> str:
         return train(config()).run_id
 
     return begin_from("finished", make)
+
+
+class Said:
+    """A reporter that keeps its messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def info(self, message: str) -> None:
+        self.messages.append(message)
+
+    def progress(self, *_: object) -> None:
+        pass
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, **more: str) -> str:
@@ -278,6 +300,44 @@ def test_a_run_that_is_open_elsewhere(recorded: Recorded, monkeypatch: pytest.Mo
             train(config(), resume=ResumePoint(run_id))
     client.set_tag(run_id, tags.LEASE, f"somebody {int(1000 * (time.time() + 1))}")
     assert train(config(), resume=ResumePoint(run_id)).run_id == run_id
+
+
+def test_a_lease_of_a_wrong_clock(recorded: Recorded) -> None:
+    """A machine whose clock was a day ahead has died: another one waits for the length of the
+    lease and no longer; with a reason to take the run over it does not wait, and says so."""
+    run_id, client = recorded.killed, MlflowClient()
+    tomorrow = int(1000 * (time.time() + 24 * 3600))
+    client.set_tag(run_id, tags.LEASE, f"somebody {tomorrow} 2")
+    begun, said = time.monotonic(), Said()
+    assert train(config(), resume=ResumePoint(run_id), reporter=said).run_id == run_id
+    assert time.monotonic() - begun < 60
+    assert "waiting 2 s for its lease" in "".join(said.messages)
+
+
+def test_a_run_is_taken_over(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """resume --take-over REASON does not wait for a lease, and leaves the reason on the run."""
+    run_id, client = recorded.killed, MlflowClient()
+
+    def wait(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(lease, "_wait_for", wait)
+    client.set_tag(run_id, tags.LEASE, f"somebody {int(1000 * (time.time() + 900))} 900")
+    assert run_here("resume", run_id, "--take-over", "the machine burnt down") == 0
+    assert client.get_run(run_id).data.tags[tags.TAKEN_OVER] == "the machine burnt down"
+
+
+def test_a_model_of_a_checkpoint(finished: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fork with as many steps as its checkpoint has trains nothing, and logs that model."""
+    sealed = checkpoint.sealed_checkpoints(paths.run_dir(finished) / "checkpoints")
+    step = int(sealed[0].name)
+    assert step < 8
+    words = ("--step", str(step), "--fork", f"training.steps={step}")
+    assert run_here("resume", finished, *words) == 0
+    found = last_json(capsys.readouterr().out)
+    assert found["run_id"] != finished
+    model = MlflowClient().get_logged_model(found["model_id"])
+    assert model.tags[tags.STEP] == str(step)
 
 
 def test_a_run_that_was_taken_over_stops_writing(store: str) -> None:

@@ -26,11 +26,13 @@ from tunix_mlflow.errors import ConfigError, Interrupted, TrackingError, Unavail
 from tunix_mlflow.tracking import opening
 from tunix_mlflow.tracking import store as links
 from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
-from tunix_mlflow.tracking.record import event_log
+from tunix_mlflow.tracking.record.cursor import Cursor, update_cursor
+from tunix_mlflow.tracking.record.records import Record, Status
 from tunix_mlflow.tracking.recorder import encode_table
 from tunix_mlflow.tracking.run import Run, open_run, start_run
 from tunix_mlflow.tracking.runs import resume
-from tunix_mlflow.tracking.sync import delivery, lease, upload, worker
+from tunix_mlflow.tracking.sync import calls, lease, upload, worker
+from tunix_mlflow.tracking.sync.delivery import Away, Delivery
 
 QUIET = TrackingConfig(system_metrics=False)
 DIGEST = "tunix_mlflow.dataset_digest"
@@ -121,7 +123,7 @@ def test_the_dataset_source_gives_the_very_rows_back(store: str) -> None:
     [
         (ConfigError("no such thing"), "FAILED", "no such thing"),
         (ValueError("bug\nwith lines"), "FAILED", "bug with lines"),
-        (SystemExit(3), "FAILED", "3"),
+        (SystemExit(3), "FAILED", "exited with code 3"),
         (SystemExit(0), "FINISHED", None),
         (Interrupted(signal.SIGTERM), "KILLED", "interrupted by SIGTERM"),
         (KeyboardInterrupt(), "KILLED", "interrupted by SIGINT"),
@@ -212,9 +214,7 @@ def test_an_unreachable_server_costs_nothing(
     client = MlflowClient()
     for _ in range(2):
         upload.catch_up(client, run.folder, reports.append)
-        event_log.move_cursor(
-            run.folder, event_log.Cursor()
-        )  # as if a process had died before this
+        update_cursor(run.folder, lambda _: Cursor())  # as if a process had died before this
     upload.catch_up(client, run.folder, reports.append)
     assert len(reports) == 2
     found = client.get_run(run.run_id)
@@ -253,21 +253,33 @@ def test_a_signal_while_a_run_ends(
     the run already."""
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
-    deliver = delivery.deliver
+    deliver = calls.deliver
 
-    def interrupted(client: MlflowClient, folder: Path, record: dict[str, Any]) -> None:
-        if record["op"] == "status":
+    def interrupted(
+        client: MlflowClient, folder: Path, record: Record, report: Callable[[str], None]
+    ) -> None:
+        if isinstance(record, Status):
             os.kill(os.getpid(), signal.SIGTERM)
-        deliver(client, folder, record)
+        deliver(client, folder, record, report)
 
     try:
         run = opened()
-        monkeypatch.setattr(delivery, "deliver", interrupted)
+        monkeypatch.setattr(calls, "deliver", interrupted)
         assert run.end(status)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert MlflowClient().get_run(run.run_id).info.status == status
     assert heard == ([signal.SIGTERM] if status == "FINISHED" else [])
+
+
+def test_a_run_ends_in_one_of_three_ways(store: str) -> None:
+    """Another status is refused at once; a second end says what the first one said."""
+    run = opened()
+    with pytest.raises(TrackingError, match="a run ends FINISHED, FAILED, KILLED, not 'SUCCESS'"):
+        run.end("SUCCESS")
+    assert run.end("FAILED")
+    assert run.end()
+    assert MlflowClient().get_run(run.run_id).info.status == "FAILED"
 
 
 def test_one_experiment(store: str) -> None:
@@ -358,8 +370,10 @@ def test_points_that_mlflow_refuses_hold_nothing_up(store: str) -> None:
     found = client.get_metric_history(run.run_id, "train/loss")
     assert sorted((m.step, m.value) for m in found) == [(s, s / 3) for s in range(50)]
     assert client.get_run(run.run_id).info.status == "FINISHED"
-    (message,) = said
-    assert "'what#is' are not recorded" in message
+    first, at_the_end = said
+    assert "refuses points of 'what#is'" in first
+    assert "50 points of what#is" in at_the_end
+    assert client.get_run(run.run_id).data.tags["tunix_mlflow.incomplete"] == "metrics: 50"
 
 
 def test_a_deleted_run_keeps_its_record(store: str) -> None:
@@ -399,21 +413,21 @@ def test_an_error_is_not_hidden_by_a_dead_server(
     """What ended the block is raised; that not all has arrived is only reported."""
     monkeypatch.setattr(worker, "PATIENCE_SECONDS", 0.5)
     reports: list[str] = []
-    real = delivery.deliver_next
 
-    def broken(*words: Any) -> bool:
-        raise ConnectionError("away")
+    def broken(self: Delivery) -> bool:
+        raise Away("away")
 
     with (
         pytest.raises(Interrupted),
         opened(report=reports.append) as run,
     ):
         run.sync()
-        monkeypatch.setattr(delivery, "deliver_next", broken)
+        patched = monkeypatch.context()
+        patched.__enter__().setattr(Delivery, "deliver_next", broken)
         run.log_metrics({"train/loss": 1.0}, 1)
         raise Interrupted(signal.SIGTERM)
     assert "nothing is lost" in reports[-1]
-    monkeypatch.setattr(delivery, "deliver_next", real)
+    patched.__exit__(None, None, None)
     upload.catch_up(MlflowClient(), run.folder, reports.append)
     found = MlflowClient().get_run(run.run_id)
     assert (found.info.status, found.data.metrics["train/loss"]) == ("KILLED", 1.0)

@@ -13,6 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -23,10 +24,11 @@ from tests.conftest import BIN, as_arguments, tiny
 from tests.servers import Server, end, free_port, launch
 from tunix_mlflow.config.schema import TrackingConfig
 from tunix_mlflow.tracking import store
-from tunix_mlflow.tracking.record import event_log
+from tunix_mlflow.tracking.record.cursor import Cursor, pending_bytes, read_cursor, update_cursor
 from tunix_mlflow.tracking.record.folder import read_link
 from tunix_mlflow.tracking.run import Run, open_run
-from tunix_mlflow.tracking.sync import delivery, worker
+from tunix_mlflow.tracking.sync import worker
+from tunix_mlflow.tracking.sync.delivery import LANES, Delivery
 
 LONG = int(os.environ.get("TUNIX_FAULTS", "4")) >= 50
 SECONDS = 60.0 if LONG else 3.0
@@ -135,6 +137,10 @@ def assert_all_there(client: MlflowClient, run_id: str, steps: int) -> None:
         assert found == [(step, step / 7) for step in range(1, steps + 1)]
 
 
+def _cursor(wanted: Cursor, _: Cursor) -> Cursor:
+    return wanted
+
+
 @pytest.mark.parametrize("fault", ["down", "flapping", "hang", "500"])
 def test_an_outage_loses_and_doubles_nothing(
     proxy: Proxy, fault: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -218,11 +224,13 @@ def test_a_server_dead_from_the_start(proxy: Proxy, monkeypatch: pytest.MonkeyPa
     assert not read_link(run.folder)
     proxy.be("pass")
     client = MlflowClient()
-    while event_log.pending_bytes(run.folder):  # as many processes that die after each delivery
-        at = event_log.read_cursor(run.folder)
-        delivery.deliver_next(client, run.folder, reports.append)
-        event_log.move_cursor(run.folder, at)
-        delivery.deliver_next(client, run.folder, reports.append)
+    lanes = [Delivery(client, run.folder, lane, reports.append) for lane in LANES]
+    while pending_bytes(run.folder):  # as many processes that die after each delivery
+        for lane in lanes:
+            at = read_cursor(run.folder)
+            lane.deliver_next()
+            update_cursor(run.folder, partial(_cursor, at))
+            lane.deliver_next()
     found = client.get_run(run.run_id)
     assert found.info.status == "FINISHED"
     assert_all_there(client, run.run_id, loop.step)

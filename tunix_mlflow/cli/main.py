@@ -16,9 +16,10 @@ from tunix_mlflow.cli import stages
 from tunix_mlflow.cli.bench import bench
 from tunix_mlflow.cli.checkpoints import checkpoints
 from tunix_mlflow.cli.datasets import datasets
+from tunix_mlflow.cli.doctor import doctor
 from tunix_mlflow.cli.models import models
 from tunix_mlflow.cli.runs import runs, sync
-from tunix_mlflow.errors import InputError, Interrupted
+from tunix_mlflow.errors import InputError, Interrupted, UnavailableError
 from tunix_mlflow.runtime import process
 from tunix_mlflow.version import __version__
 
@@ -33,7 +34,7 @@ def cli() -> None:
 
     Runs are recorded where MLFLOW_TRACKING_URI says; the catalog, snapshots and checkpoints are
     below TUNIX_MLFLOW_HOME (default ~/.tunix-mlflow). Configuration keys are given as key=value, in
-    YAML; README lists them.
+    YAML; README explains them.
 
     Exit codes: 0; 2 a user's mistake; 3 refused by a gate or a check; 4 disk, memory, network or a
     lock is not available, worth a retry; 130 and 143 signals; 1 anything else.
@@ -42,7 +43,7 @@ def cli() -> None:
 
 for _command in (
     *(stages.seed, stages.train, stages.resume, stages.evaluate, stages.promote),
-    *(stages.main, stages.demo, sync, bench, datasets, runs, checkpoints, models),
+    *(stages.main, stages.demo, sync, bench, datasets, runs, checkpoints, models, doctor),
 ):
     cli.add_command(_command)
 
@@ -63,8 +64,10 @@ def invoke(argv: Sequence[str]) -> None:
     Raises:
         TunixMlflowError: instead of click's own errors, so that each is one line.
     """
+    _ended().clear()
     try:
         cli.main(list(argv), prog_name="tunix-mlflow", standalone_mode=False)
+        _check_complete()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
     except click.ClickException as error:
@@ -74,6 +77,26 @@ def invoke(argv: Sequence[str]) -> None:
         raise InputError(f"{message}. See `{path} --help`") from error
     except click.Abort as error:
         raise Interrupted(signal.SIGINT) from error
+
+
+def _check_complete() -> None:
+    """Check that MLflow has all of the runs that the command made.
+
+    Raises:
+        UnavailableError: if it refuses a part of one.
+    """
+    if runs := ", ".join(dict.fromkeys(_ended())):
+        raise UnavailableError(
+            f"MLflow does not have all of run {runs}, see above and the tag"
+            " tunix_mlflow.incomplete; tracking.incomplete=allow accepts that"
+        )
+
+
+def _ended() -> list[str]:
+    """The runs that ended in this process while MLflow refused a part; none if MLflow is unused."""
+    module = sys.modules.get("tunix_mlflow.tracking.ending")
+    found: list[str] = [] if module is None else module.incomplete
+    return found
 
 
 if __name__ == "__main__":

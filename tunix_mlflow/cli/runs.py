@@ -8,14 +8,14 @@ from typing import Any
 import click
 
 from tunix_mlflow.cli.arguments import Number
-from tunix_mlflow.errors import Refused, TrackingError, UnavailableError
+from tunix_mlflow.errors import InputError, Refused, TrackingError, UnavailableError
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group()
 def runs() -> None:
-    """List training runs, and check that they are reproducible."""
+    """List training runs, repair them, and check that they are reproducible."""
 
 
 @runs.command("list")
@@ -39,8 +39,8 @@ def list_(limit: int, as_json: bool) -> None:
     elif not rows:
         click.echo("no training runs yet; `tunix-mlflow train` makes one")
     else:
-        columns = ("run_id", "status", "dataset", "steps", "final_loss", "exact_match")
-        headers = ("RUN", "STATUS", "DATASET", "STEPS", "LOSS", "EXACT MATCH")
+        columns = ("run_id", "status", "dataset", "steps", "final_loss", "exact_match", "missing")
+        headers = ("RUN", "STATUS", "DATASET", "STEPS", "LOSS", "EXACT MATCH", "MISSING")
         table.echo(headers, [[_rounded(row[name]) for name in columns] for row in rows])
 
 
@@ -76,24 +76,69 @@ def verify(run_id: str, as_json: bool) -> None:
         click.echo(f"run {run.run_id} {result.summary()}")
 
 
+@runs.command()
+@click.argument("run_id")
+@_json
+def repair(run_id: str, as_json: bool) -> None:
+    """Repair a run's folder from MLflow, and MLflow from the folder.
+
+    Lines that cannot be read are put aside, files are fetched, everything is delivered again, and
+    the run gets its status. Exit code 4 if something remains.
+    """
+    from tunix_mlflow.cli.terminal import Terminal, print_json
+    from tunix_mlflow.pipelines import repair as pipeline
+
+    with Terminal() as reporter:
+        result = pipeline.repair(run_id, reporter=reporter)
+    if as_json:
+        print_json(result._asdict())
+    if result.remaining:
+        raise UnavailableError(f"run {result.run_id}: {'; '.join(result.remaining)}")
+    if not as_json:
+        found = f"{len(result.repaired)} repairs" if result.repaired else "nothing was damaged"
+        click.echo(f"run {result.run_id}: {found}; MLflow has all of it")
+
+
 @click.command()
 @click.argument("run_id", required=False)
-def sync(run_id: str | None) -> None:
-    """Upload pending records to MLflow: of one run, or of all runs on this machine."""
+@click.option("--skip", is_flag=True, help="Do not offer again what MLflow refuses.")
+@click.option("--retry-refused", is_flag=True, help="Offer also what --skip has set aside.")
+def sync(run_id: str | None, skip: bool, retry_refused: bool) -> None:
+    """Upload pending records to MLflow: of one run, or of all runs on this machine.
+
+    What MLflow refused before is offered once more. A run that is complete gets its status, and
+    loses the tag tunix_mlflow.incomplete. Exit code 4 if something is still missing.
+    """
+    if skip and retry_refused:
+        raise InputError("give --skip or --retry-refused, not both")
     from tunix_mlflow.config.schema import TrackingConfig
     from tunix_mlflow.tracking import store
-    from tunix_mlflow.tracking.record.folder import read_link
+    from tunix_mlflow.tracking.record.folder import is_open, read_link
     from tunix_mlflow.tracking.sync import upload
 
-    paths = _pending(run_id)
+    paths = _pending(run_id, skipped_too=retry_refused)
     client = store.connect(TrackingConfig())
     failed: list[TrackingError | UnavailableError] = []
     for path in paths:
+        if run_id is None and is_open(path):
+            click.echo(f"run {path.name} is open: its own process uploads its records", err=True)
+            continue
         try:
-            sent = upload.sync(client, path, lambda message: click.echo(message, err=True))
+            if skip:
+                count = upload.skip(path)
+                click.echo(f"run {path.name}: {count:,} refused records are not offered again")
+            sent = upload.sync(
+                client,
+                path,
+                lambda message: click.echo(message, err=True),
+                skipped_too=retry_refused,
+            )
         except (TrackingError, UnavailableError) as error:
             failed.append(error)
             continue
+        refused = upload.describe_refused(path)
+        if refused is not None:
+            failed.append(UnavailableError(f"MLflow refuses a part of run {path.name}: {refused}"))
         link = read_link(path)
         if link is not None:
             url = store.run_link(link.experiment_id, link.run_id)
@@ -102,20 +147,29 @@ def sync(run_id: str | None) -> None:
         raise type(failed[0])("; ".join(map(str, failed)))
 
 
-def _pending(run_id: str | None) -> list[Path]:
-    """Return the folder of a run, or the folders that have pending records, parents first.
+def _pending(run_id: str | None, *, skipped_too: bool) -> list[Path]:
+    """Return the folder of a run, or those with records that MLflow has not, parents first.
+
+    Args:
+        run_id: None: all runs on this machine.
+        skipped_too: also those of which all that is refused was set aside.
 
     Raises:
         TrackingError: if there is no such run here.
     """
     from tunix_mlflow import paths
-    from tunix_mlflow.tracking.record.event_log import pending_bytes
+    from tunix_mlflow.tracking.record.cursor import pending_bytes, read_cursor
     from tunix_mlflow.tracking.record.folder import EVENT_LOG
     from tunix_mlflow.tracking.runs import lookup
 
     if run_id is None:
         folders = [path for path in reversed(lookup.folders()) if (path / EVENT_LOG).exists()]
-        return [path for path in folders if pending_bytes(path)]
+        return [
+            path
+            for path in folders
+            if pending_bytes(path)
+            or any(skipped_too or not one.skipped for one in read_cursor(path).refused)
+        ]
     folder = paths.run_dir(run_id) if run_id.isalnum() else None
     if folder is None or not (folder / EVENT_LOG).exists():
         raise TrackingError(f"there is no run {run_id[:80]!r} in {paths.run_dir('')}")
@@ -134,7 +188,20 @@ def _row(run: Any) -> dict[str, Any]:
         "exact_match": metrics.get("eval/exact_match", metrics.get("validation/exact_match")),
         "verified": tags.get("tunix_mlflow.verified"),
         "key": tags.get("tunix_mlflow.key"),
+        "missing": _missing(run.info.run_id) or tags.get("tunix_mlflow.incomplete"),
     }
+
+
+def _missing(run_id: str) -> str | None:
+    """Return what MLflow does not have of a run that is not open, as far as this machine knows."""
+    from tunix_mlflow import paths
+    from tunix_mlflow.tracking.record.cursor import pending_bytes
+    from tunix_mlflow.tracking.record.folder import is_open
+
+    path = paths.run_dir(run_id)
+    if not path.exists() or not pending_bytes(path) or is_open(path):
+        return None
+    return "not delivered yet"
 
 
 def _rounded(value: Any) -> Any:

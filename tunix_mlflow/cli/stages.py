@@ -96,8 +96,18 @@ def train(
 @click.option("--step", type=Number(0), help="Resume at the checkpoint of this step.")
 @click.option("--fork", is_flag=True, help="Begin a new run there; any key may change.")
 @click.option("--force", is_flag=True, help="Train even if memory is forecast to be too small.")
+@click.option(
+    "--take-over",
+    metavar="REASON",
+    help="Do not wait for another process's lease on the run; that one stops.",
+)
 def resume(
-    run_id: str, step: int | None, fork: bool, force: bool, overrides: dict[str, str]
+    run_id: str,
+    step: int | None,
+    fork: bool,
+    force: bool,
+    take_over: str | None,
+    overrides: dict[str, str],
 ) -> None:
     """Resume a training run, in the same MLflow run, here or on another machine.
 
@@ -111,7 +121,9 @@ def resume(
     from tunix_mlflow.cli.terminal import Terminal
     from tunix_mlflow.pipelines.resume import resume_run
 
-    run = resume_run(run_id, overrides, step=step, fork=fork, reporter=Terminal())
+    run = resume_run(
+        run_id, overrides, step=step, fork=fork, take_over=take_over, reporter=Terminal()
+    )
     _train(run, plan=False, force=force)
 
 
@@ -284,10 +296,11 @@ def _train(run: Resumption, *, plan: bool, force: bool) -> None:
 
 def _report_training(result: TrainResult, reporter: Any) -> None:
     figures = result.figures
-    reporter.info(
-        f"final loss {figures['final_loss']:.4f} after {figures['total_steps']:,.0f} steps,"
-        f" {figures['avg_throughput']:,.0f} tokens/s"
-    )
+    if "final_loss" in figures:  # else there was no update: the model is that of a checkpoint
+        reporter.info(
+            f"final loss {figures['final_loss']:.4f} after {figures['total_steps']:,.0f} steps,"
+            f" {figures['avg_throughput']:,.0f} tokens/s"
+        )
     names = {
         "validation/loss": "validation loss",
         "validation/exact_match": "validation exact match",

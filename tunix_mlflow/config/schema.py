@@ -309,6 +309,9 @@ class TrackingConfig(_Section, frozen=True):
     """Record in a private store below the state root, and contact no server."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use."""
+    incomplete: Literal["fail", "allow"] = "fail"
+    """What a command does whose run MLflow has only in part, since it refuses the rest: fail exits
+    with 4, at the end."""
 
 
 class PromotionConfig(_Section, frozen=True):

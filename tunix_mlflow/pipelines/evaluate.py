@@ -18,6 +18,7 @@ from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking.models import flavor, registry
 from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
 from tunix_mlflow.tracking.run import open_run
+from tunix_mlflow.tracking.runs import undelivered
 
 _READ_BY_TRAINING = {"training": "trained on", "validation": "chosen by"}
 """MLflow's contexts of the inputs of a training run, and what they say of the model."""
@@ -55,6 +56,7 @@ def evaluate(
     Raises:
         InputError: for a dataset, split or model that cannot be used.
         IntegrityError: if the model's files are not what was logged.
+        UnavailableError: if this machine has a model of the run that MLflow does not have.
     """
     config = config or Config()
     key = dataset or config.dataset
@@ -72,6 +74,8 @@ def evaluate(
             f" its splits: {', '.join(manifest.splits)}. Set evaluation.split"
         )
     devices.use(config.device)
+    undelivered.deliver(client, model, reporter.info)
+    undelivered.check_model(model)
     logged = registry.resolve(client, model)
     bundle = flavor.load_model(f"models:/{logged.model_id}")
     with open_run(

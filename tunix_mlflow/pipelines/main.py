@@ -16,7 +16,7 @@ from tunix_mlflow.pipelines.train import train
 from tunix_mlflow.runtime.report import SILENT, Reporter
 from tunix_mlflow.tracking import store, tags
 from tunix_mlflow.tracking.run import Run, open_run
-from tunix_mlflow.tracking.runs import lookup
+from tunix_mlflow.tracking.runs import lookup, undelivered
 
 
 class MainResult(NamedTuple):
@@ -55,10 +55,10 @@ def run_all(config: Config, *, reporter: Reporter = SILENT) -> MainResult:
         if config.dataset is not None and seeds.find(config.dataset) is not None:
             seed(config.dataset, config=config, reporter=reporter)
         trained = train(config, reporter=reporter)
+        undelivered.check_model(trained.run_id)
         if trained.model_id is None:
             raise UnavailableError(
-                f"MLflow went away, so the model of run {trained.run_id} is not logged yet: when it"
-                f" is back, run tunix-mlflow sync {trained.run_id}, then evaluate and promote it"
+                f"MLflow does not have the model of run {trained.run_id}; train it again"
             )
         scored = evaluate(trained.model_id, config=config, reporter=reporter)
         figures = {

@@ -10,6 +10,7 @@ from tunix_mlflow.tracking import store, tags
 from tunix_mlflow.tracking.models import gate, registry
 from tunix_mlflow.tracking.models.gate import Promotion
 from tunix_mlflow.tracking.run import open_run
+from tunix_mlflow.tracking.runs import undelivered
 
 
 @store.restored()
@@ -25,8 +26,8 @@ def promote(
 
     Args:
         model: a run id, a model id or a models:/ URI.
-        name: the registered model; None: `promotion.model`, else the name of the dataset that the
-            model was trained on.
+        name: the registered model; None: `promotion.model`, else the name of the dataset to judge
+            on, else of the one that the model was trained on.
         dataset: key of the dataset to judge on; None: `config.dataset`, else the one that the model
             was last evaluated on.
         config: `promotion` and `tracking` are read; None: the defaults.
@@ -35,11 +36,15 @@ def promote(
     Raises:
         TrackingError: if there is no such model.
         Refused: with the reason, which the run and the registered version record.
+        UnavailableError: if the model, or an evaluation of it, waits for MLflow on this machine.
     """
     config = config or Config()
     key = dataset or config.dataset
     client = store.connect(config.tracking)
+    undelivered.deliver(client, model, reporter.info)
+    undelivered.check_model(model)
     logged = registry.resolve(client, model)
+    undelivered.check_evaluations(logged.model_id)
     name = name or config.promotion.model or _name(key or logged.tags.get("tunix_mlflow.dataset"))
     with open_run(
         stage="promote",

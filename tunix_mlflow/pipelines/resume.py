@@ -21,6 +21,7 @@ class ResumePoint(NamedTuple):
     run_id: str
     step: int | None = None  # None: the newest checkpoint
     fork: bool = False  # a new run begins there
+    take_over: str | None = None  # why another process's lease on the run is not waited for
 
 
 class Resumption(NamedTuple):
@@ -39,6 +40,7 @@ def resume_run(
     *,
     step: int | None = None,
     fork: bool = False,
+    take_over: str | None = None,
     reporter: Reporter = SILENT,
 ) -> Resumption:
     """Return how the training run `run_id` is continued.
@@ -48,6 +50,7 @@ def resume_run(
         overrides: dotted keys to change; which may change is `config.identity.FREE`.
         step: begin at the checkpoint of this step; None: at the newest.
         fork: begin a new run there; anything may change.
+        take_over: why another process's lease on the run is not waited for; None: it is.
         reporter: receives messages.
 
     Raises:
@@ -59,7 +62,8 @@ def resume_run(
     run = resuming.to_resume(
         run_id, reporter.info, lambda before: apply_overrides(before, overrides), fork=fork
     )
-    return Resumption(run.config, run.environment, ResumePoint(run.run_id, step, fork))
+    point = ResumePoint(run.run_id, step, fork, take_over)
+    return Resumption(run.config, run.environment, point)
 
 
 @store.restored()

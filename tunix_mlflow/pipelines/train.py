@@ -24,6 +24,7 @@ from tunix_mlflow.models import bundle as bundles
 from tunix_mlflow.models.hub.base import Base
 from tunix_mlflow.paths import run_dir
 from tunix_mlflow.pipelines import notes
+from tunix_mlflow.pipelines.names import model_name
 from tunix_mlflow.pipelines.params import training_params
 from tunix_mlflow.pipelines.resume import ResumePoint
 from tunix_mlflow.runtime import devices, environment
@@ -54,7 +55,7 @@ class TrainResult(NamedTuple):
     run_id: str
     link: str
     ui: str | None  # the command that starts the UI on a local store
-    model_id: str | None  # None: MLflow was away; `tunix-mlflow sync` logs the model
+    model_id: str | None  # None: MLflow is away, or refuses it; `tunix-mlflow sync` logs it
     manifest: Manifest
     figures: dict[str, float]  # summary figures, validation loss and exact match
 
@@ -122,6 +123,7 @@ def train(
         run_id=resume.run_id if resume and not resume.fork else None,
         name=config.tracking.run_name or f"train {inputs.manifest.key}",
         tags=tags,
+        take_over=resume.take_over if resume else None,
         report=reporter.info,
     ) as run:
         reporter.info(f"run {run.run_id}: {run.link}")
@@ -427,11 +429,3 @@ def _save_bundle(parent: Path, step: int, bundle: bundles.Bundle) -> tuple[Path,
         shutil.rmtree(folder, ignore_errors=True)  # left by a kill
         bundles.save(bundle, folder)
     return folder, digest
-
-
-def model_name(config: Config, dataset: str, step: int) -> str:
-    """Return a telling name for a logged model: base, LoRA, dataset and step."""
-    parts = [Path(config.base).name if config.base else ""]
-    parts += [f"lora{config.lora.rank}" if config.lora.rank else "", dataset, f"step{step}"]
-    name = "-".join(part for part in parts if part)
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:200]

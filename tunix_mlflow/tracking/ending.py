@@ -32,6 +32,8 @@ class _Open(NamedTuple):
 
 
 _open: list[_Open] = []
+incomplete: list[str] = []
+"""Ids of runs of this process that ended while MLflow refused a part of them."""
 
 
 def outcome(error: BaseException | None) -> tuple[str, str | None]:
@@ -41,6 +43,8 @@ def outcome(error: BaseException | None) -> tuple[str, str | None]:
     if isinstance(error, Interrupted | KeyboardInterrupt):
         number = error.signum if isinstance(error, Interrupted) else signal.SIGINT
         return "KILLED", f"interrupted by {signal.Signals(number).name}"
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return "FAILED", f"exited with code {error.code}"
     return "FAILED", one_line(error)
 
 

@@ -19,13 +19,15 @@ from mlflow.tracking.context.registry import resolve_tags
 from tunix_mlflow import paths
 from tunix_mlflow.errors import TrackingError, UnavailableError
 from tunix_mlflow.files import one_line
-from tunix_mlflow.tracking import git, store, tags
+from tunix_mlflow.runtime import git
+from tunix_mlflow.tracking import store, tags
 from tunix_mlflow.tracking.record import folder as folders
+from tunix_mlflow.tracking.record import records
 from tunix_mlflow.tracking.record.event_log import EventLog
 from tunix_mlflow.tracking.record.folder import METRICS_LOG, REFILL
 from tunix_mlflow.tracking.record.metrics_log import now
 from tunix_mlflow.tracking.runs import lookup, resume
-from tunix_mlflow.tracking.sync import delivery, lease
+from tunix_mlflow.tracking.sync import calls, lease
 from tunix_mlflow.tracking.sync.lease import Lease
 
 
@@ -43,6 +45,7 @@ class Request(NamedTuple):
     tags: Mapping[str, str]
     lease_seconds: float
     mark_stale: bool  # end runs of the experiment whose process died
+    take_over: str | None = None  # why another process's lease is not waited for
 
 
 class Opened(NamedTuple):
@@ -88,7 +91,16 @@ def take_launched() -> str | None:
 
 def context_tags(own: Mapping[str, str]) -> dict[str, str]:
     """Return the tags that MLflow gives every run (user, source), git's, and our own."""
-    return {k: str(v) for k, v in resolve_tags(git.commit_tags() | dict(own)).items()}
+    return {k: str(v) for k, v in resolve_tags(commit_tags() | dict(own)).items()}
+
+
+def commit_tags() -> dict[str, str]:
+    """Return the tags of the git commit; none where there is no git or no work tree."""
+    found = git.commit()
+    if found is None:
+        return {}
+    dirty = {} if found.is_dirty is None else {tags.GIT_DIRTY: str(found.is_dirty).lower()}
+    return {tags.GIT_COMMIT: found.digest} | dirty
 
 
 def _open_online(client: MlflowClient, request: Request, report: Callable[[str], None]) -> Opened:
@@ -133,7 +145,7 @@ def _create(
         lock = folders.lock(folder)
         undo.callback(lock.release)
         held = lease.acquire(client, run_id, folder, seconds, report, created=True)
-        delivery.adopt(folder, run_id, run.info.experiment_id)
+        calls.adopt(folder, run_id, run.info.experiment_id)
         undo.pop_all()
     return Opened(folder.resolve(), lock, run.info, held, False)
 
@@ -151,16 +163,19 @@ def _attach(
     with contextlib.ExitStack() as undo:
         lock = folders.lock(folder)
         undo.callback(lock.release)
-        held_here = (lease.holder(before) or ("", 0))[0] == lease.owner_of(folder)
+        held_here = _owner(before) == lease.owner_of(folder)
         refill = folder / REFILL  # stays when this process dies before it is done
         if tags.VERSION in before and not (held_here and (folder / METRICS_LOG).exists()):
             refill.touch()
-        held = lease.acquire(client, run_id, folder, request.lease_seconds, report)
+        taken = request.take_over is not None
+        held = lease.acquire(client, run_id, folder, request.lease_seconds, report, take_over=taken)
+        if request.take_over is not None:
+            client.set_tag(run_id, tags.TAKEN_OVER, request.take_over[:500])
         if refill.exists():
             resume.refill(client, run_id, folder, report)
             refill.unlink()
         client.update_run(run_id, status="RUNNING")
-        delivery.adopt(folder, run_id, run.info.experiment_id)
+        calls.adopt(folder, run_id, run.info.experiment_id)
         undo.pop_all()
     return Opened(folder, lock, run.info, held, True)
 
@@ -179,13 +194,14 @@ def _open_away(away: str, request: Request, report: Callable[[str], None]) -> Op
     if run_id is None:
         events = EventLog(folder)
         events.put(
-            "create",
-            name=request.name,
-            experiment=request.experiment,
-            experiment_id=request.experiment_id,
-            tags=context_tags(request.tags),
-            parent=request.parent,
-            start_time=now(),
+            records.Create(
+                name=request.name,
+                experiment=request.experiment,
+                experiment_id=request.experiment_id,
+                tags=context_tags(request.tags),
+                parent=request.parent,
+                start_time=now(),
+            )
         )
         events.close()
     link = folders.read_link(folder)
@@ -200,6 +216,11 @@ def _open_away(away: str, request: Request, report: Callable[[str], None]) -> Op
         run_name=request.name,
     )
     return Opened(folder, lock, info, None, run_id is not None)
+
+
+def _owner(given: Mapping[str, str]) -> str | None:
+    held = lease.holder(given)
+    return None if held is None else held.owner
 
 
 def _give_up(client: MlflowClient, run_id: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -12,16 +12,20 @@ from mlflow.entities import Dataset as DatasetEntity
 from tunix_mlflow import files
 from tunix_mlflow.errors import TrackingError, UnavailableError
 from tunix_mlflow.tracking import tags
-from tunix_mlflow.tracking.record import metrics_log
+from tunix_mlflow.tracking.record import metrics_log, records
+from tunix_mlflow.tracking.record.cursor import size
 from tunix_mlflow.tracking.record.event_log import EventLog
-from tunix_mlflow.tracking.record.folder import METRICS_LOG
-from tunix_mlflow.tracking.record.metrics_log import MetricsLog
+from tunix_mlflow.tracking.record.folder import EVENT_LOG, METRICS_LOG
+from tunix_mlflow.tracking.record.metrics_log import MetricsLog, now
+from tunix_mlflow.tracking.record.records import Record
 from tunix_mlflow.tracking.record.values import split_values, to_step, to_text, to_timestamp
 from tunix_mlflow.tracking.recorder import Recorder, encode_table
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow.data.dataset import Dataset
+
+_FORBIDDEN_IN_MODEL_NAMES = "/:.%\"'"
 
 
 class Recording:
@@ -40,8 +44,10 @@ class Recording:
         self._ended = self._lost = False
         self._named: set[str] = set()  # keys whose values were reported
         self._recorder: Recorder | None = None
-        self._events = EventLog(folder)
         self._metrics = MetricsLog(folder / METRICS_LOG, report)
+        self._events = EventLog(folder)
+        # Bytes of the event log with the model logged last, or with what an earlier process left.
+        self._model_recorded = size(folder / EVENT_LOG)
 
     @property
     def run_id(self) -> str:
@@ -109,11 +115,8 @@ class Recording:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record parameters as `str(value)`; one that the run has already keeps its value."""
-        self._record(
-            "params",
-            params={to_text(key): to_text(value) for key, value in params.items()},
-            name_conflicts=self._name_conflicts,
-        )
+        given = {to_text(key): to_text(value) for key, value in params.items()}
+        self._record(records.Params(params=given, name_conflicts=self._name_conflicts))
 
     def set_tag(self, key: str, value: Any) -> None:
         """Record one tag."""
@@ -121,7 +124,8 @@ class Recording:
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Record tags as `str(value)`; later values win."""
-        self._record("tags", tags={to_text(key): to_text(value) for key, value in tags.items()})
+        given = {to_text(key): to_text(value) for key, value in tags.items()}
+        self._record(records.Tags(tags=given))
 
     def set_note(self, markdown: str) -> None:
         """Write the description on the run's page."""
@@ -142,11 +146,63 @@ class Recording:
         """
         given = {"mlflow.data.context": context} if context is not None else {}
         given |= {str(key): str(value) for key, value in (tags or {}).items()}
-        self._record("input", dataset=dict(dataset_entity(dataset)), tags=given)
+        self._record(records.Input(dataset=dict(dataset_entity(dataset)), tags=given))
 
     def log_model_input(self, model_id: str) -> None:
         """Record that the run used a logged model."""
-        self._record("model_input", model_id=model_id)
+        self._record(records.ModelInput(model_id=model_id))
+
+    def log_model(
+        self,
+        bundle: Path,
+        *,
+        name: str,
+        step: int,
+        prompts: Sequence[str],
+        tags: Mapping[str, str],
+        metrics: Mapping[str, float] | None = None,
+        dataset: Dataset | None = None,
+    ) -> None:
+        """Log the run's model.
+
+        Args:
+            bundle: a folder below the run's, written by `models.bundle.save`.
+            name: the logged model's, without / : . % " and '.
+            step: after how many updates.
+            prompts: an input example.
+            tags: the logged model's; `tunix_mlflow.weights_digest` is the bundle's.
+            metrics: measured by training, put on the logged model.
+            dataset: what they were measured on.
+
+        Raises:
+            TrackingError: for a name that MLflow does not take.
+        """
+        if not name or any(character in name for character in _FORBIDDEN_IN_MODEL_NAMES):
+            raise TrackingError(
+                f"a model cannot be called {name!r}: MLflow takes none of"
+                f" {' '.join(_FORBIDDEN_IN_MODEL_NAMES)}"
+            )
+        good, bad = split_values(metrics or {})
+        self._report_once(bad)
+        # With the timestamp of the run's own point, MLflow stores that once.
+        stamps = {key: now() for key in good}
+        for line in metrics_log.read(self.folder / METRICS_LOG):
+            for point in metrics_log.points(line):
+                if point.step == step and good.get(point.key) == point.value:
+                    stamps[point.key] = point.timestamp
+        entity = dataset_entity(dataset) if dataset is not None else None
+        self._record(
+            records.Model(
+                bundle=bundle.resolve().relative_to(self.folder).as_posix(),
+                name=name,
+                at_step=step,
+                prompts=list(prompts),
+                tags={str(key): str(value) for key, value in tags.items()},
+                metrics=[(key, value, stamps[key], step) for key, value in good.items()],
+                dataset=(entity.name, entity.digest) if entity else None,
+            )
+        )
+        self._model_recorded = size(self.folder / EVENT_LOG)
 
     def log_artifact(self, local_path: str | Path, artifact_path: str | None = None) -> None:
         """Record a file, or a folder by its name, as an artifact.
@@ -161,11 +217,12 @@ class Recording:
             TrackingError: if it cannot be read.
         """
         path = Path(local_path)
-        target = posixpath.join(artifact_path or "", path.name)
+        parent = posixpath.normpath(artifact_path).strip("/") if artifact_path else ""
+        target = posixpath.join(parent, path.name)
         if path.is_dir():
             self.log_artifacts(path, target)
         else:
-            self._record("artifact", path=self._inside(path), artifact=target)
+            self._record(records.Artifact(path=self._inside(path), artifact=target))
 
     def log_artifacts(self, local_dir: str | Path, artifact_path: str | None = None) -> None:
         """Record the content of a folder as artifacts.
@@ -176,8 +233,10 @@ class Recording:
         Raises:
             TrackingError: if it cannot be read.
         """
-        path = Path(local_dir)
-        self._record("artifacts", path=self._inside(path), artifact=artifact_path or "")
+        inside = self._inside(Path(local_dir))
+        names = sorted(path.name for path in (self.folder / inside).iterdir())
+        target = posixpath.normpath(artifact_path).strip("/") if artifact_path else ""
+        self._record(records.Artifacts(path=inside, artifact=target, names=names))
 
     def log_text(self, text: str, artifact_file: str) -> None:
         """Record a text as an artifact."""
@@ -219,19 +278,18 @@ class Recording:
         """
         encoded = encode_table(data, artifact_file)
         staged = self._events.stage_bytes(encoded, posixpath.basename(artifact_file))
-        self._record("artifact", path=staged, artifact=artifact_file)
-        self._record("table", artifact=artifact_file)
+        self._record(records.Artifact(path=staged, artifact=artifact_file, is_table=True))
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a file of the run's folder, and record it as the artifact of the same name."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(path, data)
-        self._record("artifact", path=name, artifact=name)
+        self._record(records.Artifact(path=name, artifact=name))
 
     def delete_artifact(self, path: str) -> None:
         """Delete an artifact of the run, or a folder of them."""
-        self._record("delete_artifact", artifact=path)
+        self._record(records.DeleteArtifact(artifact=path))
 
     def log_summary(self, step: int) -> dict[str, float]:
         """Record the summary figures of a training, as far as the run has come.
@@ -261,6 +319,7 @@ class Recording:
 
     def _inside(self, path: Path) -> str:
         """Return a file's path below the run's folder, after it was copied there if need be."""
+        self._check_open()
         try:
             resolved = path.resolve(strict=True)
             if resolved.is_relative_to(self.folder):
@@ -271,12 +330,12 @@ class Recording:
         except OSError as error:
             raise UnavailableError(f"cannot copy {path}: {files.one_line(error)}") from error
 
-    def _record(self, op: str, **fields: Any) -> None:
+    def _record(self, record: Record) -> None:
         self._check_open()
-        self._put(op, **fields)
+        self._put(record)
 
-    def _put(self, op: str, **fields: Any) -> None:
-        self._events.put(op, **fields)
+    def _put(self, record: Record) -> None:
+        self._events.put(record)
 
     def _report_once(self, bad: Mapping[str, str]) -> None:
         for key, why in bad.items():

@@ -16,8 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import mlflow
@@ -26,22 +25,24 @@ from mlflow.tracking import MlflowClient
 
 from tunix_mlflow.config.schema import TrackingConfig
 from tunix_mlflow.errors import TrackingError
-from tunix_mlflow.tracking import active, ending, git, opening, store
+from tunix_mlflow.tracking import active, ending, opening, store
 from tunix_mlflow.tracking import tags as names
 from tunix_mlflow.tracking.opening import Opened, Request
-from tunix_mlflow.tracking.record import event_log, metrics_log
-from tunix_mlflow.tracking.record.folder import EVENT_LOG, METRICS_LOG, read_link
+from tunix_mlflow.tracking.record import records
+from tunix_mlflow.tracking.record.cursor import read_cursor, skip_pending
+from tunix_mlflow.tracking.record.folder import METRICS_LOG, read_link
 from tunix_mlflow.tracking.record.metrics_log import now
+from tunix_mlflow.tracking.record.records import Record
 from tunix_mlflow.tracking.record.system_metrics import SystemMetrics
-from tunix_mlflow.tracking.record.values import split_values
-from tunix_mlflow.tracking.recording import Recording, dataset_entity
+from tunix_mlflow.tracking.recording import Recording
+from tunix_mlflow.tracking.sync.upload import describe_refused
 from tunix_mlflow.tracking.sync.worker import SyncWorker
 from tunix_mlflow.version import __version__
 
 if TYPE_CHECKING:
-    from mlflow.data.dataset import Dataset
+    pass
 
-_FORBIDDEN_IN_MODEL_NAMES = "/:.%\"'"
+_STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
 class Run(Recording):
@@ -56,6 +57,7 @@ class Run(Recording):
         own_tags: set on the run.
         launcher: a run that `mlflow run` made only to start this one.
         log_system_metrics: whether to sample CPU, memory and GPU use as system/*.
+        must_be_complete: whether a command fails if MLflow refuses a part of the run.
     """
 
     def __init__(
@@ -69,14 +71,14 @@ class Run(Recording):
         own_tags: Mapping[str, str],
         launcher: str | None,
         log_system_metrics: bool,
+        must_be_complete: bool,
     ) -> None:
         super().__init__(opened.folder, report, name_conflicts=stage is None)
-        self._pid = os.getpid()
+        self._pid, self._must_be_complete = os.getpid(), must_be_complete
+        self._is_complete = False  # until it has ended
         self.client, self.stage = client, stage
         self._attached, self._launcher = opened.attached, launcher
         self._info, self._lock = opened.info, opened.lock
-        # Bytes of the event log with the model logged last, or with what an earlier process left.
-        self._model_recorded = event_log.size(self.folder / EVENT_LOG)
         # Before the worker, which would keep the lease of a run that never began.
         self._monitor = SystemMetrics(self._metrics) if log_system_metrics else None
         lease, away = opened.lease, opened.lease is None
@@ -84,12 +86,12 @@ class Run(Recording):
             self.folder, client, report, lease_seconds, self._lose, lease, is_away=away
         )
         if opened.attached:
-            self._put("begin")
+            self._put(records.Begin())
         if launcher is not None:
-            self._put("launcher", run_id=launcher)
-        self._put("tags", tags=dict(own_tags))
+            self._put(records.Launcher(run_id=launcher))
+        self._put(records.Tags(tags=dict(own_tags)))
         if stage is not None:
-            self._put("experiment_kind")
+            self._put(records.ExperimentKind())
         self._activation = active.Activation(lambda: self.info)
         ending.register(self)
 
@@ -126,7 +128,7 @@ class Run(Recording):
     def model_id(self) -> str | None:
         """The model that was logged last; None while MLflow does not have it."""
         link = read_link(self.folder)
-        delivered = event_log.read_cursor(self.folder).events >= self._model_recorded
+        delivered = read_cursor(self.folder).models >= self._model_recorded
         return link.model_id if link and delivered else None
 
     @property
@@ -141,57 +143,6 @@ class Run(Recording):
     def is_online(self) -> bool:
         """Whether MLflow has the run, and this process its lease."""
         return self._worker.lease is not None
-
-    def log_model(
-        self,
-        bundle: Path,
-        *,
-        name: str,
-        step: int,
-        prompts: Sequence[str],
-        tags: Mapping[str, str],
-        metrics: Mapping[str, float] | None = None,
-        dataset: Dataset | None = None,
-    ) -> None:
-        """Log the run's model.
-
-        Args:
-            bundle: a folder below the run's, written by `models.bundle.save`.
-            name: the logged model's, without / : . % " and '.
-            step: after how many updates.
-            prompts: an input example.
-            tags: the logged model's; `tunix_mlflow.weights_digest` is the bundle's.
-            metrics: measured by training, put on the logged model.
-            dataset: what they were measured on.
-
-        Raises:
-            TrackingError: for a name that MLflow does not take.
-        """
-        if not name or any(character in name for character in _FORBIDDEN_IN_MODEL_NAMES):
-            raise TrackingError(
-                f"a model cannot be called {name!r}: MLflow takes none of"
-                f" {' '.join(_FORBIDDEN_IN_MODEL_NAMES)}"
-            )
-        good, bad = split_values(metrics or {})
-        self._report_once(bad)
-        # With the timestamp of the run's own point, MLflow stores that once.
-        stamps = {key: now() for key in good}
-        for line in metrics_log.read(self.folder / METRICS_LOG):
-            for point in metrics_log.points(line):
-                if point.step == step and good.get(point.key) == point.value:
-                    stamps[point.key] = point.timestamp
-        entity = dataset_entity(dataset) if dataset is not None else None
-        self._record(
-            "model",
-            bundle=bundle.resolve().relative_to(self.folder).as_posix(),
-            name=name,
-            at_step=step,
-            prompts=list(prompts),
-            tags={str(key): str(value) for key, value in tags.items()},
-            metrics=[[key, value, stamps[key], step] for key, value in good.items()],
-            dataset=[entity.name, entity.digest] if entity else None,
-        )
-        self._model_recorded = event_log.size(self.folder / EVENT_LOG)
 
     def sync(self) -> bool:
         """Wait until MLflow has what was recorded so far, as long as it answers.
@@ -212,13 +163,19 @@ class Run(Recording):
 
         Returns:
             Whether MLflow has everything.
+
+        Raises:
+            TrackingError: for another status.
         """
+        if status not in _STATUSES:
+            raise TrackingError(f"a run ends {', '.join(_STATUSES)}, not {status!r}")
         if self._ended or self._pid != os.getpid():  # a forked process has no part in it
-            return True
+            return self._is_complete
         self._ended = True
         with ending.undisturbed(self._worker.give_up, interrupted=status == "KILLED"):
             try:
-                return self._end(status, error)
+                self._is_complete = self._end(status, error)
+                return self._is_complete
             finally:
                 with contextlib.ExitStack() as last:  # each of them, whatever another raises
                     last.callback(active.restore_request_limits)
@@ -240,32 +197,42 @@ class Run(Recording):
                 self._monitor.finish()
             self._metrics.close()
             if self._lost:
-                event_log.skip_pending(self.folder)  # another process records the run
+                skip_pending(self.folder)  # another process records the run
                 return True
             if error is not None:
-                self._put("tags", tags={names.ERROR: error})
+                self._put(records.Tags(tags={names.ERROR: error}))
             elif self._attached:
-                self._put("delete_tag", name=names.ERROR)  # of a part that was interrupted
+                self._put(records.DeleteTag(name=names.ERROR))  # of a part that was interrupted
             if self.stage is not None:
-                self._put("artifact", path=METRICS_LOG, artifact=METRICS_LOG)
+                self._put(records.Artifact(path=METRICS_LOG, artifact=METRICS_LOG))
             for run_id in (None, self._launcher) if self._launcher else (None,):
-                self._put("status", status=status, end_time=now(), run_id=run_id)
+                self._put(records.Status(status=status, end_time=now(), run_id=run_id))
             delivered = self._worker.drain()
+            self._worker.give_up()  # and say no more
             if delivered and self._worker.lease is not None:
                 with contextlib.suppress(Exception):  # it ends by itself
                     self._worker.lease.release()
         except OSError as problem:  # a full disk; what ended the block is what the user must see
             self.report(f"the end of run {self.run_id} could not be recorded: {problem}")
             return False
+        refused = describe_refused(self.folder)
         if not delivered:
+            why = f": {self._worker.problem}" if self._worker.problem else ""
             self.report(
-                f"MLflow does not have all of run {self.run_id} yet; nothing is lost. When the"
-                f" server is back: tunix-mlflow sync {self.run_id}"
+                f"MLflow does not have all of run {self.run_id} yet{why}; nothing is lost. Later:"
+                f" tunix-mlflow sync {self.run_id}"
             )
-        return delivered
+        elif refused is not None:
+            self.report(
+                f"MLflow refuses a part of run {self.run_id}: {refused}. It is kept in"
+                f" {self.folder}; when the cause is gone: tunix-mlflow sync {self.run_id}"
+            )
+            if self._must_be_complete:
+                ending.incomplete.append(self.run_id)
+        return delivered and refused is None
 
-    def _put(self, op: str, **fields: Any) -> None:
-        super()._put(op, **fields)
+    def _put(self, record: Record) -> None:
+        super()._put(record)
         self._worker.wake()
 
     def _lose(self) -> None:
@@ -337,6 +304,7 @@ def start_run(
         nested=nested,
         parent_run_id=parent_run_id,
         tags=given,
+        take_over=None,
         report=logging.getLogger("tunix_mlflow").warning,
         log_system_metrics=log_system_metrics,
     )
@@ -349,6 +317,7 @@ def open_run(
     run_id: str | None = None,
     name: str | None = None,
     tags: Mapping[str, str] | None = None,
+    take_over: str | None = None,
     report: Callable[[str], None],
 ) -> Run:
     """Begin the run of a pipeline's stage; see :func:`start_run`.
@@ -359,6 +328,7 @@ def open_run(
         run_id: continue this run; its tags that end in _digest must be the same.
         name: shown in the UI; `tracking.run_name` wins.
         tags: set on the run.
+        take_over: why another process's lease on it is not waited for; None: it is.
         report: receives one-line messages.
 
     Raises:
@@ -376,6 +346,7 @@ def open_run(
         nested=None,
         parent_run_id=None,
         tags={names.STAGE: stage} | dict(tags or {}),
+        take_over=take_over,
         report=report,
         log_system_metrics=tracking.system_metrics,
     )
@@ -393,6 +364,7 @@ def _start(
     nested: bool | None,
     parent_run_id: str | None,
     tags: Mapping[str, str],
+    take_over: str | None,
     report: Callable[[str], None],
     log_system_metrics: bool,
 ) -> Run:
@@ -426,6 +398,7 @@ def _start(
             tags=own,
             lease_seconds=tracking.lease_seconds,
             mark_stale=outer is None and stage in (None, "train"),
+            take_over=take_over,
         )
         opened = opening.open_folder(client, away, request, report)
         try:
@@ -435,9 +408,10 @@ def _start(
                 report,
                 lease_seconds=tracking.lease_seconds,
                 stage=stage,
-                own_tags=git.commit_tags() | own,
+                own_tags=opening.commit_tags() | own,
                 launcher=launched if launched != opened.info.run_id else None,
                 log_system_metrics=log_system_metrics,
+                must_be_complete=tracking.incomplete == "fail",
             )
         except BaseException:
             opened.lock.release()

@@ -265,11 +265,16 @@ def end_run(client: MlflowClient, run_id: str, status: str, end_time: int | None
     )
 
 
-def delete_artifacts(client: MlflowClient, run_id: str, artifact: str) -> None:
-    """Delete an artifact, or a folder of them; one that is not there is no error."""
+def has_artifact(client: MlflowClient, run_id: str, artifact: str) -> bool:
+    """Return whether a run has an artifact, or a folder of them."""
     parent = Path(artifact).parent
     folder = None if parent == Path() else str(parent)
-    if artifact in {found.path for found in client.list_artifacts(run_id, folder)}:
+    return artifact in {found.path for found in client.list_artifacts(run_id, folder)}
+
+
+def delete_artifacts(client: MlflowClient, run_id: str, artifact: str) -> None:
+    """Delete an artifact, or a folder of them; one that is not there is no error."""
+    if has_artifact(client, run_id, artifact):
         uri = client.get_run(run_id).info.artifact_uri
         get_artifact_repository(uri).delete_artifacts(artifact)
 

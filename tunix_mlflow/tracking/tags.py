@@ -25,6 +25,8 @@ LAUNCHER_OF = f"{PREFIX}launcher_of"
 """On a run that `mlflow run` made only to resume another: that one's id."""
 LOCAL_ID = f"{PREFIX}local_id"
 LEASE = f"{PREFIX}lease"
+TAKEN_OVER = f"{PREFIX}taken_over"  # why a process did not wait for another one's lease
+INCOMPLETE = f"{PREFIX}incomplete"  # counts, by lane, of what MLflow refuses of a run
 GIT_DIRTY = f"{PREFIX}git_dirty"
 GIT_COMMIT = "mlflow.source.git.commit"
 NOTE = "mlflow.note.content"

@@ -1,7 +1,7 @@
 """events.jsonl: everything a run records besides metrics, on the disk before it goes to MLflow.
 
-One record a line, in order: {"op": ..., fields}. Files that records upload and that are not in the
-run's folder are copied below staged/ first. cursor.json says how many bytes of events.jsonl and
+One record a line, in order; see record/records.py. Files that records upload and that are not in
+the run's folder are copied below staged/ first. cursor.json says how much of events.jsonl and
 metrics.jsonl MLflow has.
 
 A record may be delivered twice: a process can die after a call to MLflow and before it moves the
@@ -10,33 +10,17 @@ cursor. So each is of a kind that changes nothing the second time; see sync/deli
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import msgspec
-from msgspec import Struct
 
 from tunix_mlflow import files
-from tunix_mlflow.tracking.record.folder import (
-    CURSOR,
-    EVENT_LOG,
-    METRICS_LOG,
-    STAGED,
-    read_struct,
-)
-
-
-class Cursor(Struct, frozen=True):
-    """Bytes that were delivered."""
-
-    events: int = 0
-    metrics: int = 0
+from tunix_mlflow.tracking.record import records
+from tunix_mlflow.tracking.record.folder import EVENT_LOG, STAGED
+from tunix_mlflow.tracking.record.records import Record
 
 
 class EventLog:
@@ -46,13 +30,13 @@ class EventLog:
         self.folder = folder
         self._lock = threading.Lock()
         complete_lines(folder / EVENT_LOG, truncate=True)
-        self._file = (folder / EVENT_LOG).open("a", encoding="utf-8")
+        self._file = (folder / EVENT_LOG).open("ab")
 
-    def put(self, op: str, **fields: Any) -> None:
+    def put(self, record: Record) -> None:
         """Append one record; it is on the disk when this returns."""
-        line = json.dumps({"op": op, **fields})
+        line = records.encode(record)
         with self._lock:
-            self._file.write(line + "\n")
+            self._file.write(line)
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -91,52 +75,41 @@ class EventLog:
             self._file.close()
 
 
-def read_cursor(folder: Path) -> Cursor:
-    """Return how much of a folder's logs MLflow has."""
-    found: Cursor | None = read_struct(folder / CURSOR, Cursor)
-    return found or Cursor()
+def read_records(folder: Path, start: int = 0) -> Iterator[tuple[int, Record | records.Unreadable]]:
+    """Yield the records of a folder from a byte on, each with the byte at which its line ends."""
+    end = start
+    for raw in complete_lines(folder / EVENT_LOG, start).splitlines(keepends=True):
+        end += len(raw)
+        try:
+            yield end, records.decode(raw)
+        except records.Unreadable as error:
+            yield end, error
 
 
-def move_cursor(folder: Path, to: Cursor) -> None:
-    """Record how much of a folder's logs MLflow has."""
-    files.write_atomically(folder / CURSOR, msgspec.json.encode(to))
-
-
-def skip_pending(folder: Path) -> None:
-    """Move the cursor to the end: what is pending will not be delivered."""
-    move_cursor(folder, Cursor(size(folder / EVENT_LOG), size(folder / METRICS_LOG)))
-
-
-def pending_bytes(folder: Path) -> int:
-    """Return how many bytes of records and metrics MLflow does not have yet."""
-    done = read_cursor(folder)
-    sizes = [size(folder / EVENT_LOG), size(folder / METRICS_LOG)]
-    return max(0, sizes[0] - done.events) + max(0, sizes[1] - done.metrics)
-
-
-def read_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a folder."""
-    for raw in complete_lines(folder / EVENT_LOG).splitlines():
-        yield json.loads(raw)
+def recorded_end(folder: Path) -> records.Status | None:
+    """Return the status that was recorded last; None for a run that did not end."""
+    end = None
+    for _, record in read_records(folder):
+        match record:
+            case records.Create() | records.Begin():
+                end = None
+            case records.Status(run_id=None):
+                end = record
+    return end
 
 
 def recorded_status(folder: Path) -> str | None:
-    """Return the status that was recorded last; None for a run that did not end."""
-    status = None
-    for record in read_events(folder):
-        if record["op"] in ("create", "begin"):
-            status = None
-        if record["op"] == "status" and record.get("run_id") is None:
-            status = record["status"]
-    return status
+    """Return the status that was recorded last, in words; None for a run that did not end."""
+    end = recorded_end(folder)
+    return None if end is None else end.status
 
 
 def recorded_tags(folder: Path) -> dict[str, str]:
     """Return the tags that were recorded in a folder."""
     found: dict[str, str] = {}
-    for record in read_events(folder):
-        if record["op"] in ("create", "tags"):
-            found |= record["tags"]
+    for _, record in read_records(folder):
+        if isinstance(record, records.Create | records.Tags):
+            found |= record.tags
     return found
 
 
@@ -157,8 +130,3 @@ def complete_lines(path: Path, start: int = 0, *, truncate: bool = False) -> byt
     if truncate and len(complete) < len(data):
         os.truncate(path, start + len(complete))
     return complete
-
-
-def size(path: Path) -> int:
-    """Return the bytes of a file; 0 for one that is not there."""
-    return path.stat().st_size if path.exists() else 0

@@ -97,7 +97,8 @@ def read_struct(path: Path, kind: type[Any]) -> Any:
         return None
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (msgspec.DecodeError, OSError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
         raise TrackingError(
-            f"{path} is damaged: {files.one_line(error)}; restore the file"
+            f"{path} is damaged: {files.one_line(error)}; run tunix-mlflow runs repair"
+            f" {path.parent.name}"
         ) from error

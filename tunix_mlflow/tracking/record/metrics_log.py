@@ -152,10 +152,28 @@ def read(path: Path, *, truncate: bool = False) -> list[dict[str, Any]]:
     lines = []
     for number, raw in enumerate(complete.splitlines(), start=1):
         try:
-            lines.append(json.loads(raw))
+            lines.append(decode(raw))
         except ValueError as error:
-            raise TrackingError(f"{path}:{number} is damaged; restore the file") from error
+            raise TrackingError(
+                f"{path}:{number} is damaged; run tunix-mlflow runs repair {path.parent.name}"
+            ) from error
     return lines
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """Return a line of a metrics log.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    found = json.loads(line)
+    if not isinstance(found, dict) or not ("metrics" in found or "part" in found):
+        raise ValueError("it has no metrics")
+    try:
+        points(found)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it lacks {error}") from error
+    return found
 
 
 def points(line: Mapping[str, Any]) -> list[Point]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
+import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -15,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from tunix_mlflow import paths
 from tunix_mlflow.config.load import from_json
 from tunix_mlflow.config.schema import Config, TrackingConfig
-from tunix_mlflow.errors import TrackingError, UnavailableError
+from tunix_mlflow.errors import ConfigError, TrackingError, UnavailableError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.tracking import store, tags
 from tunix_mlflow.tracking.download import download_artifact
@@ -61,6 +62,8 @@ def look_up(run_id: str, report: Callable[[str], None]) -> RecordedRun:
         found = from_json(local.read_bytes(), str(local)) if local.is_file() else Config()
     except OSError as error:
         raise TrackingError(f"cannot read {local}: {one_line(error)}") from error
+    except ConfigError as error:
+        raise TrackingError(f"{error}; or run tunix-mlflow runs repair {run_id}") from error
     client, away = store.reach(found.tracking)
     if away is not None:
         if not local.is_file():
@@ -75,13 +78,16 @@ def look_up(run_id: str, report: Callable[[str], None]) -> RecordedRun:
         run_id = mlflow_id(client, run_id, report)
         status = _training_run(client, run_id).info.status
         texts = _configuration(client, run_id, path)
-    return RecordedRun(
-        run_id,
-        from_json(texts[0], f"config.json of run {run_id}"),
-        {k: str(v) for k, v in json.loads(texts[1]).items()},
-        status,
-        client if away is None else None,
-    )
+    try:
+        variables = {k: str(v) for k, v in json.loads(texts[1]).items()}
+        recorded = from_json(texts[0], f"config.json of run {run_id}")
+    except (ValueError, AttributeError) as error:
+        raise TrackingError(
+            f"environment.json of run {run_id} is damaged; run tunix-mlflow runs repair {run_id}"
+        ) from error
+    except ConfigError as error:
+        raise TrackingError(f"{error}; or run tunix-mlflow runs repair {run_id}") from error
+    return RecordedRun(run_id, recorded, variables, status, client if away is None else None)
 
 
 def mlflow_id(client: MlflowClient, run_id: str, report: Callable[[str], None]) -> str:
@@ -128,8 +134,8 @@ def of_key(tracking: TrackingConfig) -> str | None:
             if tags.is_training_run(run.data.tags):
                 return str(run.info.run_id)
     for path in folders():
-        if away is None and read_link(path) is not None:
-            continue  # MLflow has it
+        if (away is None and read_link(path) is not None) or not _is_of_this_store(path):
+            continue  # MLflow has it, or it is another server's
         recorded = recorded_tags(path)
         if recorded.get(tags.KEY) == tracking.key and tags.is_training_run(recorded):
             return path.name
@@ -156,8 +162,8 @@ def unfinished_of_key(
         MLflow's id, or the name of a folder that MLflow does not have; None if there is none.
     """
     for path in folders():
-        if client is not None and read_link(path) is not None:
-            continue  # MLflow has it
+        if (client is not None and read_link(path) is not None) or not _is_of_this_store(path):
+            continue  # MLflow has it, or it is another server's
         if recorded_tags(path).get(tags.KEY) != key or recorded_status(path) == "FINISHED":
             continue
         if client is None:
@@ -215,6 +221,12 @@ def folders() -> list[Path]:
         [p for p in root.iterdir() if p.is_dir() and not p.is_symlink()] if root.exists() else []
     )
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _is_of_this_store(path: Path) -> bool:
+    """Whether a folder belongs to a run of this tracking store, or to none that MLflow has."""
+    link = read_link(path)
+    return link is None or link.tracking_uri == store.public(mlflow.get_tracking_uri())
 
 
 def is_forked(path: Path, client: MlflowClient | None, run_id: str) -> bool:

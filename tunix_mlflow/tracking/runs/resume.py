@@ -15,7 +15,7 @@ from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import CheckpointError, IntegrityError, TrackingError
 from tunix_mlflow.tracking.download import download_artifact
 from tunix_mlflow.tracking.record import metrics_log
-from tunix_mlflow.tracking.record.event_log import Cursor, move_cursor, read_cursor
+from tunix_mlflow.tracking.record.cursor import rewind_metrics, update_cursor
 from tunix_mlflow.tracking.record.folder import CHECKPOINTS, METRICS_LOG
 from tunix_mlflow.tracking.runs.lookup import RecordedRun, history, look_up
 from tunix_mlflow.tracking.sync import lease, upload
@@ -165,7 +165,7 @@ def refill(client: MlflowClient, run_id: str, folder: Path, report: Callable[[st
             else:
                 uploaded.replace(path)
         points += history(client, run_id)
-        move_cursor(folder, Cursor(read_cursor(folder).events, 0))
+        update_cursor(folder, rewind_metrics)
         if metrics_log.merge(path, points):
             report(f"run {run_id}: its history was completed from MLflow")
     fetch_checkpoint(client, run_id, folder, report)

@@ -1,353 +1,315 @@
-"""From a run's folder to MLflow: the one place where records become calls.
+"""From a run's folder to MLflow, lane by lane: what is next, what is retried, what is passed over.
 
-Delivering a record twice changes nothing: a run is looked for by its local id before it is made,
-parameters keep their first value, tags and artifacts their last, MLflow drops a metric point or an
-input that it has.
+Each lane delivers its own kind of records in order, and waits for no other; only the status waits
+for all, since FINISHED says that everything is there. A call that fails says one of three things:
+MLflow is away, and the same record is tried again; it refuses the user, which is the same but said
+as such; or it refuses this record, which is passed over, counted in cursor.json, and offered again
+by `tunix-mlflow sync`.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple
 
-import mlflow
-from mlflow.entities import Dataset as DatasetEntity
-from mlflow.entities import (
-    DatasetInput,
-    InputTag,
-    LoggedModelInput,
-    Param,
-    RunTag,
-)
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from msgspec.structs import replace
 
-from tunix_mlflow import paths
-from tunix_mlflow.files import one_line
-from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking import tags as names
-from tunix_mlflow.tracking.record import event_log, metrics_log
-from tunix_mlflow.tracking.record.event_log import Cursor
-from tunix_mlflow.tracking.record.folder import (
-    EVENT_LOG,
-    METRICS_LOG,
-    STAGED,
-    RunLink,
-    read_link,
-    write_link,
-)
-from tunix_mlflow.tracking.sync import logged_model, metrics
-from tunix_mlflow.tracking.sync.refusal import Undeliverable, is_refusal
+from tunix_mlflow.tracking.record import cursor as cursors
+from tunix_mlflow.tracking.record import records
+from tunix_mlflow.tracking.record.cursor import Refused
+from tunix_mlflow.tracking.record.folder import EVENT_LOG, METRICS_LOG, read_link
+from tunix_mlflow.tracking.record.records import RECORD_LANES, Lane, Record
+from tunix_mlflow.tracking.sync import calls, metrics
+from tunix_mlflow.tracking.sync.answers import Answer, understand
 
-_Item = TypeVar("_Item", Param, RunTag)
-_PER_REQUEST = 100  # params or tags
-_PARAM_LIMIT, _TAG_LIMIT = 6000, 5000  # characters; MLflow would cut or refuse longer ones
-_TABLES_TAG = "mlflow.loggedArtifacts"
-_SEAL = "manifest.json"
+LANES: tuple[Lane, ...] = ("fields", "metrics", "artifacts", "models", "status")
+_RETRY_SECONDS = 0.3  # of what may be a refusal
+_NOT_FOUND = 404
 
 
-def deliver_next(client: MlflowClient, folder: Path, report: Callable[[str], None]) -> bool:
-    """Deliver the next record, or the next batch of metrics, and move the cursor.
+class Away(Exception):
+    """MLflow did not take a record now; the same is tried again later.
 
-    Records go before metrics, except a status: a run ends when its metrics are there. A record
-    that MLflow will never take is reported, and passed over.
-
-    Returns:
-        False when there was nothing to deliver.
-
-    Raises:
-        Exception: what MLflow's client raises while the server is away; nothing was moved.
+    Args:
+        why: in one line.
+        is_outage: no answer, or none that is MLflow's; else `why` says all that is known.
+        retry_after: seconds; 0: as the caller thinks fit.
     """
-    at = event_log.read_cursor(folder)
-    if at.metrics > event_log.size(folder / METRICS_LOG):  # a machine lost its power
-        at = Cursor(at.events, 0)
-    line = _next_line(folder / EVENT_LOG, at.events)
-    if line is not None:
-        record = json.loads(line)
-        if record["op"] == "status" and _deliver_metrics(client, folder, at, report):
+
+    def __init__(self, why: str, *, is_outage: bool = True, retry_after: float = 0.0) -> None:
+        super().__init__(why)
+        self.is_outage, self.retry_after = is_outage, retry_after
+
+
+class _Next(NamedTuple):
+    record: Record | records.Unreadable | None  # None: no more of this lane
+    start: int  # of its line
+    end: int
+
+
+class Delivery:
+    """Delivers one lane of one run. One thread at a time calls it.
+
+    Args:
+        client: reaches MLflow.
+        folder: the run's.
+        lane: which records.
+        report: receives one-line messages.
+    """
+
+    def __init__(
+        self, client: MlflowClient, folder: Path, lane: Lane, report: Callable[[str], None]
+    ) -> None:
+        self._client, self.folder, self.lane, self._report = client, folder, lane, report
+        self._tries: tuple[int, int] = (0, 0)  # byte of a record, and how often it failed
+        self._refused_before: set[str] = set()  # reasons that the user was told
+        self._offered: list[Refused] = []  # before a status
+
+    def deliver_next(self) -> bool:
+        """Deliver the lane's next record, or its next batch of metrics, and move the cursor.
+
+        Returns:
+            False when there was nothing that can be delivered now.
+
+        Raises:
+            Away: when MLflow did not take it, and may later.
+        """
+        link = read_link(self.folder)
+        if link is None and self.lane != "fields":
+            return False  # there is no run to deliver to
+        if self.lane == "metrics":
+            return self._deliver_metrics()
+        at = cursors.read_cursor(self.folder).at(self.lane)
+        found = _next(self.folder / EVENT_LOG, at, self.lane)
+        if found.record is None:
+            if found.end > at:
+                cursors.advance(self.folder, self.lane, found.end)
+            return False
+        if isinstance(found.record, records.Unreadable):
+            what = f"a record of {EVENT_LOG} at byte {found.start}"
+            self._pass_over(found.end, Refused(self.lane, found.start, what, str(found.record)))
             return True
+        if isinstance(found.record, records.Status):
+            if not self._others_done(found.start):
+                return False
+            self._offer_failures_again()
         try:
-            deliver(client, folder, record)
-        except Undeliverable as error:
-            report(f"not recorded in MLflow: {error}")
-        event_log.move_cursor(folder, Cursor(at.events + len(line), at.metrics))
+            calls.deliver(self._client, self.folder, found.record, self._report)
+        except Exception as error:
+            if _still_due(self.folder, found) is not None:
+                answer = understand(error)
+                self._check(answer, found)
+                what, may_pass = records.describe(found.record), answer.may_pass
+                refused = Refused(self.lane, found.start, what, answer.why, may_pass=may_pass)
+                self._pass_over(found.end, refused)
+                return True
+            calls.delete_staged(self.folder, found.record)
+        cursors.advance(self.folder, self.lane, found.end)
         return True
-    return _deliver_metrics(client, folder, at, report)
 
+    def _offer_failures_again(self) -> None:
+        """Offer once more what made the server fail, before a status says that the run is done."""
+        for one in cursors.read_cursor(self.folder).refused:
+            if one.may_pass and not one.skipped and one not in self._offered:
+                self._offered.append(one)
+                Delivery(self._client, self.folder, one.lane, self._report).retry_refused(one)
 
-def deliver(client: MlflowClient, folder: Path, record: dict[str, Any]) -> None:
-    """Make the calls of one record.
+    def _deliver_metrics(self) -> bool:
+        path, at = self.folder / METRICS_LOG, cursors.read_cursor(self.folder).metrics
+        lines = metrics.some_lines(path, at)
+        if not lines:
+            return False
+        link = read_link(self.folder)
+        assert link is not None
+        points, damaged = metrics.read_points(lines)
+        refused = [Refused("metrics", at + n, f"a line of {path.name}", why) for n, why in damaged]
 
-    Raises:
-        Undeliverable: when MLflow will never take it.
-        Exception: what MLflow's client raises while the server is away.
-    """
-    fields = dict(record)
-    op = fields.pop("op")
-    try:
-        _OPERATIONS[op](client, folder, **fields)
-    except MlflowException as error:
-        if op != "create" and is_refusal(client, _link(folder).run_id, error):
-            raise Undeliverable(f"{op}: {one_line(error)}") from error
-        raise
-    except (TypeError, ValueError) as error:
-        # An answer that is no JSON is of a server that is half up; what has no content of the
-        # user's must be delivered.
-        if isinstance(error, OSError | json.JSONDecodeError) or op in ("create", "begin", "status"):
-            raise
-        # The client could not send it, and never will.
-        raise Undeliverable(f"{op}: {one_line(error)}") from error
+        def check(answer: Answer) -> None:
+            self._check(answer, _Next(None, at, at + len(lines)))
 
-
-def adopt(folder: Path, run_id: str, experiment_id: str) -> None:
-    """Record that a folder belongs to this MLflow run, and make it findable by MLflow's id."""
-    uri = store.public(mlflow.get_tracking_uri())
-    before = read_link(folder)
-    model_id = before.model_id if before is not None and before.run_id == run_id else None
-    write_link(folder, RunLink(run_id, experiment_id, uri, model_id))
-    alias = paths.run_dir(run_id)
-    if folder != alias and not alias.exists():
-        alias.symlink_to(folder.name)
-
-
-def _deliver_metrics(
-    client: MlflowClient, folder: Path, at: Cursor, report: Callable[[str], None]
-) -> bool:
-    """Deliver the next batch of metrics; False if there is none."""
-    lines = metrics.some_lines(folder / METRICS_LOG, at.metrics)
-    if not lines:
-        return False
-    run_id = _link(folder).run_id
-    points = [p for raw in lines.splitlines() for p in metrics_log.points(json.loads(raw))]
-    for key, why in metrics.log_points(client, run_id, points).items():
-        report(f"points of {key[:80]!r} are not recorded in MLflow: {why}")
-    event_log.move_cursor(folder, Cursor(at.events, at.metrics + len(lines)))
-    return True
-
-
-def _create(
-    client: MlflowClient,
-    folder: Path,
-    *,
-    name: str | None,
-    experiment: str | None,
-    experiment_id: str | None,
-    tags: dict[str, str],
-    parent: str | None,
-    start_time: int,
-) -> None:
-    if read_link(folder) is not None:
-        return
-    experiment_id = store.find_experiment(client, experiment, experiment_id)
-    local_id = folder.name
-    found = client.search_runs([experiment_id], f"tags.`{names.LOCAL_ID}` = '{local_id}'")
-    if found:  # a process died after it made the run
-        run_id = found[0].info.run_id
-    else:
-        if parent is not None:
-            if paths.run_dir(parent).exists():
-                above = read_link(paths.run_dir(parent))
-                if above is None:
-                    raise ConnectionError(f"MLflow does not have the parent run, {parent}, yet")
-                parent = above.run_id
-            tags = tags | {names.PARENT: parent}
-        created = client.create_run(
-            experiment_id, start_time, tags | {names.LOCAL_ID: local_id}, run_name=name
-        )
-        run_id = created.info.run_id
-    adopt(folder, run_id, experiment_id)
-
-
-def _params(
-    client: MlflowClient, folder: Path, *, params: dict[str, str], name_conflicts: bool = False
-) -> None:
-    run_id = _link(folder).run_id
-    have = client.get_run(run_id).data.params
-    new = [Param(k, v[:_PARAM_LIMIT]) for k, v in params.items() if k not in have]
-    refused = _log_each(client, run_id, new, lambda items: client.log_batch(run_id, params=items))
-    conflicts: list[str] = []
-    if name_conflicts:
-        conflicts = [
-            f"{key} is {have[key][:80]!r} already, not {value[:80]!r}"
-            for key, value in params.items()
-            if key in have and have[key] != value[:_PARAM_LIMIT]
-        ]
-    if refused or conflicts:
-        raise Undeliverable(f"params: {'; '.join(refused + conflicts)}")
-
-
-def _tags(client: MlflowClient, folder: Path, *, tags: dict[str, str]) -> None:
-    items = [RunTag(k, v[:_TAG_LIMIT]) for k, v in tags.items()]
-    run_id = _link(folder).run_id
-    refused = _log_each(client, run_id, items, lambda few: client.log_batch(run_id, tags=few))
-    if refused:
-        raise Undeliverable(f"tags: {'; '.join(refused)}")
-
-
-def _log_each(
-    client: MlflowClient, run_id: str, items: list[_Item], log: Callable[[list[_Item]], object]
-) -> list[str]:
-    """Log what MLflow takes of params or tags; return why it refuses the others."""
-    refused: list[str] = []
-    parts = [items[n : n + _PER_REQUEST] for n in range(0, len(items), _PER_REQUEST)]
-    while parts:
-        part = parts.pop(0)
-        try:
-            log(part)
-        except MlflowException as error:
-            if not is_refusal(client, run_id, error):
-                raise
-            if len(part) == 1:
-                refused.append(f"{part[0].key[:80]!r}: {one_line(error)}")
-            else:
-                parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
-    return refused
-
-
-def _parent(artifact: str) -> str | None:
-    parent = Path(artifact).parent
-    return None if parent == Path() else str(parent)
-
-
-def _delete_tag(client: MlflowClient, folder: Path, *, name: str) -> None:
-    run_id = _link(folder).run_id
-    if name in client.get_run(run_id).data.tags:
-        client.delete_tag(run_id, name)
-
-
-def _input(
-    client: MlflowClient, folder: Path, *, dataset: dict[str, str], tags: dict[str, str]
-) -> None:
-    given = DatasetInput(DatasetEntity(**dataset), [InputTag(k, v) for k, v in tags.items()])
-    client.log_inputs(_link(folder).run_id, [given])
-
-
-def _model_input(client: MlflowClient, folder: Path, *, model_id: str) -> None:
-    run_id = _link(folder).run_id
-    inputs = client.get_run(run_id).inputs
-    if model_id not in {given.model_id for given in (inputs.model_inputs if inputs else [])}:
-        client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
-
-
-def _artifact(client: MlflowClient, folder: Path, *, path: str, artifact: str) -> None:
-    """Upload a file; a staged copy is deleted afterwards."""
-    source = folder / path
-    if not source.exists():
-        return  # it was uploaded, or another one took its place
-    run_id = _link(folder).run_id
-    try:
-        # A copy: a metrics log grows while it is sent.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            copy = Path(scratch) / Path(artifact).name
-            shutil.copyfile(source, copy)
-            client.log_artifact(run_id, str(copy), _parent(artifact))
-    except FileNotFoundError:
-        if source.exists():
-            raise
-    _delete_staged(folder, path)
-
-
-def _artifacts(client: MlflowClient, folder: Path, *, path: str, artifact: str) -> None:
-    """Upload the content of a folder.
-
-    One that manifest.json seals replaces what is there under its name, and the manifest goes last:
-    it says that all is there. Any other is merged with what is there, as MLflow does.
-    """
-    source = folder / path
-    if not source.exists():
-        return  # it was uploaded, or a newer checkpoint took its place
-    run_id = _link(folder).run_id
-    try:
-        if not artifact or not (source / _SEAL).exists():
-            client.log_artifacts(run_id, str(source), artifact or None)
+        for key, answer, count in metrics.log_points(self._client, link.run_id, points, check):
+            refused.append(Refused("metrics", at, key, answer.why, count, may_pass=answer.may_pass))
+        if refused:
+            self._pass_over(at + len(lines), *refused)
         else:
-            # Another of the same name would leave files that are not in the manifest.
-            store.delete_artifacts(client, run_id, artifact)
-            for child in sorted(source.iterdir(), key=lambda child: child.name == _SEAL):
-                if child.is_dir():
-                    client.log_artifacts(run_id, str(child), f"{artifact}/{child.name}")
-                else:
-                    client.log_artifact(run_id, str(child), artifact)
-    except FileNotFoundError:
-        if source.exists():
-            raise
-    _delete_staged(folder, path)
+            cursors.advance(self.folder, "metrics", at + len(lines))
+        return True
+
+    def retry_refused(self, one: Refused) -> bool:
+        """Offer once more what MLflow refused; return whether it has it now.
+
+        Raises:
+            Away: when it may take it later.
+        """
+        link = read_link(self.folder)
+        if link is None:
+            return False
+        try:
+            if one.lane == "metrics":
+                metrics.log_again(self._client, link.run_id, self.folder / METRICS_LOG, one)
+            else:
+                found = _next(self.folder / EVENT_LOG, one.at, one.lane)
+                if found.start != one.at or isinstance(found.record, records.Unreadable):
+                    return False
+                if found.record is not None:
+                    due = _still_due(self.folder, found)
+                    if due is None:
+                        calls.delete_staged(self.folder, found.record)
+                    else:
+                        calls.deliver(self._client, self.folder, due, self._report)
+        except Exception as error:
+            answer = understand(error)
+            if answer.tries is None:
+                raise Away(answer.why) from error
+            self._check_the_run(answer)
+            # None that was not counted.
+            again = replace(one, why=answer.why, count=0, may_pass=answer.may_pass)
+            cursors.refuse(self.folder, self.lane, self._at(), again)
+            return False
+        cursors.forget(self.folder, one)
+        return True
+
+    def _at(self) -> int:
+        return cursors.read_cursor(self.folder).at(self.lane)
+
+    def _check(self, answer: Answer, found: _Next) -> None:
+        """Check that an answer says that MLflow refuses a record.
+
+        Raises:
+            Away: if MLflow is away, or refuses the user, or the record has to be tried again.
+        """
+        if answer.tries is None:
+            raise Away(answer.why, retry_after=answer.retry_after)
+        if isinstance(found.record, records.Create | records.Begin | records.Status):
+            # Nothing is right without them.
+            raise Away(answer.why, is_outage=(answer.status or 0) >= 500)
+        self._check_the_run(answer)
+        at, tries = self._tries
+        tries = tries + 1 if at == found.start else 1
+        self._tries = found.start, tries
+        was_told = answer.why in self._refused_before and not answer.may_pass
+        if tries < answer.tries and not was_told:
+            wait = _RETRY_SECONDS * (2**tries if answer.may_pass else 1)
+            wait = answer.retry_after or wait
+            raise Away(answer.why, is_outage=False, retry_after=wait)
+
+    def _check_the_run(self, answer: Answer) -> None:
+        """Check that the refusal is of a record: the run is there, and may be written to.
+
+        Raises:
+            Away: if not.
+        """
+        link = read_link(self.folder)
+        assert link is not None
+        try:
+            run = self._client.get_run(link.run_id)
+        except Exception as error:
+            other = understand(error)
+            if other.is_denial:
+                raise Away(_denied(other), is_outage=False) from error
+            raise Away(other.why, is_outage=other.status != _NOT_FOUND) from error
+        if run.info.lifecycle_stage == "deleted":
+            message = f"run {link.run_id} was deleted; restore it in MLflow"
+            raise Away(message, is_outage=False)
+        if answer.is_denial or answer.tries not in (1, None):
+            given = run.data.tags.get(names.VERSION)
+            if given is None:
+                return
+            try:
+                self._client.set_tag(link.run_id, names.VERSION, given)
+            except Exception as error:
+                other = understand(error)
+                if other.is_denial:
+                    raise Away(_denied(other), is_outage=False) from error
+                raise Away(other.why) from error
+
+    def _others_done(self, before: int) -> bool:
+        """Whether MLflow has, or refuses, what was recorded before a status."""
+        at = cursors.read_cursor(self.folder)
+        for lane in RECORD_LANES:
+            if lane != "status" and at.at(lane) < before:
+                return False
+        return not metrics.some_lines(self.folder / METRICS_LOG, at.metrics)
+
+    def _pass_over(self, to: int, *refused: Refused) -> None:
+        cursors.refuse(self.folder, self.lane, to, *refused)
+        for one in refused:
+            if one.why not in self._refused_before:
+                self._refused_before.add(one.why)
+                points = one.lane == "metrics"
+                what = f"points of {one.what[:80]!r}" if points else one.what
+                self._report(f"MLflow refuses {what}: {one.why}")
 
 
-def _delete_staged(folder: Path, path: str) -> None:
-    if path.startswith(f"{STAGED}/"):
-        shutil.rmtree(folder / STAGED / path.split("/")[1], ignore_errors=True)
+def _denied(answer: Answer) -> str:
+    return f"MLflow refuses this user ({answer.why})"
 
 
-def _delete_artifact(client: MlflowClient, folder: Path, *, artifact: str) -> None:
-    store.delete_artifacts(client, _link(folder).run_id, artifact)
+def _next(path: Path, start: int, lane: Lane) -> _Next:
+    """Return the next record of a lane from a byte on; `fields` has those that cannot be read."""
+    at = start
+    if path.exists():
+        with path.open("rb") as handle:
+            handle.seek(start)
+            for line in handle:
+                if not line.endswith(b"\n"):
+                    break  # it is still being written
+                end = at + len(line)
+                try:
+                    record: Record | records.Unreadable = records.decode(line)
+                except records.Unreadable as error:
+                    record = error
+                if _lane(record) == lane:
+                    return _Next(record, at, end)
+                at = end
+    return _Next(None, at, at)
 
 
-def _table(client: MlflowClient, folder: Path, *, artifact: str) -> None:
-    # The UI finds tables by this tag, which MLflow's own log_table sets too.
-    run_id = _link(folder).run_id
-    shown = json.loads(client.get_run(run_id).data.tags.get(_TABLES_TAG, "[]"))
-    entry = {"path": artifact, "type": "table"}
-    if entry not in shown:
-        client.set_tag(run_id, _TABLES_TAG, json.dumps([*shown, entry]))
+def _lane(record: Record | records.Unreadable) -> Lane:
+    return "fields" if isinstance(record, records.Unreadable) else records.lane_of(record)
 
 
-def _model(client: MlflowClient, folder: Path, **fields: Any) -> None:
-    logged_model.log_model(client, folder, _link(folder), **fields)
+def _still_due(folder: Path, found: _Next) -> Record | None:
+    """Return a record without what later records have replaced; None if nothing of it is left.
+
+    Delivered late it would undo them. A folder of artifacts is merged with what is there, so that
+    only its deletion replaces it.
+    """
+    record = found.record
+    assert not isinstance(record, records.Unreadable)
+    lane = _lane(record) if record is not None else "fields"
+    at = found.end
+    while record is not None and (later := _next(folder / EVENT_LOG, at, lane)).record is not None:
+        at = later.end
+        match record, later.record:
+            case records.Artifact(artifact=name), records.Artifact(artifact=other):
+                record = None if name == other else record
+            case (
+                (records.Artifact(artifact=name) | records.Artifacts(artifact=name)),
+                records.DeleteArtifact(artifact=other),
+            ):
+                record = None if _is_below(name, other) else record
+            case (
+                records.DeleteArtifact(artifact=name),
+                (records.Artifact(artifact=other) | records.Artifacts(artifact=other)),
+            ):
+                record = None if _is_below(other, name) else record
+            case records.Tags(tags=tags), records.Tags(tags=others):
+                record = _without(tags, others)
+            case records.Tags(tags=tags), records.DeleteTag(name=name):
+                record = _without(tags, (name,))
+            case records.DeleteTag(name=name), records.Tags(tags=others):
+                record = None if name in others else record
+    return record
 
 
-def _status(
-    client: MlflowClient, folder: Path, *, status: str, end_time: int, run_id: str | None = None
-) -> None:
-    store.end_run(client, run_id or _link(folder).run_id, status, end_time)
+def _is_below(name: str, folder: str) -> bool:
+    return name == folder or name.startswith(f"{folder}/")
 
 
-def _begin(client: MlflowClient, folder: Path) -> None:
-    client.update_run(_link(folder).run_id, status="RUNNING")
-
-
-def _launcher(client: MlflowClient, folder: Path, *, run_id: str) -> None:
-    client.set_tag(run_id, names.LAUNCHER_OF, _link(folder).run_id)
-
-
-def _experiment_kind(client: MlflowClient, folder: Path) -> None:
-    store.mark_experiment(client, _link(folder).experiment_id)
-
-
-_OPERATIONS: dict[str, Callable[..., None]] = {
-    "create": _create,
-    "begin": _begin,
-    "params": _params,
-    "tags": _tags,
-    "delete_tag": _delete_tag,
-    "input": _input,
-    "model_input": _model_input,
-    "artifact": _artifact,
-    "artifacts": _artifacts,
-    "delete_artifact": _delete_artifact,
-    "table": _table,
-    "model": _model,
-    "status": _status,
-    "launcher": _launcher,
-    "experiment_kind": _experiment_kind,
-}
-
-
-def _link(folder: Path) -> RunLink:
-    found = read_link(folder)
-    if found is None:
-        raise Undeliverable(f"{folder} has no MLflow run")
-    return found
-
-
-def _next_line(path: Path, start: int) -> bytes | None:
-    if not path.exists():
-        return None
-    with path.open("rb") as handle:
-        handle.seek(start)
-        line = handle.readline()
-    return line if line.endswith(b"\n") else None
+def _without(tags: dict[str, str], keys: Collection[str]) -> records.Tags | None:
+    left = {key: value for key, value in tags.items() if key not in keys}
+    return records.Tags(tags=left) if left else None

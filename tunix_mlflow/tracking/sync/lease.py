@@ -4,6 +4,9 @@ Two machines can hold the same run's id; the lease lets one of them write. It is
 process lives, and ends by itself when one dies. A process on the same state root need not wait for
 that: there the kernel's lock on the run's folder tells that the one before it is dead, and the
 folder keeps the name under which that one held the lease.
+
+Clocks of machines differ, by a day where one was set wrong. So nobody waits for a lease longer than
+the lease is long, by the own clock; what is renewed meanwhile is alive, whatever its time says.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from mlflow.tracking import MlflowClient
 
@@ -23,6 +27,18 @@ from tunix_mlflow.tracking.tags import LEASE as TAG
 
 _CONFIRM_SECONDS = 0.5
 _POLL_SECONDS = 0.5
+
+
+class Holder(NamedTuple):
+    """What a run's tag says of its lease."""
+
+    owner: str
+    ends: float  # seconds since 1970, by the owner's clock; 0: it was released
+    seconds: float | None  # how long it is, each time
+
+    def wait_seconds(self, now: float, length: float) -> float:
+        """Return for how long to wait, from `now`, until it is over, if nobody renews it."""
+        return max(0.0, min(self.ends - now, self.seconds or length))
 
 
 class Lease:
@@ -40,7 +56,7 @@ class Lease:
             if self._released or abs(time.time() - self._renewed) <= self._seconds / 4:
                 return True
             held = holder(self._client.get_run(self._run_id).data.tags)
-            if held is not None and held[0] != self._owner:
+            if held is not None and held.owner != self._owner:
                 return False
             self.write()
             return True
@@ -48,7 +64,7 @@ class Lease:
     def write(self) -> None:
         """Hold it from now on."""
         ends = int(1000 * (time.time() + self._seconds))
-        self._client.set_tag(self._run_id, TAG, f"{self._owner} {ends}")
+        self._client.set_tag(self._run_id, TAG, f"{self._owner} {ends} {self._seconds:g}")
         self._renewed = time.time()
 
     def release(self) -> None:
@@ -56,31 +72,37 @@ class Lease:
         with self._lock:
             self._released = True
             held = holder(self._client.get_run(self._run_id).data.tags)
-            if held is not None and held[0] == self._owner:
+            if held is not None and held.owner == self._owner:
                 self._client.set_tag(self._run_id, TAG, f"{self._owner} 0")
 
 
 def provisional(seconds: float) -> dict[str, str]:
     """Return the tag to make a run with, so that one whose process dies at once is found."""
-    return {TAG: f"starting {int(1000 * (time.time() + seconds))}"}
+    return {TAG: f"starting {int(1000 * (time.time() + seconds))} {seconds:g}"}
 
 
-def holder(tags: Mapping[str, str]) -> tuple[str, float] | None:
-    """Return owner and end (seconds since 1970) of the lease in a run's tags."""
-    owner, _, ends = tags.get(TAG, "").partition(" ")
-    return (owner, int(ends) / 1000) if owner and ends.isdigit() else None
+def holder(tags: Mapping[str, str]) -> Holder | None:
+    """Return the lease in a run's tags; None if there is none."""
+    owner, ends, seconds = [*tags.get(TAG, "").split(" "), "", ""][:3]
+    if not owner or not ends.isdigit():
+        return None
+    try:
+        length = float(seconds) if seconds else None
+    except ValueError:
+        length = None
+    return Holder(owner, int(ends) / 1000, length)
 
 
 def expired(tags: Mapping[str, str]) -> bool:
     """Return whether nobody holds the run."""
     held = holder(tags)
-    return held is None or held[1] < time.time()
+    return held is None or held.ends < time.time()
 
 
 def owner_of(folder: Path) -> str:
     """Return the name under which this state root holds a run's lease."""
     path = folder / LEASE
-    if not path.exists():
+    if not path.exists() or not path.read_bytes().isalnum():
         files.write_atomically(path, uuid.uuid4().hex.encode())
     return path.read_text()
 
@@ -93,6 +115,7 @@ def acquire(
     report: Callable[[str], None],
     *,
     created: bool = False,
+    take_over: bool = False,
 ) -> Lease:
     """Take a run's lease. The caller holds the lock of the run's folder.
 
@@ -106,6 +129,7 @@ def acquire(
         seconds: for how long it is taken, each time.
         report: called when there is something to wait for.
         created: this process has just made the run.
+        take_over: do not wait; whoever holds it stops when it finds out.
 
     Raises:
         UnavailableError: if another machine, or another state root, has the run open.
@@ -115,23 +139,46 @@ def acquire(
     if created:
         lease.write()
         return lease
-    held = first = holder(client.get_run(run_id).data.tags)
-    while held is not None and held[0] != owner and held[1] >= time.time():
-        if first is None or held != first:
-            raise UnavailableError(
-                f"run {run_id} is open in another process, elsewhere; wait for it or end it"
-            )
-        if held is first:
-            left = held[1] - time.time()
-            report(f"run {run_id} may be open elsewhere: waiting {left:.0f} s for its lease to end")
-        time.sleep(_POLL_SECONDS)
-        held = holder(client.get_run(run_id).data.tags)
+    first = holder(client.get_run(run_id).data.tags)
+    if first is not None and first.owner != owner and not take_over:
+        _wait_for(client, run_id, first, seconds, report)
     lease.write()
-    if held is None or held[0] != owner:
+    if first is None or first.owner != owner:
         time.sleep(_CONFIRM_SECONDS)  # two may have found it free
         now = holder(client.get_run(run_id).data.tags)
-        if now is None or now[0] != owner:
+        if now is None or now.owner != owner:
             raise UnavailableError(
                 f"run {run_id}: lease lost to another process at the same moment; try again"
             )
     return lease
+
+
+def _wait_for(
+    client: MlflowClient,
+    run_id: str,
+    first: Holder,
+    length: float,
+    report: Callable[[str], None],
+) -> None:
+    """Wait until another process's lease is over.
+
+    Raises:
+        UnavailableError: if it is renewed meanwhile.
+    """
+    left = first.wait_seconds(time.time(), length)
+    if left:
+        report(
+            f"run {run_id} may be open elsewhere: waiting {left:.0f} s for its lease to end"
+            f" (resume --take-over REASON does not wait)"
+        )
+    until = time.monotonic() + left
+    while time.monotonic() < until:
+        time.sleep(_POLL_SECONDS)
+        held = holder(client.get_run(run_id).data.tags)
+        if held is None or not held.ends:
+            return
+        if held != first:
+            raise UnavailableError(
+                f"run {run_id} is open in another process, elsewhere; wait for it, end it, or take"
+                " it over with resume --take-over REASON"
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from mlflow.entities import LoggedModel, LoggedModelOutput
@@ -12,38 +11,31 @@ from mlflow.tracking import MlflowClient
 
 from tunix_mlflow.tracking import tags as names
 from tunix_mlflow.tracking.models import flavor
+from tunix_mlflow.tracking.record import records
 from tunix_mlflow.tracking.record.folder import PACKAGES, RunLink, write_link
 from tunix_mlflow.tracking.record.metrics_log import Point
-from tunix_mlflow.tracking.sync.metrics import log_points
-from tunix_mlflow.tracking.sync.refusal import Undeliverable
+from tunix_mlflow.tracking.sync.answers import Undeliverable
+from tunix_mlflow.tracking.sync.metrics import log_batches
 
 _SEAL = "manifest.json"
 
 
-def log_model(
-    client: MlflowClient,
-    folder: Path,
-    link: RunLink,
-    *,
-    bundle: str,
-    name: str,
-    at_step: int,
-    prompts: list[str],
-    tags: dict[str, str],
-    metrics: list[list[Any]],
-    dataset: list[str] | None,
-) -> None:
+def log_model(client: MlflowClient, folder: Path, link: RunLink, record: records.Model) -> None:
     """Make a logged model of a bundle: files, digests, READY, an output of the run, metrics.
 
     A process can die between any two of these calls; whoever delivers the record again finds the
     logged model and does what is left.
+
+    Raises:
+        Undeliverable: if the bundle is gone.
+        Exception: what the client raises.
     """
     write_link(folder, msgspec.structs.replace(link, model_id=None))
-    source = folder / bundle
+    source = folder / record.bundle
     if not (source / _SEAL).is_file():
         raise Undeliverable(f"the model in {source} is gone")
-    tags = tags | {
-        names.STEP: str(at_step),
+    tags = record.tags | {
+        names.STEP: str(record.at_step),
         names.CONTENT_DIGEST: flavor.content_digest(source),
     }
     logged = _find_model(client, link, tags)
@@ -51,7 +43,7 @@ def log_model(
         # Not by Model.log, which takes the experiment of this thread's active run: it has none.
         params = client.get_run(link.run_id).data.params
         logged = client.create_logged_model(
-            link.experiment_id, name, link.run_id, tags, params, "decoder"
+            link.experiment_id, record.name, link.run_id, tags, params, "decoder"
         )
     if str(logged.status) != "READY":
         package = folder / PACKAGES / logged.model_id
@@ -61,7 +53,7 @@ def log_model(
             model_id=logged.model_id,
             location=logged.artifact_location,
             run_id=link.run_id,
-            prompts=prompts,
+            prompts=record.prompts,
             weights_digest=tags[names.WEIGHTS_DIGEST],
         )
         client.set_logged_model_tags(logged.model_id, {names.PACKAGE_DIGEST: digest})
@@ -70,17 +62,14 @@ def log_model(
         shutil.rmtree(package, ignore_errors=True)
     outputs = client.get_run(link.run_id).outputs
     if logged.model_id not in {one.model_id for one in (outputs.model_outputs if outputs else [])}:
-        output = LoggedModelOutput(logged.model_id, step=at_step)
+        output = LoggedModelOutput(logged.model_id, step=record.at_step)
         client.log_outputs(link.run_id, [output])
-    measured_on = (dataset[0], dataset[1]) if dataset else None
-    points = [
-        Point(key, value, timestamp, step, logged.model_id, measured_on)
-        for key, value, timestamp, step in metrics
-    ]
-    refused = log_points(client, link.run_id, points)
     write_link(folder, msgspec.structs.replace(link, model_id=logged.model_id))
-    if refused:
-        raise Undeliverable(f"metrics of model {logged.model_id}: {refused}")
+    points = [
+        Point(key, value, timestamp, step, logged.model_id, record.dataset)
+        for key, value, timestamp, step in record.metrics
+    ]
+    log_batches(client, link.run_id, points)
 
 
 def _find_model(client: MlflowClient, link: RunLink, wanted: dict[str, str]) -> LoggedModel | None:

@@ -2,34 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mlflow.entities import Metric
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow.files import one_line
+from tunix_mlflow.tracking.record import metrics_log
+from tunix_mlflow.tracking.record.cursor import Refused
 from tunix_mlflow.tracking.record.metrics_log import Point
-from tunix_mlflow.tracking.sync.refusal import is_refusal
+from tunix_mlflow.tracking.sync.answers import Answer, Undeliverable, understand
 
 BATCH = 1000  # points in one request; MLflow takes no more
 
 
-def log_points(client: MlflowClient, run_id: str, points: Sequence[Point]) -> dict[str, str]:
-    """Log points, all but those that MLflow will never take.
+class RefusedPoints(NamedTuple):
+    """Points of one metric that MLflow refuses."""
+
+    key: str
+    answer: Answer
+    number: int
+
+
+def log_points(
+    client: MlflowClient,
+    run_id: str,
+    points: Sequence[Point],
+    check: Callable[[Answer], None],
+) -> list[RefusedPoints]:
+    """Log points, all but those that MLflow refuses.
+
+    Args:
+        client: reaches MLflow.
+        run_id: the run.
+        points: its points.
+        check: raises where an answer says something else than that points are refused.
 
     Returns:
-        Why, by the names of those.
+        What it refuses, by key.
+    """
+    batch = [_metric(point, run_id) for point in points]
+    refused: dict[str, RefusedPoints] = {}
+    parts = [batch[n : n + BATCH] for n in range(0, len(batch), BATCH)]
+    while parts:
+        part = parts.pop(0)
+        try:
+            client.log_batch(run_id, metrics=part)
+        except Exception as error:
+            answer = understand(error)
+            if answer.may_be_split and len(part) > 1:
+                parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
+                continue
+            check(answer)
+            for metric in part:
+                before = refused.get(metric.key)
+                number = before.number + 1 if before else 1
+                refused[metric.key] = RefusedPoints(metric.key, answer, number)
+    return list(refused.values())
+
+
+def log_again(client: MlflowClient, run_id: str, path: Path, one: Refused) -> None:
+    """Log the points of a metric that was refused.
 
     Raises:
-        Exception: what MLflow's client raises while the server is away.
+        Undeliverable: if its lines cannot be read.
+        Exception: what the client raises.
     """
-    metrics = [_metric(point, run_id) for point in points]
-    refused: dict[str, str] = {}
-    for start in range(0, len(metrics), BATCH):
-        refused |= _log(client, run_id, metrics[start : start + BATCH])
-    return refused
+    with path.open("rb") as handle:
+        handle.seek(one.at)
+        points, _ = read_points(handle.read())
+    again = [point for point in points if point.key == one.what]
+    if not again:
+        raise Undeliverable(one.why)
+    log_batches(client, run_id, again)
+
+
+def log_batches(client: MlflowClient, run_id: str, points: Sequence[Point]) -> None:
+    """Log points, all or none of each request.
+
+    Raises:
+        Exception: what the client raises.
+    """
+    for start in range(0, len(points), BATCH):
+        batch = [_metric(point, run_id) for point in points[start : start + BATCH]]
+        client.log_batch(run_id, metrics=batch)
+
+
+def read_points(lines: bytes) -> tuple[list[Point], list[tuple[int, str]]]:
+    """Return the points of complete lines, and byte and reason of each line that is damaged."""
+    points: list[Point] = []
+    damaged: list[tuple[int, str]] = []
+    at = 0
+    for raw in lines.splitlines(keepends=True):
+        try:
+            points += metrics_log.points(metrics_log.decode(raw))
+        except ValueError as error:
+            damaged.append((at, f"damaged: {error}"))
+        at += len(raw)
+    return points, damaged
 
 
 def some_lines(path: Path, start: int) -> bytes:
@@ -64,21 +135,3 @@ def _metric(point: Point, run_id: str) -> Metric:
         dataset_digest=digest,
         run_id=run_id,
     )
-
-
-def _log(client: MlflowClient, run_id: str, metrics: list[Metric]) -> dict[str, str]:
-    """Log metrics; of a batch that is refused, all but those that are the reason.
-
-    Returns:
-        The reason, by the names of those.
-    """
-    try:
-        client.log_batch(run_id, metrics=metrics)
-    except MlflowException as error:
-        if not is_refusal(client, run_id, error):
-            raise
-        if len(metrics) == 1:
-            return {metrics[0].key: one_line(error)}
-        half = len(metrics) // 2
-        return _log(client, run_id, metrics[:half]) | _log(client, run_id, metrics[half:])
-    return {}

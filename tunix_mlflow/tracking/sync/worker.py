@@ -1,4 +1,4 @@
-"""The thread that keeps MLflow up to date with a run folder, and outlives a dead server."""
+"""The threads that keep MLflow up to date with a run folder, and outlive a dead server."""
 
 from __future__ import annotations
 
@@ -12,16 +12,28 @@ from mlflow.tracking import MlflowClient
 from tunix_mlflow.errors import UnavailableError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.tracking import store
-from tunix_mlflow.tracking.record import event_log
+from tunix_mlflow.tracking.record.cursor import pending_bytes
 from tunix_mlflow.tracking.record.folder import read_link
-from tunix_mlflow.tracking.sync import delivery
+from tunix_mlflow.tracking.record.records import Lane
+from tunix_mlflow.tracking.sync.answers import understand
+from tunix_mlflow.tracking.sync.delivery import LANES, Away, Delivery
 from tunix_mlflow.tracking.sync.lease import Lease, acquire
 
 INTERVAL_SECONDS = 2.0  # between two looks at the logs
 RETRY_SECONDS = 1.0
 SILENT_SECONDS = 4.0  # without an answer until the user is told
+_MOST_SILENT_SECONDS = 120.0
 _UPLOAD_SECONDS = 600.0
 PATIENCE_SECONDS = 15.0  # without an answer until the end of a run stops waiting
+
+_TRACKING_API = "/api/2.0/mlflow/"  # in errors of requests to the tracking server
+
+_THREADS: tuple[tuple[Lane, ...], ...] = (
+    ("fields", "metrics", "status"),
+    ("artifacts",),
+    ("models",),
+)
+"""Lanes of small requests share a thread; an upload may take minutes, and has one to itself."""
 
 
 class SyncWorker:
@@ -50,26 +62,30 @@ class SyncWorker:
         self.folder, self._client, self._report, self._lost = folder, client, report, lost
         self.lease = lease  # None: it is taken as soon as MLflow has the run
         self._lease_seconds = lease_seconds
-        self.is_away = is_away
-        self._wake = threading.Event()
+        self._taking = threading.Lock()  # of the lease
         self._stop = threading.Event()
-        self._answered = time.monotonic()  # when MLflow last did what was asked
-        self._why = ""  # of the last attempt, if it failed
-        self._failures = 0  # attempts that failed, so far
+        self._lanes = {name: _Lane(Delivery(client, folder, name, report)) for name in LANES}
+        self._lanes["fields"].is_away = is_away
+        self._wakes = [threading.Event() for _ in _THREADS]
         self._threads = [
-            threading.Thread(target=run, name=name, daemon=True)
-            for run, name in (
-                (self._run, "sync"),
-                (self._watch, "sync-watch"),
-                (self._renew, "sync-lease"),
+            threading.Thread(
+                target=self._run,
+                name=f"sync-{names[0]}",
+                args=([self._lanes[name] for name in names], wake),
+                daemon=True,
             )
+            for names, wake in zip(_THREADS, self._wakes, strict=True)
         ]
+        for run in (self._watch, self._renew):
+            name = f"sync{run.__name__.replace('_', '-')}"
+            self._threads.append(threading.Thread(target=run, name=name, daemon=True))
         for thread in self._threads:
             thread.start()
 
     def wake(self) -> None:
         """Look for records now."""
-        self._wake.set()
+        for wake in self._wakes:
+            wake.set()
 
     def drain(self, patience: float | None = None) -> bool:
         """Wait until everything is delivered, as long as MLflow answers.
@@ -80,21 +96,32 @@ class SyncWorker:
                 sent before the server was back and has to time out.
 
         Returns:
-            Whether MLflow has everything.
+            Whether MLflow has, or refuses, everything.
         """
         allowed = PATIENCE_SECONDS if patience is None else patience
-        begun, failures = time.monotonic(), self._failures
-        while event_log.pending_bytes(self.folder):
+        begun = time.monotonic()
+        failures = {name: lane.failures for name, lane in self._lanes.items()}
+
+        def is_hopeful(name: Lane, lane: _Lane) -> bool:
+            quiet = time.monotonic() - max(begun, lane.answered)
+            # The first failure may be of a request that was sent while the server was away.
+            under_way = lane.failures - failures[name] < 2 and quiet < _UPLOAD_SECONDS
+            return quiet <= allowed or (under_way and store.answers())
+
+        while pending_bytes(self.folder):
             if self._stop.is_set():
                 return False
-            quiet = time.monotonic() - max(begun, self._answered)
-            # The first failure may be of a request that was sent while the server was away.
-            under_way = self._failures - failures < 2 and quiet < _UPLOAD_SECONDS
-            if quiet > allowed and not (under_way and store.answers()):
-                return False
-            self._wake.set()
+            if not any(is_hopeful(name, lane) for name, lane in self._busy()):
+                return not pending_bytes(self.folder)
+            self.wake()
             time.sleep(0.02)
         return True
+
+    @property
+    def problem(self) -> str:
+        """What keeps MLflow from having the rest, in words; empty if nothing is known."""
+        found = [lane.problem() for _, lane in self._busy() if lane.why is not None]
+        return "; ".join(dict.fromkeys(found))
 
     def give_up(self) -> None:
         """End a :meth:`drain`."""
@@ -103,72 +130,148 @@ class SyncWorker:
     def close(self) -> None:
         """End the threads; what was not delivered stays in the folder."""
         self._stop.set()
-        self._wake.set()
+        self.wake()
         for thread in self._threads:
             thread.join(5)  # one that hangs in a request is left behind
 
-    def _run(self) -> None:
+    def _run(self, lanes: list[_Lane], wake: threading.Event) -> None:
         while not self._stop.is_set():
             try:
-                while not self._stop.is_set():
+                while not self._stop.is_set() and any(lane.is_due() for lane in lanes):
                     if not self._holds():
                         self._end_lost()
                         return
-                    if not event_log.pending_bytes(self.folder) or not delivery.deliver_next(
-                        self._client, self.folder, self._report
-                    ):
-                        break  # a line that is still being written
-                    self._heard()
-                self._heard()
-                self._wake.wait(INTERVAL_SECONDS)
-            except Exception as error:  # whatever the client raises, the folder has it all
-                self._why = one_line(error)
-                self._failures += 1
-                self._stop.wait(RETRY_SECONDS)
-            self._wake.clear()
+                    if not self._deliver_next(lanes):
+                        break  # a line that is still being written, or a lane that has to wait
+            except Exception as error:  # of the lease; the folder has all records
+                for lane in lanes:
+                    lane.failed(Away(understand(error).why))
+            later = [lane.retry_at - time.monotonic() for lane in lanes if not lane.is_due()]
+            wake.wait(min([INTERVAL_SECONDS, *later]))
+            wake.clear()
+
+    def _deliver_next(self, lanes: list[_Lane]) -> bool:
+        """Deliver a record of each lane; whether there was one."""
+        delivered = False
+        for lane in lanes:
+            if not lane.is_due():
+                continue
+            try:
+                delivered |= lane.delivery.deliver_next()
+                lane.heard(self._report)
+            except Away as error:
+                for each in lanes if error.is_outage else [lane]:  # of the same server
+                    each.failed(error)
+            except Exception as error:  # whatever it is, the folder has all records
+                lane.failed(Away(one_line(error)))
+        return delivered
+
+    def _busy(self) -> list[tuple[Lane, _Lane]]:
+        """The lanes that have something to deliver; the status, when nothing else has."""
+        if read_link(self.folder) is None:
+            return [("fields", self._lanes["fields"])]
+        busy = [(n, lane) for n, lane in self._lanes.items() if pending_bytes(self.folder, n)]
+        return [one for one in busy if one[0] != "status"] or busy
 
     def _holds(self) -> bool:
         """Return whether this process may write to the run."""
-        link = read_link(self.folder)
-        if self.lease is not None:
-            return self.lease.keep()
-        if link is not None:
-            try:
-                self.lease = acquire(
-                    self._client, link.run_id, self.folder, self._lease_seconds, self._report
-                )
-            except UnavailableError as error:
-                self._report(str(error))
-                return False
-        return True
+        with self._taking:
+            link = read_link(self.folder)
+            if self.lease is not None:
+                return self.lease.keep()
+            if link is not None:
+                try:
+                    self.lease = acquire(
+                        self._client, link.run_id, self.folder, self._lease_seconds, self._report
+                    )
+                except UnavailableError as error:
+                    self._report(str(error))
+                    return False
+            return True
 
     def _renew(self) -> None:
-        """Keep the lease while the other thread uploads a large file."""
+        """Keep the lease while the other threads upload large files."""
         while not self._stop.wait(min(1.0, self._lease_seconds / 8)):
             try:
                 if self.lease is not None and not self.lease.keep():
                     self._end_lost()
-            except Exception as error:  # away; the other thread asks again before it delivers
+            except Exception as error:  # away; the others ask again before they deliver
                 del error
 
     def _end_lost(self) -> None:
         self._stop.set()
         self._lost()
 
-    def _heard(self) -> None:
-        self._answered, self._why = time.monotonic(), ""
+    def _watch(self) -> None:
+        """Say so when MLflow is away: another thread may hang in a request."""
+        while not self._stop.wait(0.25):
+            for _, lane in self._busy():
+                if not self.is_away and lane.is_silent() and not self._stop.is_set():
+                    lane.is_away = True
+                    self._report(
+                        f"{lane.problem()}: recording in {self.folder}; pending records are"
+                        " uploaded when it is back"
+                    )
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the user was told that something keeps records from MLflow."""
+        return any(lane.is_away for lane in self._lanes.values())
+
+
+class _Lane:
+    """How the delivery of a lane goes."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        self.delivery = delivery
+        self.answered = time.monotonic()  # when MLflow last did what was asked
+        self.why: Away | None = None  # the last attempt failed
+        self.failures = 0  # so far
+        self.retry_at = 0.0
+        self.is_away = False  # the user was told
+        self._probe_at = 0.0
+        self._limit = 1.0  # grows, so that a server that comes and goes is not told each time
+
+    def is_due(self) -> bool:
+        """Whether it may be tried now."""
+        return time.monotonic() >= self.retry_at
+
+    def heard(self, report: Callable[[str], None]) -> None:
+        """Note that MLflow did what was asked."""
+        self.answered, self.why, self.retry_at = time.monotonic(), None, 0.0
         if self.is_away:
             self.is_away = False
-            self._report("MLflow answers again")
+            self._limit *= 2
+            report(f"{self._place()} answers again")
 
-    def _watch(self) -> None:
-        """Say so when MLflow is away: the other thread may hang in a request."""
-        while not self._stop.wait(0.25):
-            quiet = time.monotonic() - self._answered
-            if quiet > SILENT_SECONDS and not self.is_away and event_log.pending_bytes(self.folder):
-                self.is_away = True
-                why = f" ({self._why})" if self._why else ""
-                self._report(
-                    f"MLflow does not answer{why}: recording in {self.folder}; pending records are"
-                    " uploaded when it is back"
-                )
+    def failed(self, why: Away) -> None:
+        """Note an attempt that failed."""
+        self.why = why
+        self.failures += 1
+        self.retry_at = time.monotonic() + (why.retry_after or RETRY_SECONDS)
+
+    def is_silent(self) -> bool:
+        """Whether the user should be told; slow is not away."""
+        limit = min(self._limit * SILENT_SECONDS, max(SILENT_SECONDS, _MOST_SILENT_SECONDS))
+        now = time.monotonic()
+        if now - self.answered <= limit:
+            return False
+        if self.why is not None:
+            return True
+        if now < self._probe_at:
+            return False
+        self._probe_at = now + SILENT_SECONDS  # an upload may take minutes
+        return not store.answers()
+
+    def problem(self) -> str:
+        """Return what keeps the lane from being delivered."""
+        if self.why is not None and not self.why.is_outage:
+            return str(self.why)
+        why = f" ({self.why})" if self.why is not None else ""
+        return f"{self._place()} does not answer{why}"
+
+    def _place(self) -> str:
+        uploads = self.delivery.lane in ("artifacts", "models")
+        if uploads and _TRACKING_API not in str(self.why) and store.answers():
+            return "MLflow's artifact store"
+        return "MLflow"

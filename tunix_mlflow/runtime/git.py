@@ -6,33 +6,36 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-
-from tunix_mlflow.tracking import tags
+from typing import NamedTuple
 
 _SECONDS = 5
 
 
-def commit_tags() -> dict[str, str]:
-    """Return commit and dirty flag of the work tree of the main script, else of the current folder.
+class Commit(NamedTuple):
+    """The commit of a work tree."""
+
+    digest: str
+    is_dirty: bool | None  # whether there were other changes; None: git did not say
+
+
+def commit() -> Commit | None:
+    """Return the commit of the work tree of the main script, else of the current folder.
 
     Files that git does not track do not make a tree dirty, as for `git describe --dirty`.
 
     Returns:
-        The tags; empty where there is no git or no work tree.
+        None where there is no git or no work tree.
     """
     script = Path(sys.argv[0]) if sys.argv and sys.argv[0] else None
     folders = [Path.cwd()]
     if script is not None and script.is_file():
         folders.insert(0, script.resolve().parent)
     for folder in folders:
-        commit = _git(folder, "rev-parse", "--verify", "HEAD")
-        if commit:
-            found = {tags.GIT_COMMIT: commit}
+        digest = _git(folder, "rev-parse", "--verify", "HEAD")
+        if digest:
             changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-            if changes is not None:
-                found[tags.GIT_DIRTY] = "true" if changes else "false"
-            return found
-    return {}
+            return Commit(digest, None if changes is None else changes != "")
+    return None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
