@@ -30,6 +30,7 @@ from tests.conftest import (
     tiny,
     write_traces,
 )
+from tests.servers import RefusingProxy, Server
 from tunix_mlflow import start_run
 from tunix_mlflow.errors import UnavailableError
 
@@ -307,6 +308,36 @@ def test_the_child_does_not_outlive_mlflow_run(store: str, home: Path) -> None:
     assert launcher.data.tags["tunix_mlflow.launcher_of"] == folder.name
     assert launcher.data.metrics == {}
     assert wait_until_ended(launcher.info.run_id) == "KILLED"
+
+
+def test_what_is_refused_below_mlflow_run(
+    server: Server, mlflow_run: Project, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The command exits with 4, so `mlflow run` sets FAILED over the recorded status; `sync`, when
+    the cause is gone, delivers the rest and sets the true one."""
+    proxy = RefusingProxy(
+        server.uri, lambda method, path, length: 413 if path.endswith("/config.json") else None
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MLFLOW_TRACKING_URI", proxy.uri)
+        patched.setenv("MLFLOW_EXPERIMENT_NAME", "refused-below-mlflow-run")
+        mlflow.set_tracking_uri(proxy.uri)
+        _, err = mlflow_run("train", tiny(dataset="golden-v2"), fails=True)
+        assert "artifact config.json (413" in err
+        client = MlflowClient()
+        experiment = client.get_experiment_by_name("refused-below-mlflow-run")
+        assert experiment is not None
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert run.info.status == "FAILED"
+        assert run.data.tags["tunix_mlflow.incomplete"] == "artifacts: 1"
+        assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 4
+        proxy.rule = lambda method, path, length: None
+        assert run_here("sync") == 0
+        run = client.get_run(run.info.run_id)
+        assert run.info.status == "FINISHED"
+        assert "tunix_mlflow.incomplete" not in run.data.tags
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    proxy.close()
 
 
 def wait_until_ended(run_id: str) -> str:
