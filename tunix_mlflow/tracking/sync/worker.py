@@ -229,7 +229,7 @@ class _Lane:
         self.failures = 0  # so far
         self.retry_at = 0.0
         self.is_away = False  # the user was told
-        self._probe_at = 0.0
+        self._probe_at, self._is_well = 0.0, True
         self._limit = 1.0  # grows, so that a server that comes and goes is not told each time
 
     def is_due(self) -> bool:
@@ -239,6 +239,7 @@ class _Lane:
     def heard(self, report: Callable[[str], None]) -> None:
         """Note that MLflow did what was asked."""
         self.answered, self.why, self.retry_at = time.monotonic(), None, 0.0
+        self._is_well = True
         if self.is_away:
             self.is_away = False
             self._limit *= 2
@@ -254,14 +255,13 @@ class _Lane:
         """Whether the user should be told; slow is not away."""
         limit = min(self._limit * SILENT_SECONDS, max(SILENT_SECONDS, _MOST_SILENT_SECONDS))
         now = time.monotonic()
-        if now - self.answered <= limit:
+        # In time, since a server that hangs takes the probe's seconds to be found out.
+        if self.why is None and now - self.answered > limit / 8 and now >= self._probe_at:
+            self._probe_at = now + SILENT_SECONDS
+            self._is_well = store.answers()
+        if time.monotonic() - self.answered <= limit:
             return False
-        if self.why is not None:
-            return True
-        if now < self._probe_at:
-            return False
-        self._probe_at = now + SILENT_SECONDS  # an upload may take minutes
-        return not store.answers()
+        return self.why is not None or not self._is_well
 
     def problem(self) -> str:
         """Return what keeps the lane from being delivered."""
