@@ -73,14 +73,6 @@ def test_a_limit_on_addresses(tmp_path: Path) -> None:
     assert done.stdout == "RLIMIT_AS of 3.07 GB\n"
 
 
-def test_kills_for_memory(tmp_path: Path) -> None:
-    """Counted by the kernel, by either version."""
-    write(tmp_path / "a", memory__events="low 0\noom 3\noom_kill 2\n")
-    (tmp_path / "membership").write_text("0::/a\n")
-    assert memory.oom_kills(tmp_path, tmp_path / "membership") == 2
-    assert memory.oom_kills(tmp_path, tmp_path / "absent") == 0
-
-
 @pytest.fixture
 def small_group() -> Iterator[Path]:
     """A control group of 700 MB, where one can be made."""

@@ -1,4 +1,4 @@
-"""`tunix-mlflow doctor`: what would stop a run, found before it begins."""
+"""`tunix-mlflow doctor`: check what a run needs, before it begins."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tunix_mlflow.errors import UnavailableError
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(as_json: bool) -> None:
-    """Try what runs need: stores, registry, clock, device, memory, disk, versions.
+    """Check what runs need: stores, registry, clock, device, memory, disk, versions.
 
     A run, an artifact and a registered model are made where MLFLOW_TRACKING_URI says, and deleted
-    again. Exit code 4 if something is not well.
+    again. Exit code 4 if a check fails.
     """
     from tunix_mlflow.cli.terminal import Terminal, print_json
     from tunix_mlflow.pipelines import doctor as pipeline
@@ -23,4 +23,4 @@ def doctor(as_json: bool) -> None:
     if as_json:
         print_json([finding._asdict() for finding in found])
     if failed := [finding.name for finding in found if not finding.ok]:
-        raise UnavailableError(f"not well: {', '.join(failed)}")
+        raise UnavailableError(f"failed: {', '.join(failed)}")

@@ -37,7 +37,8 @@ def cli() -> None:
     YAML; README explains them.
 
     Exit codes: 0; 2 a user's mistake; 3 refused by a gate or a check; 4 disk, memory, network or a
-    lock is not available, worth a retry; 130 and 143 signals; 1 anything else.
+    lock is not available, or MLflow refused a part of a run, worth a retry; 130 and 143 signals;
+    1 anything else.
     """
 
 
@@ -64,7 +65,7 @@ def invoke(argv: Sequence[str]) -> None:
     Raises:
         TunixMlflowError: instead of click's own errors, so that each is one line.
     """
-    _ended().clear()
+    _incomplete_runs().clear()
     try:
         cli.main(list(argv), prog_name="tunix-mlflow", standalone_mode=False)
         _check_complete()
@@ -85,15 +86,15 @@ def _check_complete() -> None:
     Raises:
         UnavailableError: if it refuses a part of one.
     """
-    if runs := ", ".join(dict.fromkeys(_ended())):
+    if runs := ", ".join(dict.fromkeys(_incomplete_runs())):
         raise UnavailableError(
             f"MLflow does not have all of run {runs}, see above and the tag"
             " tunix_mlflow.incomplete; tracking.incomplete=allow accepts that"
         )
 
 
-def _ended() -> list[str]:
-    """The runs that ended in this process while MLflow refused a part; none if MLflow is unused."""
+def _incomplete_runs() -> list[str]:
+    """The runs of this process of which MLflow refused a part; none if MLflow was not loaded."""
     module = sys.modules.get("tunix_mlflow.tracking.ending")
     found: list[str] = [] if module is None else module.incomplete
     return found

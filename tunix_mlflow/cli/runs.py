@@ -168,12 +168,13 @@ def _pending(run_id: str | None, *, skipped_too: bool) -> list[Path]:
             path
             for path in folders
             if pending_bytes(path)
-            or any(skipped_too or not one.skipped for one in read_cursor(path).refused)
+            or read_cursor(path).offered
+            or (skipped_too and read_cursor(path).refused)
         ]
-    folder = paths.run_dir(run_id) if run_id.isalnum() else None
+    folder = lookup.folder_of(run_id)
     if folder is None or not (folder / EVENT_LOG).exists():
         raise TrackingError(f"there is no run {run_id[:80]!r} in {paths.run_dir('')}")
-    return [folder.resolve()]
+    return [folder]
 
 
 def _row(run: Any) -> dict[str, Any]:

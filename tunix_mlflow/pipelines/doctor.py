@@ -1,4 +1,4 @@
-"""Find out, before a long run, what would stop it: each thing that it needs, tried once."""
+"""Check what a run needs, before it begins: stores, registry, clock, device, memory, disk."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CLOCK_SECONDS = 30.0
 
 
 class Finding(NamedTuple):
-    """One thing that was tried."""
+    """What one check found."""
 
     name: str
     ok: bool
@@ -45,7 +45,7 @@ class Finding(NamedTuple):
 
 @store.restored()
 def examine(*, reporter: Reporter = SILENT) -> list[Finding]:
-    """Try what runs need: stores, registry, clock, devices, memory, disk, versions.
+    """Check what runs need: stores, registry, clock, device, memory, disk, versions.
 
     A run, an artifact and a registered model are made in the stores of this environment, and
     deleted again.
@@ -143,6 +143,7 @@ def _stores(client: MlflowClient) -> Iterator[Finding]:
             "delete artifacts", delete_artifact, "checkpoints that are no longer needed will stay"
         )
         yield _timed("registry", register, "promotion will fail; ask for the permission")
+    if run_id:
         yield _timed("delete", delete, f"delete {name} by hand")
 
 
@@ -151,10 +152,11 @@ def _clock() -> Finding:
     uri = mlflow.get_tracking_uri()
     if not uri.startswith("http"):
         return Finding("clock", True, "the store is on this machine")
-    date = requests.get(f"{uri.rstrip('/')}/health", timeout=10).headers.get("Date")
-    if date is None:
+    try:
+        date = requests.get(f"{uri.rstrip('/')}/health", timeout=10).headers["Date"]
+        apart = time.time() - parsedate_to_datetime(date).timestamp()
+    except (requests.RequestException, KeyError, ValueError):
         return Finding("clock", True, "the server does not say its time")
-    apart = time.time() - parsedate_to_datetime(date).timestamp()
     text = f"{abs(apart):.0f} s {'ahead of' if apart > 0 else 'behind'} the server's"
     well = abs(apart) < _CLOCK_SECONDS
     return Finding("clock", well, text, None if well else "set this machine's clock")
@@ -198,7 +200,7 @@ def _undelivered() -> Finding:
     for path in lookup.folders():
         if not is_open(path):
             waiting += bool(pending_bytes(path))
-            refused += bool(read_cursor(path).refused)
+            refused += bool(read_cursor(path).offered)
     text = f"{waiting} runs with records that MLflow does not have, {refused} with refused ones"
     well = not (waiting or refused)
     return Finding("undelivered", well, text, None if well else "run tunix-mlflow sync")

@@ -36,7 +36,7 @@ from tunix_mlflow.tracking.record.folder import (
     MODELS,
     RUN_LINK,
 )
-from tunix_mlflow.tracking.runs import resume
+from tunix_mlflow.tracking.runs import lookup, resume
 from tunix_mlflow.tracking.sync import calls, upload
 
 
@@ -64,12 +64,11 @@ def repair(run_id: str, *, reporter: Reporter = SILENT) -> RepairResult:
         TrackingError: if there is no such run on this machine.
         UnavailableError: if the run is open, or MLflow does not answer.
     """
-    path = paths.run_dir(run_id) if run_id.isalnum() else None
-    if path is None or not path.is_dir():
+    path = lookup.folder_of(run_id)
+    if path is None:
         raise TrackingError(
             f"there is no run {run_id[:80]!r} in {paths.run_dir('')}; resume fetches it from MLflow"
         )
-    path = path.resolve()
     client = store.connect(TrackingConfig())
     done: list[str] = []
     remaining: list[str] = []

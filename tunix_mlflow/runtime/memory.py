@@ -42,19 +42,6 @@ def available(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup"
     return min(found)
 
 
-def oom_kills(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int:
-    """Return how many processes of this process's control group the kernel has killed for memory.
-
-    0 where it does not say.
-    """
-    for folder, _ in _groups(root, membership):
-        for name in ("memory.events", "memory.oom_control"):
-            counts = _table(folder / name)
-            if "oom_kill" in counts:
-                return counts["oom_kill"]
-    return 0
-
-
 def _groups(root: Path, membership: Path) -> list[tuple[Path, tuple[str, str]]]:
     """The folders of the control groups around this process, with the names of limit and usage."""
     try:

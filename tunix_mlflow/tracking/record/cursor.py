@@ -45,6 +45,11 @@ class Cursor(Struct, frozen=True):
         done: int = getattr(self, lane)
         return done
 
+    @property
+    def offered(self) -> tuple[Refused, ...]:
+        """What `sync` offers again: what is refused and was not set aside."""
+        return tuple(one for one in self.refused if not one.skipped)
+
 
 def read_cursor(folder: Path) -> Cursor:
     """Return how much of a folder's logs MLflow has.
@@ -80,17 +85,24 @@ def update_cursor(folder: Path, change: Callable[[Cursor], Cursor]) -> Cursor:
         return after
 
 
-def advance(folder: Path, lane: Lane, to: int) -> None:
-    """Record that a lane is done with its log up to here."""
-    update_cursor(folder, lambda cursor: replace(cursor, **{lane: to}))
+def advance(folder: Path, lane: Lane, to: int, *refused: Refused, start: int | None = None) -> None:
+    """Record that a lane is done with its log up to here.
 
+    Args:
+        folder: the run's.
+        lane: which.
+        to: bytes from the beginning of its log.
+        refused: what MLflow refuses of what the lane has passed.
+        start: of the lane's record that ends at `to`. Lanes that have come to it pass it too, in
+            the same write, since it is none of theirs.
+    """
 
-def refuse(folder: Path, lane: Lane, to: int, *found: Refused) -> None:
-    """Record what MLflow refuses, and that the lane is done with its log up to `to`."""
-    update_cursor(
-        folder,
-        lambda cursor: replace(cursor, **{lane: to}, refused=_merged(cursor.refused, found)),
-    )
+    def change(cursor: Cursor) -> Cursor:
+        passed = [lane] + [one for one in RECORD_LANES if start == cursor.at(one)]
+        moved: dict[str, int] = {one: max(to, cursor.at(one)) for one in passed}
+        return replace(cursor, **moved, refused=_merged(cursor.refused, refused))
+
+    update_cursor(folder, change)
 
 
 def forget(folder: Path, one: Refused) -> None:
@@ -106,9 +118,8 @@ def forget(folder: Path, one: Refused) -> None:
 def skip_pending(folder: Path) -> None:
     """Move every lane to the end: what is pending will not be delivered."""
     events, metrics = size(folder / EVENT_LOG), size(folder / METRICS_LOG)
-    update_cursor(
-        folder, lambda cursor: Cursor(events, metrics, events, events, events, cursor.refused)
-    )
+    ends = dict.fromkeys(RECORD_LANES, events)
+    update_cursor(folder, lambda cursor: replace(cursor, metrics=metrics, **ends))
 
 
 def pending_bytes(folder: Path, *lanes: Lane) -> int:

@@ -134,7 +134,7 @@ def of_key(tracking: TrackingConfig) -> str | None:
             if tags.is_training_run(run.data.tags):
                 return str(run.info.run_id)
     for path in folders():
-        if (away is None and read_link(path) is not None) or not _is_of_this_store(path):
+        if (away is None and read_link(path) is not None) or not is_of_this_store(path):
             continue  # MLflow has it, or it is another server's
         recorded = recorded_tags(path)
         if recorded.get(tags.KEY) == tracking.key and tags.is_training_run(recorded):
@@ -162,7 +162,7 @@ def unfinished_of_key(
         MLflow's id, or the name of a folder that MLflow does not have; None if there is none.
     """
     for path in folders():
-        if (client is not None and read_link(path) is not None) or not _is_of_this_store(path):
+        if (client is not None and read_link(path) is not None) or not is_of_this_store(path):
             continue  # MLflow has it, or it is another server's
         if recorded_tags(path).get(tags.KEY) != key or recorded_status(path) == "FINISHED":
             continue
@@ -223,8 +223,14 @@ def folders() -> list[Path]:
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def _is_of_this_store(path: Path) -> bool:
-    """Whether a folder belongs to a run of this tracking store, or to none that MLflow has."""
+def folder_of(run_id: str) -> Path | None:
+    """Return the folder of a run on this machine; None if there is none."""
+    path = paths.run_dir(run_id)
+    return path.resolve() if run_id.isalnum() and path.is_dir() else None
+
+
+def is_of_this_store(path: Path) -> bool:
+    """Return whether a folder's run is of this tracking store, or of none yet."""
     link = read_link(path)
     return link is None or link.tracking_uri == store.public(mlflow.get_tracking_uri())
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import mlflow
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow import paths
 from tunix_mlflow.errors import TrackingError, UnavailableError
-from tunix_mlflow.tracking import store, tags
+from tunix_mlflow.tracking import tags
 from tunix_mlflow.tracking.record import folder, records
 from tunix_mlflow.tracking.record.cursor import pending_bytes, read_cursor
 from tunix_mlflow.tracking.record.event_log import read_records, recorded_tags
@@ -29,8 +27,10 @@ def deliver(client: MlflowClient, reference: str, report: Callable[[str], None])
         reference: a run id, or another name of a model.
         report: called with what cannot be delivered, and why.
     """
-    for path in _concerned(reference):
-        if folder.is_open(path) or not (pending_bytes(path) or read_cursor(path).refused):
+    named = _folder(reference)
+    for path in _waiting():
+        used = path == named or recorded_tags(path).get(tags.STAGE) in _USES
+        if not used or folder.is_open(path):
             continue
         try:
             upload.sync(client, path, report)
@@ -66,7 +66,7 @@ def check_evaluations(model_id: str) -> None:
     Raises:
         UnavailableError: if this machine has an evaluation of it that MLflow does not have.
     """
-    for path in _concerned(None):
+    for path in _waiting():
         used = {r.model_id for _, r in read_records(path) if isinstance(r, records.ModelInput)}
         waits = pending_bytes(path) or any(o.lane == "metrics" for o in read_cursor(path).refused)
         if waits and model_id in used and recorded_tags(path).get(tags.STAGE) == "evaluate":
@@ -76,21 +76,13 @@ def check_evaluations(model_id: str) -> None:
             )
 
 
-def _concerned(reference: str | None) -> Iterator[Path]:
-    """The folders of a run, and of all that used a model, of this tracking store."""
-    here = store.public(mlflow.get_tracking_uri())
-    named = None if reference is None else _folder(reference)
+def _waiting() -> Iterator[Path]:
+    """The folders of this store with something that MLflow does not have; no log is read."""
     for path in lookup.folders():
-        link = folder.read_link(path)
-        if link is not None and link.tracking_uri != here:
-            continue
-        if path == named or recorded_tags(path).get(tags.STAGE) in _USES:
+        if (pending_bytes(path) or read_cursor(path).refused) and lookup.is_of_this_store(path):
             yield path
 
 
 def _folder(reference: str) -> Path | None:
     """The folder of a run on this machine; None for another name of a model."""
-    run_id = reference.removeprefix("runs:/").partition("/")[0]
-    if not run_id.isalnum() or not paths.run_dir(run_id).exists():
-        return None
-    return paths.run_dir(run_id).resolve()
+    return lookup.folder_of(reference.removeprefix("runs:/").partition("/")[0])

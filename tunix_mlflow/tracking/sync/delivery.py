@@ -90,7 +90,8 @@ class Delivery:
             return False
         if isinstance(found.record, records.Unreadable):
             what = f"a record of {EVENT_LOG} at byte {found.start}"
-            self._pass_over(found.end, Refused(self.lane, found.start, what, str(found.record)))
+            refused = Refused(self.lane, found.start, what, str(found.record))
+            self._pass_over(found.start, found.end, refused)
             return True
         if isinstance(found.record, records.Status):
             if not self._others_done(found.start):
@@ -104,16 +105,16 @@ class Delivery:
                 self._check(answer, found)
                 what, may_pass = records.describe(found.record), answer.may_pass
                 refused = Refused(self.lane, found.start, what, answer.why, may_pass=may_pass)
-                self._pass_over(found.end, refused)
+                self._pass_over(found.start, found.end, refused)
                 return True
             calls.delete_staged(self.folder, found.record)
-        cursors.advance(self.folder, self.lane, found.end)
+        cursors.advance(self.folder, self.lane, found.end, start=found.start)
         return True
 
     def _offer_failures_again(self) -> None:
         """Offer once more what made the server fail, before a status says that the run is done."""
-        for one in cursors.read_cursor(self.folder).refused:
-            if one.may_pass and not one.skipped and one not in self._offered:
+        for one in cursors.read_cursor(self.folder).offered:
+            if one.may_pass and one not in self._offered:
                 self._offered.append(one)
                 Delivery(self._client, self.folder, one.lane, self._report).retry_refused(one)
 
@@ -132,28 +133,25 @@ class Delivery:
 
         for key, answer, count in metrics.log_points(self._client, link.run_id, points, check):
             refused.append(Refused("metrics", at, key, answer.why, count, may_pass=answer.may_pass))
-        if refused:
-            self._pass_over(at + len(lines), *refused)
-        else:
-            cursors.advance(self.folder, "metrics", at + len(lines))
+        self._pass_over(None, at + len(lines), *refused)
         return True
 
-    def retry_refused(self, one: Refused) -> bool:
-        """Offer once more what MLflow refused; return whether it has it now.
+    def retry_refused(self, one: Refused) -> None:
+        """Offer once more what MLflow refused; what it takes is not refused any more.
 
         Raises:
             Away: when it may take it later.
         """
         link = read_link(self.folder)
         if link is None:
-            return False
+            return
         try:
             if one.lane == "metrics":
                 metrics.log_again(self._client, link.run_id, self.folder / METRICS_LOG, one)
             else:
                 found = _next(self.folder / EVENT_LOG, one.at, one.lane)
                 if found.start != one.at or isinstance(found.record, records.Unreadable):
-                    return False
+                    return
                 if found.record is not None:
                     due = _still_due(self.folder, found)
                     if due is None:
@@ -167,13 +165,9 @@ class Delivery:
             self._check_the_run(answer)
             # None that was not counted.
             again = replace(one, why=answer.why, count=0, may_pass=answer.may_pass)
-            cursors.refuse(self.folder, self.lane, self._at(), again)
-            return False
-        cursors.forget(self.folder, one)
-        return True
-
-    def _at(self) -> int:
-        return cursors.read_cursor(self.folder).at(self.lane)
+            cursors.advance(self.folder, self.lane, 0, again)
+        else:
+            cursors.forget(self.folder, one)
 
     def _check(self, answer: Answer, found: _Next) -> None:
         """Check that an answer says that MLflow refuses a record.
@@ -234,8 +228,8 @@ class Delivery:
                 return False
         return not metrics.some_lines(self.folder / METRICS_LOG, at.metrics)
 
-    def _pass_over(self, to: int, *refused: Refused) -> None:
-        cursors.refuse(self.folder, self.lane, to, *refused)
+    def _pass_over(self, start: int | None, to: int, *refused: Refused) -> None:
+        cursors.advance(self.folder, self.lane, to, *refused, start=start)
         for one in refused:
             if one.why not in self._refused_before:
                 self._refused_before.add(one.why)

@@ -169,7 +169,7 @@ def _wait_for(
     if left:
         report(
             f"run {run_id} may be open elsewhere: waiting {left:.0f} s for its lease to end"
-            f" (resume --take-over REASON does not wait)"
+            " (resume --take-over REASON does not wait)"
         )
     until = time.monotonic() + left
     while time.monotonic() < until:

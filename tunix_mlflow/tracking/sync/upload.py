@@ -133,7 +133,7 @@ def skip(path: Path) -> int:
     """
     held = folder.lock(path)
     try:
-        counts = sum(one.count for one in read_cursor(path).refused if not one.skipped)
+        counts = sum(one.count for one in read_cursor(path).offered)
         update_cursor(
             path,
             lambda cursor: replace(
@@ -147,7 +147,7 @@ def skip(path: Path) -> int:
 
 def describe_refused(path: Path) -> str | None:
     """Return what MLflow refuses of a run, and why, in one line; None for nothing."""
-    found = [one for one in read_cursor(path).refused if not one.skipped]
+    found = read_cursor(path).offered
     if not found:
         return None
     reasons: dict[str, list[str]] = {}
@@ -176,9 +176,8 @@ def _offer_again(
     client: MlflowClient, path: Path, report: Callable[[str], None], *, skipped_too: bool
 ) -> None:
     """Offer what MLflow refused once more."""
-    for one in read_cursor(path).refused:
-        if one.skipped and not skipped_too:
-            continue
+    at = read_cursor(path)
+    for one in at.refused if skipped_too else at.offered:
         try:
             Delivery(client, path, one.lane, report).retry_refused(one)
         except Away as error:
