@@ -34,9 +34,14 @@ test: venv  ## the tests
 test-install: venv  ## the tests that build environments: uv, and the wheel in an empty one
 	$(BIN)/python -m pytest -q -n 2 -m install tests/test_install.py
 
+ifdef VERB
+faults: venv  ## VERB=evaluate, or all: that command, stopped at every call of the store and file
+	VERB=$(VERB) $(BIN)/python -m pytest -q -s -n 0 -m '' --tb=line tests/faults/test_verbs.py
+else
 faults: venv $(SERVICES)/.installed  ## the long counts: KILLS=200 of training, long outages, PostgreSQL, S3
 	TUNIX_FAULTS=50 KILLS=$(KILLS) $(if $(CRASHES),CRASHES=$(CRASHES)) TUNIX_SERVICES=$(abspath $(SERVICES))/bin/python \
 		$(BIN)/python -m pytest -q -s -n 0 -m '' tests/faults
+endif
 
 $(SERVICES)/.installed: tests/faults/services.lock
 	$(PYTHON) -m venv $(SERVICES)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -104,14 +105,18 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait(60)
 
 
-Rule = Callable[[str, str, int], int | None]
+Rule = Callable[[str, str, int], int | str | None]
+"""From method, path and length of a request to what happens to it: it is answered with a status;
+`garbage`: 200 and no JSON; `redirect`; `reset`: no answer; `lost`: the server does it, and there is
+no answer; `slow`: it takes seconds; None: it is passed on."""
+_SLOW_SECONDS = 6.0
 
 
 class RefusingProxy:
-    """A port in front of a server that refuses some requests.
+    """A port in front of a server that does not pass all requests on.
 
     Attributes:
-        rule: the status to answer a request with, by method, path and length; None: pass it on.
+        rule: what happens to a request.
     """
 
     def __init__(self, target: str, rule: Rule) -> None:
@@ -120,6 +125,7 @@ class RefusingProxy:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or each answer takes 40 ms
 
             def handle_one_request(self) -> None:
                 with contextlib.suppress(ConnectionError):
@@ -130,10 +136,23 @@ class RefusingProxy:
                 body = self.rfile.read(length) if length else b""
                 if "chunked" in self.headers.get("Transfer-Encoding", ""):
                     body = b"".join(iter(self.chunk, b""))
-                status = proxy.rule(self.command, self.path, len(body))
-                if status is not None:
-                    self.finish_with(status, {"Content-Type": "text/html"}, b"<html>no</html>")
+                fault = proxy.rule(self.command, self.path, len(body))
+                html = {"Content-Type": "text/html"}
+                if fault == 429:
+                    html["Retry-After"] = "1"
+                if fault == "redirect":
+                    html["Location"] = "/login"
+                if isinstance(fault, int):
+                    self.finish_with(fault, html, b"<html>no</html>")
                     return
+                if fault in ("garbage", "redirect"):
+                    self.finish_with(200 if fault == "garbage" else 302, html, b"<html>log in")
+                    return
+                if fault == "reset":
+                    self.hang_up()
+                    return
+                if fault == "slow":
+                    time.sleep(_SLOW_SECONDS)
                 kept = {k: v for k, v in self.headers.items() if k.lower() not in _HOP_BY_HOP}
                 got = requests.request(
                     self.command,
@@ -143,8 +162,19 @@ class RefusingProxy:
                     timeout=60,
                     allow_redirects=False,
                 )
+                if fault == "lost":
+                    self.hang_up()
+                    return
                 kind = {"Content-Type": got.headers.get("Content-Type", "text/plain")}
                 self.finish_with(got.status_code, kind, got.content)
+
+            def hang_up(self) -> None:
+                # With no time to linger the other side gets a reset.
+                self.connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
+                self.close_connection = True
+                self.connection.close()
 
             def chunk(self) -> bytes:
                 data = self.rfile.read(int(self.rfile.readline().strip() or b"0", 16))

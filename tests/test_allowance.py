@@ -109,3 +109,30 @@ def test_a_container_of_700_mb(small_group: Path, store: str) -> None:
     assert "(the container's limit of 0.70 GB)" in done.stderr
     assert "What would fit" in done.stderr or "Nothing known fits" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_kills_for_lack_of_memory_are_counted(tmp_path: Path) -> None:
+    """In a control group of either version, or by the machine; without a count nothing is said."""
+    group = tmp_path / "cgroup" / "job"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("700000000\n")
+    (group / "memory.events").write_text("low 0\noom 1\noom_kill 1\n")
+    membership = tmp_path / "membership"
+    membership.write_text("0::/job\n")
+    machine = tmp_path / "vmstat"
+    machine.write_text("pgfault 9\noom_kill 4\n")
+    before = memory.oom_kills(tmp_path / "cgroup", membership, machine)
+    assert sorted(before.values()) == [1, 4]
+    assert memory.killed_since(before) is None
+    (group / "memory.events").write_text("low 0\noom 2\noom_kill 2\n")
+    assert "limit is 0.70 GB" in (memory.killed_since(before) or "")
+    (group / "memory.events").unlink()
+    assert memory.killed_since(before) is None
+    machine.write_text("pgfault 9\noom_kill 5\n")
+    assert "for lack of memory" in (memory.killed_since(before) or "")
+    old = tmp_path / "old" / "memory" / "job"
+    old.mkdir(parents=True)
+    (old / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
+    membership.write_text("4:memory:/job\n")
+    assert list(memory.oom_kills(tmp_path / "old", membership, tmp_path / "none").values()) == [3]
+    assert memory.oom_kills(tmp_path / "none", membership, tmp_path / "none") == {}

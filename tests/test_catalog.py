@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import write_traces
-from tunix_mlflow import paths
+from tunix_mlflow import files, paths
 from tunix_mlflow.config.schema import LimitsConfig
 from tunix_mlflow.data import canonical, datasets, parsing, snapshot, sources, staging
 from tunix_mlflow.data.catalog import connection, migrations, read, store
@@ -344,7 +344,7 @@ def test_gc_takes_only_what_nobody_has(doubles: str) -> None:
         "INSERT INTO examples SELECT seq + 1000, 'x' || digest, prompt_digest, split, meta, steps,"
         " characters, tokens, canonical FROM examples LIMIT 3"
     )
-    left = paths.temporary_dir() / "stage-999999999-abc"
+    left = paths.temporary_dir() / f".scratch-{files._MACHINE}-999999999-abc"
     left.mkdir(parents=True)
     assert store.unreferenced(paths.catalog_path(), remove=False)[0] == 3
     assert [path for path, _ in datasets.leftovers()] == [left]

@@ -204,4 +204,4 @@ def test_spans_are_read_in_processes_of_their_own(
     bad.write_bytes(b"{\n" * 200 + b"".join(rows))
     with pytest.raises(DatasetError, match=r"bad.jsonl:1: .* more so far\. Nothing was stored"):
         datasets.ingest(bad, "worse-v1")
-    assert not list(paths.temporary_dir().glob("stage-*"))
+    assert not list(paths.temporary_dir().glob(".scratch-*"))

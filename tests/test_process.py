@@ -125,7 +125,7 @@ def refused_request(code: str) -> Exception:
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 4, "out of memory"),
         (failed_request(), 4, "MLflow cannot be reached: no route"),
         (refused_request("INTERNAL_ERROR"), 4, "MLflow failed: said so"),
-        (refused_request("RESOURCE_DOES_NOT_EXIST"), 1, "MLflow failed: said so"),
+        (refused_request("RESOURCE_DOES_NOT_EXIST"), 4, "MLflow failed: said so"),
         (TrainingStopped("x"), 1, "x"),
         (Interrupted(15), 143, "interrupted by SIGTERM"),
         (KeyboardInterrupt(), 130, "interrupted by SIGINT"),

@@ -143,17 +143,19 @@ def test_every_way_out_sets_the_status(
     assert mlflow.active_run() is None
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_run_whose_beginning_was_cut_off_is_found(
-    store: str, monkeypatch: pytest.MonkeyPatch
+    store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, elsewhere: bool
 ) -> None:
-    """Made by a process that died before it held the lease: ended once that time is over."""
+    """Made by a process that died before it had a folder: the next command of this machine ends
+    it, and one of another machine once the lease is over."""
     short = TrackingConfig(system_metrics=False, lease_seconds=2)
 
     def die(*_: object, **__: object) -> None:
         raise SystemExit(9)
 
     with monkeypatch.context() as patched:
-        patched.setattr(lease, "acquire", die)
+        patched.setattr(lease, "make_owner", die)
         patched.setattr(opening, "_give_up", lambda *_: None)  # a dead process does nothing
         with pytest.raises(SystemExit):
             opened(short)
@@ -161,13 +163,27 @@ def test_a_run_whose_beginning_was_cut_off_is_found(
     experiments = [e.experiment_id for e in client.search_experiments()]
     (ghost,) = client.search_runs(experiments)
     reports: list[str] = []
-    with opened(short, reports.append):
-        assert client.get_run(ghost.info.run_id).info.status == "RUNNING"
-    time.sleep(2)
+    if elsewhere:
+        monkeypatch.setenv("TUNIX_MLFLOW_HOME", str(tmp_path / "another"))
+        with opened(short, reports.append):
+            assert client.get_run(ghost.info.run_id).info.status == "RUNNING"
+        time.sleep(2)
     with opened(short, reports.append):
         pass
+    assert elsewhere or not list(paths.open_runs().iterdir())
     assert client.get_run(ghost.info.run_id).info.status == "KILLED"
     assert any(ghost.info.run_id in report for report in reports)
+
+
+def test_a_run_of_another_stage_is_not_taken(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLFLOW_RUN_ID may name any run; the one that it names keeps its stage."""
+    with open_run(stage="train", tracking=QUIET, report=print) as trained:
+        pass
+    monkeypatch.setenv("MLFLOW_RUN_ID", trained.run_id)
+    with pytest.raises(TrackingError, match="of the stage train"):
+        open_run(stage="seed", tracking=QUIET, report=print)
+    found = MlflowClient().get_run(trained.run_id)
+    assert (found.info.status, found.data.tags["tunix_mlflow.stage"]) == ("FINISHED", "train")
 
 
 def test_children_are_linked(store: str) -> None:

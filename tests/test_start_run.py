@@ -165,16 +165,29 @@ def test_what_mlflow_never_takes_holds_nothing_up(
 def test_a_forked_process_ends_no_run_of_its_parent(store: str) -> None:
     """Whether it leaves the block or exits; the parent records to the end of its own."""
     code = """
-import os, sys
+import gc, os, subprocess, sys
 import tunix_mlflow as tm
+import tunix_mlflow.errors
 with tm.start_run(log_system_metrics=False) as run:
     for leave in ("exit", "end"):
         child = os.fork()
         if child == 0:
             if leave == "end":
                 run.end("FAILED", "the child's")
-            sys.exit(0)
-        os.waitpid(child, 0)
+            try:
+                run.log_metric("child", 1.0)
+            except tm.errors.TrackingError as error:
+                assert "forked" in str(error)
+                run._lock.release(force=True)
+                del run
+                gc.collect()
+                sys.exit(0)
+            sys.exit("the child recorded something")
+        assert os.waitpid(child, 0)[1] == 0
+        look = "import sys; from pathlib import Path; "
+        look += "from tunix_mlflow.tracking.record.folder import is_open; "
+        look += "sys.exit(not is_open(Path(sys.argv[1])))"
+        subprocess.run([sys.executable, "-c", look, str(run.folder)], check=True)
     run.log_metric("after", 1.0)
 print(run.run_id)
 """

@@ -1,12 +1,25 @@
-"""Files, for everybody: atomic writes, sha256 of a file, an error in one line."""
+"""Files, for everybody: atomic writes, temporary folders, sha256 of a file, an error in one line.
+
+What is temporary has the machine and the process in its name, so that whoever comes later can tell
+what a dead process left.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import re
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+_TEMPORARY = re.compile(r"\.(?:scratch-([0-9a-f]{6})-(\d+)-.*|.*\.([0-9a-f]{6})-(\d+)\.part)")
+_STALE_SECONDS = 24 * 3600  # of another machine's, or when a process id was given again
 
 
 @contextmanager
@@ -19,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: if it cannot be written; `path` is as it was.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}.part")
     try:
         yield part
         with part.open("rb+") as written:
@@ -33,6 +46,55 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a whole file; see :func:`replacing`."""
     with replacing(path) as part:
         part.write_bytes(data)
+
+
+def remove_parts(path: Path) -> None:
+    """Delete what dead processes left of a file of a user's that they were replacing."""
+    for left in leftovers(path.parent):
+        if left.name.startswith(f".{path.name}."):
+            remove(left)
+
+
+@contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """Yield a temporary folder, and delete it afterwards.
+
+    Those that dead processes left in `parent` are deleted first.
+
+    Args:
+        parent: where; it is made if it is not there.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in leftovers(parent):
+        remove(left)
+    made = Path(tempfile.mkdtemp(dir=parent, prefix=f".scratch-{_MACHINE}-{os.getpid()}-"))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Return what dead processes left in a folder of :func:`replacing` and :func:`scratch`."""
+    try:
+        found = sorted(folder.iterdir())
+    except OSError:  # it is not there
+        return []
+    return [path for path in found if _is_left(path)]
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; one that is not there, or may not be deleted, is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return
 
 
 def sha256_file(path: Path) -> str:
@@ -49,3 +111,26 @@ def one_line(error: BaseException, limit: int = 500) -> str:
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:limit] or type(error).__name__
+
+
+def _is_left(path: Path) -> bool:
+    found = _TEMPORARY.fullmatch(path.name)
+    if found is None:
+        return False
+    machine, process = found[1] or found[3], int(found[2] or found[4])
+    if machine == _MACHINE and not _is_alive(process):
+        return True
+    try:
+        return time.time() - path.lstat().st_mtime > _STALE_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 HOME_VARIABLE = "TUNIX_MLFLOW_HOME"
 SNAPSHOTS_VARIABLE = "TUNIX_MLFLOW_SNAPSHOTS"
@@ -48,9 +49,29 @@ def run_dir(run_id: str) -> Path:
     return root() / "runs" / run_id
 
 
+def open_runs() -> Path:
+    """The folder of markers of runs that are open, or that MLflow does not have the end of."""
+    return root() / "open"
+
+
 def offline_tracking_uri() -> str:
     """The private tracking store used when ``tracking.offline`` is true."""
-    return f"sqlite:///{root() / 'offline' / 'mlflow.db'}"
+    return sqlite_uri(root() / "offline" / "mlflow.db")
+
+
+def sqlite_uri(path: Path) -> str:
+    """The address of a SQLite database; SQLAlchemy decodes what is behind `sqlite:///`."""
+    encoded = "".join(
+        quote(character) if character in "%?#" else character for character in str(path)
+    )
+    return f"sqlite:///{encoded}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a SQLite database; None for another address."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
 
 
 def offline_artifacts() -> Path:

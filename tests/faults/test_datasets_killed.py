@@ -81,7 +81,7 @@ def test_a_kill_leaves_all_or_nothing(work: str, tmp_path: Path) -> None:
     assert sum(outcomes.values()) == COUNT
     print(f"{work}: {COUNT} of {COUNT} all or nothing ({outcomes})")
     for path, _ in datasets.leftovers():
-        assert path.name.startswith(("stage-", ".making-"))
+        assert path.name.startswith(".scratch-")
 
 
 def test_readers_and_a_writer_at_once(tmp_path: Path) -> None:

@@ -9,30 +9,31 @@ until it has finished.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
 from tests.conftest import BIN, ROOT, as_arguments, as_parameters, environment, tiny
-from tests.servers import free_port
+from tests.faults.commands import Commands, kill
+from tests.servers import Server, free_port
 from tunix_mlflow.tracking.runs.resume import uploaded_steps
 
 KILLS = int(os.environ.get("KILLS", "4"))
+ZOMBIES = max(2, KILLS // 10)
 LOST_DISKS = max(1, KILLS // 10)
 CRASHES = os.environ.get("CRASHES", str(max(2, KILLS // 4)))  # a number, or all
 STEPS = 24
@@ -52,42 +53,34 @@ class Victims:
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.forkserver", str(log)],
-            cwd=ROOT,
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._server.stdout is not None
-        assert self._server.stdout.readline() == "ready\n"
+        self._commands = Commands()
+        self.close = self._commands.close
 
     def run(
-        self, key: str, home: Path, moment: Callable[[], None] | None = None, crash_at: int = 0
+        self,
+        key: str,
+        home: Path,
+        moment: Callable[[], None] | None = None,
+        crash_at: int = 0,
+        started: Callable[[int], None] | None = None,
     ) -> int:
         """The exit code of a training that may be killed when `moment` returns, or die before one
         of its operations on files."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        arguments = ["golden-v2", "--resume", "auto", f"tracking.key={key}", *as_arguments(RUN)]
-        request = {
-            "arguments": arguments,
-            "environment": {"TUNIX_MLFLOW_HOME": str(home)},
-            "crash_at": crash_at,
-        }
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        pid = int(self._server.stdout.readline())
-        if moment is not None:
-            moment()
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return int(self._server.stdout.readline())
 
-    def close(self) -> None:
-        self._server.kill()
-        self._server.communicate()
+        def killed(pid: int) -> None:
+            if started is not None:
+                started(pid)
+            if moment is not None:
+                moment()
+                kill(pid)
+
+        return self._commands.run(
+            ["train", "golden-v2", "--resume", "auto", f"tracking.key={key}", *as_arguments(RUN)],
+            {"TUNIX_MLFLOW_HOME": str(home)},
+            self.log,
+            at=crash_at,
+            started=killed,
+        )
 
 
 Spawn = Callable[[], Victims]
@@ -297,6 +290,85 @@ def test_a_lost_disk_goes_on_elsewhere(team: str, spawn: Spawn, tmp_path: Path) 
         f"{team}: {LOST_DISKS} of {LOST_DISKS} runs were resumed elsewhere, {fetched} from an"
         f" uploaded checkpoint; 0 of {points} shipped points of train/loss lost, 0 doubled"
     )
+
+
+def test_a_zombie_never_writes(
+    server: Server, spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped past its lease, while another machine resumes and finishes the run; continued then,
+    it changes nothing of the run, and says that it lost it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", tmp_path.name)
+    mlflow.set_tracking_uri(server.uri)
+    victims, rescuers, rng = spawn(), spawn(), random.Random(11)
+    client, stopped, wrote = MlflowClient(), 0, []
+    try:
+        for n in range(10 * ZOMBIES):
+            if stopped >= ZOMBIES:
+                break
+            key, there = f"{tmp_path.name}-{n}", tmp_path / f"there{n}"
+            before: Any = None
+
+            def started(pid: int, key: str = key, there: Path = there) -> None:
+                nonlocal before
+                until = time.monotonic() + 60
+                while not (found := _runs_of(client, key)) and time.monotonic() < until:
+                    time.sleep(0.01)
+                time.sleep(rng.uniform(0, 1.5))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+                    if client.get_run(found[0]).info.status == "RUNNING":
+                        assert rescuers.run(key, there) == 0, rescuers.log.read_text()[-2000:]
+                        before = _everything(client, key)
+                    os.kill(pid, signal.SIGCONT)
+
+            code = victims.run(key, tmp_path / f"here{n}", started=started)
+            if before is None:
+                continue  # it had ended
+            stopped += 1
+            assert code in (0, 4), victims.log.read_text()[-2000:]
+            if (after := _everything(client, key)) != before:
+                wrote.append({k: (after[k], before[k]) for k in after if after[k] != before[k]})
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    print(f"{stopped - len(wrote)} of {stopped} zombies wrote nothing")
+    assert stopped == ZOMBIES
+    assert not wrote, str(wrote)[:3000]
+
+
+def _runs_of(client: MlflowClient, key: str) -> list[str]:
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.`tunix_mlflow.key` = '{key}'")
+    return [run.info.run_id for run in found]
+
+
+def _everything(client: MlflowClient, key: str) -> dict[str, Any]:
+    """All that MLflow has of a run, but for its lease."""
+    (run_id,) = _runs_of(client, key)
+    run = client.get_run(run_id)
+    found: dict[str, Any] = {
+        "info": (run.info.status, run.info.end_time),
+        "tags": {k: v for k, v in run.data.tags.items() if k != "tunix_mlflow.lease"},
+        "params": run.data.params,
+        "models": sorted(
+            (model.model_id, str(model.status))
+            for model in client.search_logged_models(
+                [run.info.experiment_id], f"source_run_id = '{run_id}'"
+            )
+        ),
+    }
+    for metric in run.data.metrics:
+        points = client.get_metric_history(run_id, metric)
+        found[metric] = sorted((p.step, p.timestamp, p.value) for p in points)
+    folders: list[str | None] = [None]
+    files: list[tuple[str, int | None]] = []
+    while folders:
+        for entry in client.list_artifacts(run_id, folders.pop()):
+            if entry.is_dir:
+                folders.append(entry.path)
+            else:
+                files.append((entry.path, entry.file_size))
+    return found | {"artifacts": sorted(files)}
 
 
 @pytest.mark.long

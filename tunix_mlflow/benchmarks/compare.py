@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from tunix_mlflow.errors import TrackingError
-from tunix_mlflow.files import one_line
+from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking.runs import lookup
 from tunix_mlflow.tracking.tags import PREFIX
 
@@ -67,7 +67,7 @@ def repeats(client: MlflowClient, run_id: str) -> dict[str, list[float]]:
         for point in lookup.history(client, run_id, keys):
             values.setdefault(point.key.removeprefix(REPEATS), []).append(point.value)
     except MlflowException as error:
-        raise TrackingError(f"there is no run {run_id!r}: {one_line(error)}") from error
+        raise store.failure(error, f"there is no run {run_id!r}") from error
     if not values:
         raise TrackingError(
             f"run {run_id} has no repeats to compare; `tunix-mlflow bench suite=train` makes one"

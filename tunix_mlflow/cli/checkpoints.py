@@ -11,7 +11,7 @@ from tunix_mlflow.cli.arguments import Number
 from tunix_mlflow.errors import IntegrityError
 
 if TYPE_CHECKING:
-    from tunix_mlflow.tracking.runs.retention import Entry
+    from tunix_mlflow.pipelines.retention import Entry
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _run = click.option("--run", "run_id", metavar="RUN_ID", help="Only those of this run.")
@@ -43,7 +43,7 @@ def list_(run_id: str | None, as_json: bool) -> None:
 def verify(run_id: str | None, as_json: bool) -> None:
     """Check every file of every checkpoint; exit code 3 if one is damaged."""
     from tunix_mlflow.cli.terminal import print_json
-    from tunix_mlflow.tracking.runs import retention
+    from tunix_mlflow.pipelines import retention
 
     client, entries = _survey(run_id, 1, 0, "validation/loss", "min", 0)
     reasons = [retention.damage(client, entry) for entry in entries]
@@ -109,7 +109,7 @@ def prune(
     nothing else is kept. Models are never deleted.
     """
     from tunix_mlflow.cli.terminal import print_json
-    from tunix_mlflow.tracking.runs import retention
+    from tunix_mlflow.pipelines import retention
 
     client, entries = _survey(run_id, keep_last, keep_best, metric, mode, keep_every)
     to_delete = [entry for entry in entries if entry.kept is None]
@@ -134,13 +134,15 @@ def _survey(
 ) -> tuple[Any, list[Entry]]:
     from tunix_mlflow.cli.terminal import Terminal
     from tunix_mlflow.config.schema import TrackingConfig
+    from tunix_mlflow.pipelines import retention
     from tunix_mlflow.tracking import store
-    from tunix_mlflow.tracking.runs import lookup, retention
+    from tunix_mlflow.tracking.runs import dead, lookup
     from tunix_mlflow.training.checkpoint import Retention
 
     if run_id is not None:
         run_id = lookup.look_up(run_id, Terminal().info).run_id
     client = store.connect(TrackingConfig())
+    dead.mark(client, Terminal().info)
     policy = Retention(keep_last, keep_best, metric, "min" if mode == "min" else "max", every)
     return client, retention.survey(client, policy, run_id)
 

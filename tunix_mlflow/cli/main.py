@@ -15,6 +15,7 @@ import click
 from tunix_mlflow.cli import stages
 from tunix_mlflow.cli.bench import bench
 from tunix_mlflow.cli.checkpoints import checkpoints
+from tunix_mlflow.cli.clean import clean
 from tunix_mlflow.cli.datasets import datasets
 from tunix_mlflow.cli.doctor import doctor
 from tunix_mlflow.cli.models import models
@@ -37,14 +38,14 @@ def cli() -> None:
     YAML; README explains them.
 
     Exit codes: 0; 2 a user's mistake; 3 refused by a gate or a check; 4 disk, memory, network or a
-    lock is not available, or MLflow refused a part of a run, worth a retry; 130 and 143 signals;
-    1 anything else.
+    lock is not available, or MLflow refused a request or a part of a run, worth a retry; 130 and
+    143 signals; 1 anything else.
     """
 
 
 for _command in (
     *(stages.seed, stages.train, stages.resume, stages.evaluate, stages.promote),
-    *(stages.main, stages.demo, sync, bench, datasets, runs, checkpoints, models, doctor),
+    *(stages.main, stages.demo, sync, bench, datasets, runs, checkpoints, models, doctor, clean),
 ):
     cli.add_command(_command)
 

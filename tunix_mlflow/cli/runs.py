@@ -30,9 +30,10 @@ def list_(limit: int, as_json: bool) -> None:
     from tunix_mlflow.cli.terminal import print_json
     from tunix_mlflow.config.schema import TrackingConfig
     from tunix_mlflow.tracking import store
-    from tunix_mlflow.tracking.runs import lookup
+    from tunix_mlflow.tracking.runs import dead, lookup
 
     client = store.connect(TrackingConfig())
+    dead.mark(client, lambda message: click.echo(message, err=True))
     rows = [_row(run) for run in lookup.training_runs(client, limit)]
     if as_json:
         print_json(rows)
@@ -61,7 +62,7 @@ def verify(run_id: str, as_json: bool) -> None:
     export(run.config, run.environment)
     if run.config.dataset is None:
         raise TrackingError(f"run {run.run_id} names no dataset")
-    from tunix_mlflow.tracking.runs import replay
+    from tunix_mlflow.pipelines import replay
 
     with Terminal() as reporter:
         manifest = datasets.ready(run.config.dataset, reporter.info)
@@ -114,6 +115,7 @@ def sync(run_id: str | None, skip: bool, retry_refused: bool) -> None:
     from tunix_mlflow.config.schema import TrackingConfig
     from tunix_mlflow.tracking import store
     from tunix_mlflow.tracking.record.folder import is_open, read_link
+    from tunix_mlflow.tracking.runs import dead
     from tunix_mlflow.tracking.sync import upload
 
     paths = _pending(run_id, skipped_too=retry_refused)
@@ -143,6 +145,7 @@ def sync(run_id: str | None, skip: bool, retry_refused: bool) -> None:
         if link is not None:
             url = store.run_link(link.experiment_id, link.run_id)
             click.echo(f"run {link.run_id}: uploaded {sent:,} bytes of records; {url}")
+    dead.mark(client, lambda message: click.echo(message, err=True))
     if failed:
         raise type(failed[0])("; ".join(map(str, failed)))
 

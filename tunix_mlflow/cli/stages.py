@@ -10,6 +10,7 @@ import click
 
 from tunix_mlflow.cli.arguments import ConfigurableCommand, Number
 from tunix_mlflow.errors import ConfigError, InputError
+from tunix_mlflow.paths import sqlite_uri
 from tunix_mlflow.runtime.process import set_defaults
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def demo(ctx: click.Context, overrides: dict[str, str]) -> None:
         del os.environ[name]
     set_defaults()
     os.environ["TUNIX_MLFLOW_HOME"] = str(folder / "state")
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ["MLFLOW_TRACKING_URI"] = sqlite_uri(folder / "mlflow.db")
     ctx.invoke(main, config=None, overrides=overrides)
 
 

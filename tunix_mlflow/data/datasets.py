@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunix_mlflow import paths
+from tunix_mlflow import files, paths
 from tunix_mlflow.config.schema import LimitsConfig
 from tunix_mlflow.data import export as exports
 from tunix_mlflow.data import formats, parsing, seeds, snapshot, staging
@@ -28,7 +26,6 @@ from tunix_mlflow.errors import DatasetError, IntegrityError, Refused
 
 SMALL = 100_000
 """Examples up to which a dataset gets its snapshot at once; a larger one when first used."""
-_STALE_SECONDS = 24 * 3600
 
 
 class Built(NamedTuple):
@@ -330,25 +327,12 @@ def export(key: str, path: Path, form: str = "trace") -> int:
 
 def leftovers() -> list[tuple[Path, int]]:
     """Return stages and incomplete snapshots that killed processes left, with their bytes."""
-    result = []
     roots = [paths.temporary_dir(), paths.snapshot_dir("0" * 64).parent]
-    for root in roots:
-        for path in [*root.glob("stage-*-*"), *root.glob(".making-*")]:
-            owner = path.name.removeprefix(".making").removeprefix("stage").split("-")[1]
-            if not _is_alive(owner) or time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-                result.append((path, size))
-    return result
-
-
-def _is_alive(process_id: str) -> bool:
-    try:
-        os.kill(int(process_id), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    found = [path for root in roots for path in files.leftovers(root)]
+    return [
+        (path, sum(f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file()))
+        for path in found
+    ]
 
 
 def _snapshot_if_small(manifest: Manifest) -> None:

@@ -19,7 +19,7 @@ from tunix_mlflow.data.catalog import read
 from tunix_mlflow.data.catalog.digests import find_corrupted
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import DatasetError, IntegrityError
-from tunix_mlflow.files import one_line, replacing
+from tunix_mlflow.files import one_line, remove_parts, replacing
 
 
 def export(manifest: Manifest, path: Path, form: str) -> int:
@@ -64,6 +64,7 @@ def writing(path: Path) -> Iterator[Path]:
         DatasetError: if the file cannot be written.
     """
     try:
+        remove_parts(path)
         with replacing(path) as part:
             yield part
     except OSError as error:

@@ -16,10 +16,8 @@ not hashed again while inode, size and modification time of the files stay the s
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,7 @@ from tunix_mlflow.data.examples import Example, from_canonical
 from tunix_mlflow.data.leakage import Leakage, Sketch
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import DatasetError, IntegrityError, TunixMlflowError, UnavailableError
-from tunix_mlflow.files import one_line, sha256_file
+from tunix_mlflow.files import one_line, scratch, sha256_file
 
 INDEX = "snapshot.json"
 SCHEMA = pa.schema([(n, pa.string()) for n in ("digest", "split", "prompt_digest", "canonical")])
@@ -93,22 +91,19 @@ def write(manifest: Manifest, batches: Iterable[pa.RecordBatch]) -> None:
     final = _local(manifest.digest)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".making-{os.getpid()}-"))
-        try:
-            files = _write_files(scratch, batches)
+        with scratch(final.parent) as made:
+            files = _write_files(made, batches)
             index = msgspec.json.encode(Index(manifest, files))
-            (scratch / INDEX).write_bytes(index)
-            scratch.chmod(0o755)
-            _publish(scratch, manifest.digest, files)
+            (made / INDEX).write_bytes(index)
+            made.chmod(0o755)
+            _publish(made, manifest.digest, files)
             if final.exists() and not (final / INDEX).is_file():
                 shutil.rmtree(final)  # incomplete
             try:
-                scratch.rename(final)
+                made.rename(final)
             except OSError:
                 if not (final / INDEX).is_file():  # otherwise another process was first
                     raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise UnavailableError(f"cannot write the snapshot {final}: {one_line(error)}") from error
 
@@ -380,26 +375,23 @@ def _fetch(digest: str) -> Path:
             " show KEY` where the catalog is"
         )
     system, path = _remote(digest)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".making-{os.getpid()}-"))
     try:
-        system.get_file(f"{path}/{INDEX}", str(scratch / INDEX))
-        listed = msgspec.json.decode((scratch / INDEX).read_bytes(), type=Index)
-        for file in listed.files:
-            if not _FILE.fullmatch(file.name):
-                raise _damaged(digest, f" ({file.name!r})")
-            system.get_file(f"{path}/{file.name}", str(scratch / file.name))
-            if _sha256(scratch / file.name) != file.sha256:
-                raise IntegrityError(f"{path}/{file.name} does not match its digest")
-        scratch.chmod(0o755)
-        if not folder.exists():
-            scratch.rename(folder)
+        with scratch(folder.parent) as made:
+            system.get_file(f"{path}/{INDEX}", str(made / INDEX))
+            listed = msgspec.json.decode((made / INDEX).read_bytes(), type=Index)
+            for file in listed.files:
+                if not _FILE.fullmatch(file.name):
+                    raise _damaged(digest, f" ({file.name!r})")
+                system.get_file(f"{path}/{file.name}", str(made / file.name))
+                if _sha256(made / file.name) != file.sha256:
+                    raise IntegrityError(f"{path}/{file.name} does not match its digest")
+            made.chmod(0o755)
+            if not folder.exists():
+                made.rename(folder)
     except TunixMlflowError:
         raise
     except Exception as error:
         raise UnavailableError(f"cannot read {path}: {one_line(error, 300)}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

@@ -7,8 +7,6 @@ temporary folder and nothing else.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tunix_mlflow import paths
+from tunix_mlflow import files, paths
 from tunix_mlflow.data.examples import Example, canonical_bytes
 from tunix_mlflow.errors import DatasetError, UnavailableError
 
@@ -145,13 +143,7 @@ def new_stage() -> Iterator[Stage]:
     """
     folder = paths.temporary_dir()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stage = tempfile.mkdtemp(prefix=f"stage-{os.getpid()}-", dir=folder)
-    except OSError as error:
-        raise UnavailableError(f"cannot write below {folder}: {error.strerror}") from error
-    try:
-        yield Stage(Path(stage))
+        with files.scratch(folder) as stage:
+            yield Stage(stage)
     except OSError as error:
         raise UnavailableError(f"cannot write below {folder}: {error}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)

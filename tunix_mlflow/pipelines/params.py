@@ -15,17 +15,25 @@ ALWAYS = (
     *("training.steps", "training.batch_size", "training.microbatch_size"),
 )
 """Keys that every training run shows, whether they were set or not."""
+_CHOSEN = tuple(
+    f"training.{name}" for name in ("microbatch_size", "scan_layers", "loss_chunk", "fused")
+)
+"""Keys that a run chooses where they are null."""
 _OF_OTHERS = ("tracking.", "benchmark.", "promotion.", "limits.")
 
 
-def training_params(given: Config, resolved: Config) -> dict[str, Any]:
+def training_params(given: Config, resolved: Config, *, resumed: bool = False) -> dict[str, Any]:
     """Return the params of a training run: the keys of ALWAYS, and what was set, at most LIMIT.
 
     Args:
         given: what the preset and the user set.
         resolved: what the run computes with; the values are taken from here.
+        resumed: `given` is what the run recorded, with what it had chosen, and the run has its
+            params.
     """
     values = flatten(resolved)
     chosen = [key for key in non_defaults(given) if not key.startswith(_OF_OTHERS)]
+    if resumed:
+        chosen = [key for key in chosen if key not in _CHOSEN]
     keys = list(dict.fromkeys([*ALWAYS, *chosen]))[:LIMIT]
     return {key: values[key] for key in keys if key in values}

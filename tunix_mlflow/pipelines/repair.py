@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -209,9 +208,9 @@ def _repair_files(
     for name in (CONFIG, ENVIRONMENT):
         if _is_readable(path / name):
             continue
-        with tempfile.TemporaryDirectory(dir=path) as scratch:
+        with files.scratch(path) as scratch:
             try:
-                fetched = download_artifact(client, run_id, name, Path(scratch))
+                fetched = download_artifact(client, run_id, name, scratch)
             except (MlflowException, OSError) as error:
                 remaining.append(f"{name} cannot be read, and MLflow has none: {error}")
                 continue

@@ -11,7 +11,7 @@ from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import ConfigError
 from tunix_mlflow.runtime.report import SILENT, Reporter
 from tunix_mlflow.tracking import store
-from tunix_mlflow.tracking.runs import lookup
+from tunix_mlflow.tracking.runs import lookup, undelivered
 from tunix_mlflow.tracking.runs import resume as resuming
 
 
@@ -22,6 +22,7 @@ class ResumePoint(NamedTuple):
     step: int | None = None  # None: the newest checkpoint
     fork: bool = False  # a new run begins there
     take_over: str | None = None  # why another process's lease on the run is not waited for
+    is_recorded: bool = True  # False: its process died before it recorded a configuration
 
 
 class Resumption(NamedTuple):
@@ -53,15 +54,26 @@ def resume_run(
         take_over: why another process's lease on the run is not waited for; None: it is.
         reporter: receives messages.
 
+    A run that has finished and of which MLflow refused a part is completed, and there is nothing
+    left to do.
+
     Raises:
         TrackingError: if there is no such run, it has finished, or a key that may not change does.
+        UnavailableError: if MLflow still refuses a part of a run that has finished.
         ConfigError: if an override is wrong.
     """
     if step is not None and step < 0:
         raise ConfigError(f"step: expected a number of updates, got {step}")
-    run = resuming.to_resume(
-        run_id, reporter.info, lambda before: apply_overrides(before, overrides), fork=fork
-    )
+
+    def change(before: Config) -> Config:
+        return apply_overrides(before, overrides)
+
+    if not fork and undelivered.is_incomplete(run_id):
+        finished = lookup.look_up(run_id, reporter.info)
+        if resuming.is_done(finished, change(finished.config)):
+            undelivered.complete(finished.client, finished.run_id, reporter.info)
+            return _nothing_left(finished)
+    run = resuming.to_resume(run_id, reporter.info, change, fork=fork)
     point = ResumePoint(run.run_id, step, fork, take_over)
     return Resumption(run.config, run.environment, point)
 
@@ -86,11 +98,17 @@ def resume_by_key(config: Config, *, reporter: Reporter = SILENT) -> Resumption:
     try:
         run = lookup.look_up(run_id, reporter.info)
     except lookup.NotRecorded:  # killed in its first moments
-        return Resumption(config, {}, ResumePoint(run_id))
+        return Resumption(config, {}, ResumePoint(run_id, is_recorded=False))
     config = inherit_auto(config, run.config)
     resuming.check_changes(run, config)
-    finished = resuming.is_done(run, config)
+    if not resuming.is_done(run, config):
+        return Resumption(config, run.environment, ResumePoint(run.run_id))
     launched = os.environ.get("MLFLOW_RUN_ID")
-    if finished and launched is not None:
+    if launched is not None:
         lookup.tag_launcher(store.connect(config.tracking), launched, run.run_id)
-    return Resumption(config, run.environment, ResumePoint(run.run_id), finished)
+    undelivered.complete(run.client, run.run_id, reporter.info)
+    return _nothing_left(run)
+
+
+def _nothing_left(run: lookup.RecordedRun) -> Resumption:
+    return Resumption(run.config, run.environment, ResumePoint(run.run_id), finished=True)

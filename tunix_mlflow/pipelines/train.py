@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tunix_mlflow.config.identity import config_digest, to_json
 from tunix_mlflow.config.schema import Config
@@ -127,7 +127,9 @@ def train(
         report=reporter.info,
     ) as run:
         reporter.info(f"run {run.run_id}: {run.link}")
-        _describe(run, given, inputs, trainer, leakage)
+        has_params = resume is not None and resume.is_recorded and not resume.fork
+        params = training_params(given, inputs.config, resumed=has_params)
+        _describe(run, params, inputs, trainer, leakage)
         checkpoints = _open_checkpoints(run, inputs.config, identity)
         try:
             if forked_from is not None:
@@ -237,18 +239,17 @@ def _check_leakage(config: Config, manifest: Manifest, reporter: Reporter) -> di
 
 def _describe(
     run: Run,
-    given: Config,
+    params: dict[str, Any],
     inputs: TrainingInputs,
     trainer: Trainer,
     leakage: dict[str, float],
 ) -> None:
     """Record what is known before the first update."""
     config, manifest = inputs.config, inputs.manifest
+    # First, so that a run with a configuration has them.
+    run.log_params(params | {"parameters": decoder.parameter_count(trainer.state.params)})
     run.write_file("config.json", to_json(config))
     run.write_file("environment.json", json.dumps(environment.to_record()).encode())
-    params = training_params(given, config)
-    params["parameters"] = decoder.parameter_count(trainer.state.params)
-    run.log_params(params)
     facts = {
         "fill": inputs.train.fill,
         "truncated": inputs.train.truncated,

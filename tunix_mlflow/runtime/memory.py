@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_LIMITS = (
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+_EVENTS = ("memory.events", "memory.oom_control")
+"""Limit and usage, and what counts kills, in versions 2 and 1."""
 _UNLIMITED = 1 << 60  # version 1 says "no limit" by a number near 2**63
 
 
@@ -42,6 +49,37 @@ def available(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup"
     return min(found)
 
 
+def oom_kills(
+    root: Path = _CGROUPS,
+    membership: Path = Path("/proc/self/cgroup"),
+    machine: Path = Path("/proc/vmstat"),
+) -> dict[str, int]:
+    """Return how often the kernel has killed a process for lack of memory, so far.
+
+    Returns:
+        By the file that counts: of the control group of this process, and of the machine.
+    """
+    files = [folder / name for folder, _ in _groups(root, membership)[:1] for name in _EVENTS]
+    counts = {str(file): _table(file).get("oom_kill") for file in (*files, machine)}
+    return {file: count for file, count in counts.items() if count is not None}
+
+
+def killed_since(before: Mapping[str, int]) -> str | None:
+    """Return that the kernel has killed a process for lack of memory since; None if not.
+
+    Args:
+        before: what :func:`oom_kills` returned.
+    """
+    for name, count in before.items():
+        file = Path(name)
+        if _table(file).get("oom_kill", 0) > count:
+            limits = (_read(file.parent / limit) for limit, _ in _LIMITS)
+            limit = next((limit for limit in limits if limit is not None), None)
+            limited = f"; the container's limit is {limit / 1e9:.2f} GB" if limit else ""
+            return f"perhaps for lack of memory: the kernel killed a process for that{limited}"
+    return None
+
+
 def _groups(root: Path, membership: Path) -> list[tuple[Path, tuple[str, str]]]:
     """The folders of the control groups around this process, with the names of limit and usage."""
     try:
@@ -52,9 +90,9 @@ def _groups(root: Path, membership: Path) -> list[tuple[Path, tuple[str, str]]]:
     for line in lines:
         number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number == "0" and not controllers:
-            base, names = root, ("memory.max", "memory.current")
+            base, names = root, _LIMITS[0]
         elif "memory" in controllers.split(","):
-            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            base, names = root / "memory", _LIMITS[1]
         else:
             continue
         # In a container the path may be that of the host, and only the root is there.

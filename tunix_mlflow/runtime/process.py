@@ -64,9 +64,9 @@ def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Run a command and return its exit code.
 
     0; 2: a user's mistake; 3: refused by a gate or a check; 4: disk, memory, network or a lock is
-    not available, worth a retry; 130 and 143: signals; 1: anything else, with a traceback unless
-    MLflow failed. A run that `mlflow run` created for this process, and that nothing took over,
-    gets the message as its tag `tunix_mlflow.error`.
+    not available, or MLflow refused a request, worth a retry; 130 and 143: signals; 1: anything
+    else, with a traceback. A run that `mlflow run` created for this process, and that nothing took
+    over, gets the message as its tag `tunix_mlflow.error`.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     if "MLFLOW_RUN_ID" in os.environ:
@@ -104,9 +104,7 @@ def _classify(error: Exception) -> TunixMlflowError | None:
     if package == "requests":
         return UnavailableError(f"MLflow cannot be reached: {one_line(error)}")
     if package == "mlflow":  # its client's traceback helps nobody
-        status = getattr(error, "get_http_status_code", lambda: 500)()
-        kind = UnavailableError if status >= 500 else TunixMlflowError
-        return kind(f"MLflow failed: {one_line(error)}")
+        return UnavailableError(f"MLflow failed: {one_line(error)}")
     return None
 
 
@@ -169,6 +167,8 @@ def _tag_launched_run(message: str) -> None:
         from mlflow.tracking import MlflowClient
 
         client = MlflowClient()
+        if "tunix_mlflow.version" in client.get_run(run_id).data.tags:
+            return  # a run of ours, which `mlflow run` did not make for this process
         client.set_tag(run_id, "tunix_mlflow.error", message[:5000])
         client.set_terminated(run_id, "FAILED")
     except Exception as error:  # the message is on stderr already

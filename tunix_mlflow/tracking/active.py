@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mlflow.entities import Run as RunEntity
@@ -70,6 +71,24 @@ def set_request_limits() -> None:
             _requests_set[:] = [name for name in _REQUESTS if name not in os.environ]
             os.environ.update({name: _REQUESTS[name] for name in _requests_set})
         _requests_users += 1
+
+
+@contextlib.contextmanager
+def no_retries() -> Iterator[None]:
+    """Let no request of a block be repeated by MLflow's client.
+
+    What makes something would make it twice, where only the answer was lost.
+    """
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def restore_request_limits() -> None:

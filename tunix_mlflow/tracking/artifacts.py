@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import msgspec
 from mlflow.exceptions import MlflowException
 
-from tunix_mlflow import paths
+from tunix_mlflow import files, paths
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import TrackingError
 from tunix_mlflow.files import one_line
@@ -41,11 +40,9 @@ def local(place: str) -> Iterator[Path]:
     if not place.startswith(_SCHEMES):
         yield Path(place).expanduser()
         return
-    parent = paths.temporary_dir()
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as scratch:
+    with files.scratch(paths.temporary_dir()) as scratch:
         try:
-            found = download_uri(place, Path(scratch))
+            found = download_uri(place, scratch)
         except (MlflowException, OSError) as error:
             raise TrackingError(f"cannot fetch {place}: {one_line(error)}") from error
         yield found

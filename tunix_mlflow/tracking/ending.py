@@ -24,6 +24,9 @@ class Endable(Protocol):
     def end(self, status: str = "FINISHED", error: str | None = None) -> bool:
         """End it; a second call does nothing."""
 
+    def leave(self) -> None:
+        """Let go of it in a forked process: it stays the parent's."""
+
 
 class _Open(NamedTuple):
     run: Endable
@@ -102,4 +105,12 @@ def _end_open_runs() -> None:
                 run.end(*outcome(error if error is not shown else None))
 
 
+def _leave_open_runs() -> None:
+    """Take no part in the runs of the process that this one was forked from."""
+    for one in _open:
+        one.run.leave()
+    _open.clear()
+
+
 atexit.register(_end_open_runs)
+os.register_at_fork(after_in_child=_leave_open_runs)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import mlflow
 from filelock import FileLock
-from mlflow.entities import RunInfo
+from mlflow.entities import Run, RunInfo
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
@@ -20,13 +21,14 @@ from tunix_mlflow import paths
 from tunix_mlflow.errors import TrackingError, UnavailableError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.runtime import git
-from tunix_mlflow.tracking import store, tags
+from tunix_mlflow.tracking import active, store, tags
 from tunix_mlflow.tracking.record import folder as folders
-from tunix_mlflow.tracking.record import records
+from tunix_mlflow.tracking.record import marker, records
 from tunix_mlflow.tracking.record.event_log import EventLog
 from tunix_mlflow.tracking.record.folder import METRICS_LOG, REFILL
+from tunix_mlflow.tracking.record.marker import About, Marker
 from tunix_mlflow.tracking.record.metrics_log import now
-from tunix_mlflow.tracking.runs import lookup, resume
+from tunix_mlflow.tracking.runs import dead, lookup, resume
 from tunix_mlflow.tracking.sync import calls, lease
 from tunix_mlflow.tracking.sync.lease import Lease
 
@@ -55,6 +57,7 @@ class Opened(NamedTuple):
     lock: FileLock
     info: RunInfo
     lease: Lease | None  # None: MLflow is away
+    marker: Marker
     attached: bool  # it existed before
 
 
@@ -80,7 +83,7 @@ def open_folder(
         except MlflowException as error:
             away = store.went_away(error)
             if away is None:
-                raise TrackingError(f"cannot start the run: {one_line(error)}") from error
+                raise store.failure(error, "cannot start the run") from error
     return _open_away(away, request, report)
 
 
@@ -104,6 +107,8 @@ def commit_tags() -> dict[str, str]:
 
 
 def _open_online(client: MlflowClient, request: Request, report: Callable[[str], None]) -> Opened:
+    if request.mark_stale:
+        dead.mark(client, report)
     run_id = request.run_id
     experiment_id = None
     if run_id is None and request.resume and request.key is not None:
@@ -119,8 +124,8 @@ def _open_online(client: MlflowClient, request: Request, report: Callable[[str],
         opened = _create(client, experiment_id, request, report)
     if request.mark_stale:
         try:
-            for dead in resume.mark_stale(client, opened.info.experiment_id):
-                report(f"run {dead} was left RUNNING by a process that died; it is KILLED now")
+            for ended in resume.mark_stale(client, opened.info.experiment_id):
+                report(dead.said(*ended))
         except MlflowException as error:
             report(f"runs whose process died were not looked for: {one_line(error)}")
     return opened
@@ -129,25 +134,43 @@ def _open_online(client: MlflowClient, request: Request, report: Callable[[str],
 def _create(
     client: MlflowClient, experiment_id: str, request: Request, report: Callable[[str], None]
 ) -> Opened:
-    seconds = request.lease_seconds
-    given = dict(request.tags) | lease.provisional(seconds)
+    owner, begun = lease.new_owner(), lease.now()
+    given = dict(request.tags) | lease.tag(owner, request.lease_seconds)
     parent = request.parent
     if parent is not None and paths.run_dir(parent).exists():
         link = folders.read_link(paths.run_dir(parent))
         parent = None if link is None else link.run_id
     if parent is not None:
         given[tags.PARENT] = parent
-    run = client.create_run(experiment_id, tags=context_tags(given), run_name=request.name)
-    run_id = run.info.run_id
+    about = About(store.public(mlflow.get_tracking_uri()), experiment_id)
     with contextlib.ExitStack() as undo:
+        placed = marker.place(owner, about)
+        undo.callback(placed.release, remove=False)  # perhaps MLflow has a run that it kept quiet
+        run = _create_run(client, experiment_id, context_tags(given), request.name)
+        run_id = run.info.run_id
         undo.callback(_give_up, client, run_id)
         folder = paths.run_dir(run_id)
         lock = folders.lock(folder)
         undo.callback(lock.release)
-        held = lease.acquire(client, run_id, folder, seconds, report, created=True)
+        lease.make_owner(folder, owner)
         calls.adopt(folder, run_id, run.info.experiment_id)
         undo.pop_all()
-    return Opened(folder.resolve(), lock, run.info, held, False)
+    held = Lease(client, run_id, owner, request.lease_seconds, begun)
+    return Opened(folder.resolve(), lock, run.info, held, placed, False)
+
+
+def _create_run(
+    client: MlflowClient, experiment_id: str, given: dict[str, str], name: str | None
+) -> Run:
+    """Make a run, and only one if an answer of MLflow is lost."""
+    try:
+        with active.no_retries():
+            return client.create_run(experiment_id, tags=given, run_name=name)
+    except MlflowException:
+        made = client.search_runs([experiment_id], f"tags.`{tags.LEASE}` = '{given[tags.LEASE]}'")
+        if made:
+            return made[0]
+        return client.create_run(experiment_id, tags=given, run_name=name)
 
 
 def _attach(
@@ -158,11 +181,21 @@ def _attach(
     before = run.data.tags
     if run.info.lifecycle_stage == "deleted":
         raise TrackingError(f"run {run_id} was deleted; restore it in MLflow first")
+    stage = request.tags.get(tags.STAGE)
+    if stage is not None and before.get(tags.STAGE, stage) != stage:
+        named = "MLFLOW_RUN_ID names" if run_id == request.launched else "this is"
+        raise TrackingError(
+            f"{named} run {run_id}, of the stage {before[tags.STAGE]}; a run of the stage {stage}"
+            " cannot go on there"
+        )
     _check_digests(before, request.tags, run_id)
     folder = paths.run_dir(run_id).resolve()
     with contextlib.ExitStack() as undo:
         lock = folders.lock(folder)
         undo.callback(lock.release)
+        about = About(store.public(mlflow.get_tracking_uri()), folder=folder.name)
+        placed = marker.place(lease.owner_of(folder), about)
+        undo.callback(placed.release, remove=False)
         held_here = _owner(before) == lease.owner_of(folder)
         refill = folder / REFILL  # stays when this process dies before it is done
         if tags.VERSION in before and not (held_here and (folder / METRICS_LOG).exists()):
@@ -177,7 +210,7 @@ def _attach(
         client.update_run(run_id, status="RUNNING")
         calls.adopt(folder, run_id, run.info.experiment_id)
         undo.pop_all()
-    return Opened(folder, lock, run.info, held, True)
+    return Opened(folder, lock, run.info, held, placed, True)
 
 
 def _open_away(away: str, request: Request, report: Callable[[str], None]) -> Opened:
@@ -190,6 +223,8 @@ def _open_away(away: str, request: Request, report: Callable[[str], None]) -> Op
         raise UnavailableError(f"{away}, and run {run_id} is not on this machine")
     lock = folders.lock(folder)
     folder = folder.resolve()
+    about = About(store.public(mlflow.get_tracking_uri()), folder=folder.name)
+    placed = marker.place(lease.owner_of(folder), about)
     report(f"{away}: recording in {folder}; pending records are uploaded when it is back")
     if run_id is None:
         events = EventLog(folder)
@@ -215,7 +250,7 @@ def _open_away(away: str, request: Request, report: Callable[[str], None]) -> Op
         lifecycle_stage="active",
         run_name=request.name,
     )
-    return Opened(folder, lock, info, None, run_id is not None)
+    return Opened(folder, lock, info, None, placed, run_id is not None)
 
 
 def _owner(given: Mapping[str, str]) -> str | None:

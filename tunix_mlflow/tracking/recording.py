@@ -41,7 +41,7 @@ class Recording:
         self, folder: Path, report: Callable[[str], None], *, name_conflicts: bool
     ) -> None:
         self.folder, self.report, self._name_conflicts = folder, report, name_conflicts
-        self._ended = self._lost = False
+        self._ended = self._lost = self._is_forked = False
         self._named: set[str] = set()  # keys whose values were reported
         self._recorder: Recorder | None = None
         self._metrics = MetricsLog(folder / METRICS_LOG, report)
@@ -344,6 +344,11 @@ class Recording:
                 self.report(f"metric {key[:80]!r} is not recorded: {why}")
 
     def _check_open(self) -> None:
+        if self._is_forked:
+            raise TrackingError(
+                f"run {self.run_id} is open in the process that this one was forked from; log"
+                " there, or start another run here"
+            )
         if self._ended:
             raise TrackingError(f"run {self.run_id} has ended; start another, or continue it")
         if self._lost:

@@ -28,6 +28,7 @@ from tunix_mlflow.errors import TrackingError
 from tunix_mlflow.tracking import active, ending, opening, store
 from tunix_mlflow.tracking import tags as names
 from tunix_mlflow.tracking.opening import Opened, Request
+from tunix_mlflow.tracking.record import folder as folders
 from tunix_mlflow.tracking.record import records
 from tunix_mlflow.tracking.record.cursor import read_cursor, skip_pending
 from tunix_mlflow.tracking.record.folder import METRICS_LOG, read_link
@@ -74,11 +75,11 @@ class Run(Recording):
         must_be_complete: bool,
     ) -> None:
         super().__init__(opened.folder, report, name_conflicts=stage is None)
-        self._pid, self._must_be_complete = os.getpid(), must_be_complete
-        self._is_complete = False  # until it has ended
+        self._must_be_complete = must_be_complete
+        self._is_complete = self._has_its_end = False  # MLflow knows the end, if not all else
         self.client, self.stage = client, stage
         self._attached, self._launcher = opened.attached, launcher
-        self._info, self._lock = opened.info, opened.lock
+        self._info, self._lock, self._marker = opened.info, opened.lock, opened.marker
         # Before the worker, which would keep the lease of a run that never began.
         self._monitor = SystemMetrics(self._metrics) if log_system_metrics else None
         lease, away = opened.lease, opened.lease is None
@@ -169,7 +170,7 @@ class Run(Recording):
         """
         if status not in _STATUSES:
             raise TrackingError(f"a run ends {', '.join(_STATUSES)}, not {status!r}")
-        if self._ended or self._pid != os.getpid():  # a forked process has no part in it
+        if self._ended or self._is_forked:
             return self._is_complete
         self._ended = True
         with ending.undisturbed(self._worker.give_up, interrupted=status == "KILLED"):
@@ -180,10 +181,20 @@ class Run(Recording):
                 with contextlib.ExitStack() as last:  # each of them, whatever another raises
                     last.callback(active.restore_request_limits)
                     last.callback(self._lock.release)
+                    last.callback(self._marker.release, remove=self._has_its_end)
                     last.callback(self._events.close)
                     last.callback(self._worker.close)
                     last.callback(ending.unregister, self)
                     last.callback(self._activation.end)
+
+    def leave(self) -> None:
+        """Let go of the run in a forked process: it stays the parent's, with its locks.
+
+        A lock that this process unlocked, or kept, would be the parent's too.
+        """
+        self._is_forked = True
+        self._marker.leave()
+        folders.leave(self._lock)
 
     def __enter__(self) -> Run:
         return self
@@ -198,6 +209,7 @@ class Run(Recording):
             self._metrics.close()
             if self._lost:
                 skip_pending(self.folder)  # another process records the run
+                self._has_its_end = True
                 return True
             if error is not None:
                 self._put(records.Tags(tags={names.ERROR: error}))
@@ -207,7 +219,7 @@ class Run(Recording):
                 self._put(records.Artifact(path=METRICS_LOG, artifact=METRICS_LOG))
             for run_id in (None, self._launcher) if self._launcher else (None,):
                 self._put(records.Status(status=status, end_time=now(), run_id=run_id))
-            delivered = self._worker.drain()
+            delivered = self._has_its_end = self._worker.drain()
             self._worker.give_up()  # and say no more
             if delivered and self._worker.lease is not None:
                 with contextlib.suppress(Exception):  # it ends by itself
@@ -397,7 +409,7 @@ def _start(
             parent=parent,
             tags=own,
             lease_seconds=tracking.lease_seconds,
-            mark_stale=outer is None and stage in (None, "train"),
+            mark_stale=outer is None,
             take_over=take_over,
         )
         opened = opening.open_folder(client, away, request, report)
@@ -414,6 +426,7 @@ def _start(
                 must_be_complete=tracking.incomplete == "fail",
             )
         except BaseException:
+            opened.marker.release(remove=False)
             opened.lock.release()
             raise
     except BaseException:

@@ -31,6 +31,10 @@ from tunix_mlflow.files import one_line
 DEFAULT_EXPERIMENT = "tunix-mlflow"
 _KIND_TAG = {"mlflow.experimentKind": "custom_model_development"}
 _PROBE_SECONDS = 4
+_MISTAKES = (
+    *("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE", "BAD_REQUEST"),
+    *("RESOURCE_ALREADY_EXISTS", "INVALID_STATE"),
+)
 _EXPORTED = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")  # by MLflow, when it is given a store
 
 
@@ -68,7 +72,7 @@ def reach(config: TrackingConfig) -> tuple[MlflowClient, str | None]:
         away = _probe(uri)
         if away is not None:
             return MlflowClient(), away
-    elif uri.startswith("sqlite:///") and Path(uri.removeprefix("sqlite:///")).is_dir():
+    elif (file := paths.sqlite_path(uri)) is not None and file.is_dir():
         raise TrackingError(f"cannot use the MLflow store {uri}: it is a folder, not a database")
     try:
         with _alone(uri):
@@ -112,6 +116,19 @@ def answers() -> bool:
     """Whether the tracking store is well: a server that can be asked, or a local database."""
     uri = mlflow.get_tracking_uri()
     return not uri.startswith("http") or _probe(uri) is None
+
+
+def failure(error: Exception, missing: str) -> TrackingError | UnavailableError:
+    """Return what to raise for a failed call that asks for something by a name of the user's.
+
+    Args:
+        error: what the client raised.
+        missing: what is wrong if MLflow says that there is no such thing, or that the name cannot
+            be one; any other answer, or none, says nothing of the name.
+    """
+    if isinstance(error, MlflowException) and error.error_code in _MISTAKES:
+        return TrackingError(f"{missing}: {one_line(error)}")
+    return UnavailableError(f"MLflow does not answer, or refuses to: {one_line(error)}")
 
 
 def went_away(error: Exception) -> str | None:
@@ -193,7 +210,7 @@ def find_experiment(client: MlflowClient, name: str | None, experiment_id: str |
         except MlflowException as error:
             if _is_away(error):
                 raise
-            raise TrackingError(f"experiment {experiment_id}: {one_line(error)}") from error
+            raise failure(error, f"experiment {experiment_id}") from error
     else:
         assert name is not None
         named = client.get_experiment_by_name(name)
@@ -209,7 +226,7 @@ def find_experiment(client: MlflowClient, name: str | None, experiment_id: str |
                 if named is None:
                     if _is_away(error):
                         raise
-                    raise TrackingError(f"experiment {name!r}: {one_line(error)}") from error
+                    raise failure(error, f"experiment {name!r}") from error
         found = named
     if found.lifecycle_stage == "deleted":
         raise TrackingError(f"experiment {found.name!r} was deleted; restore it, or choose another")
@@ -284,8 +301,8 @@ def _artifacts(name: str) -> str | None:
     uri = mlflow.get_tracking_uri()
     if uri == paths.offline_tracking_uri():
         return paths.offline_artifacts().as_uri()
-    if uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute().parent
+    if (file := paths.sqlite_path(uri)) is not None:
+        folder = file.absolute().parent
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
         return (folder / "mlruns" / safe).as_uri()
     return None

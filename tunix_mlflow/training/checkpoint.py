@@ -121,7 +121,8 @@ class Checkpoints:
         try:
             if (folder / arrays.MANIFEST).exists():
                 return
-            self._sweep()
+            for left in leftovers(self.folder):
+                shutil.rmtree(left)
             folder.mkdir(parents=True)
             copy = jax.tree.map(lambda leaf: np.array(leaf), state)
             self._orbax.save((folder / STATE).absolute(), arrays.flatten(state))
@@ -254,15 +255,6 @@ class Checkpoints:
             if self.on_removed is not None:
                 self.on_removed(step)
 
-    def _sweep(self) -> None:
-        """Delete what a killed process left: torn saves, and what it was deleting."""
-        sealed = sealed_checkpoints(self.folder)
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            torn = path.name.isdigit() and path not in sealed
-            left = path.name.startswith(_DELETING) or _ORBAX_TMP in path.name
-            if (torn or left) and path.is_dir():
-                shutil.rmtree(path)
-
     def _renew(self) -> None:
         """Replace the checkpointer after a failed save: it would raise the rest at the next one."""
         self._close_orbax()
@@ -283,6 +275,21 @@ def sealed_checkpoints(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if path.name.isdigit() and (path / arrays.MANIFEST).exists()
     )
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Return what a killed process left among checkpoints: torn saves, and what it was deleting."""
+    sealed = sealed_checkpoints(folder)
+    return [
+        path
+        for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
+        if path.is_dir()
+        and (
+            (path.name.isdigit() and path not in sealed)
+            or path.name.startswith(_DELETING)
+            or _ORBAX_TMP in path.name
+        )
+    ]
 
 
 def remove(folder: Path) -> None:

@@ -69,6 +69,11 @@ def transaction(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
 
 
 def _open(path: Path, write: bool) -> duckdb.DuckDBPyConnection:
+    if "?" in str(path):
+        raise DatasetError(
+            f"DuckDB cannot open {path}, since there is a '?' in it; set {paths.HOME_VARIABLE} to"
+            " another folder"
+        )
     deadline = time.monotonic() + lock.WAIT_SECONDS
     # Nothing but the file itself: no other file is read or written through SQL.
     config: dict[str, Any] = {

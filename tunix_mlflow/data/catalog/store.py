@@ -215,7 +215,9 @@ def _statistics(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
     stats: dict[str, Any] = {"distinct_prompts": row[0], "without_steps": row[1]}
     for i, name in enumerate(columns):
         mean, quantiles, maximum = row[2 + 3 * i : 5 + 3 * i]
-        stats[f"{name}_mean"] = round(float(mean), 3)
+        rounded = round(float(mean), 3)
+        # As canonical JSON has it, so that a manifest is the same when it is read back.
+        stats[f"{name}_mean"] = int(rounded) if rounded.is_integer() else rounded
         for share, value in zip(_PERCENTILES, quantiles, strict=True):
             stats[f"{name}_p{share}"] = int(value)
         stats[f"{name}_max"] = int(maximum)

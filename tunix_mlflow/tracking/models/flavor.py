@@ -11,13 +11,13 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import yaml
 from mlflow import pyfunc
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
@@ -171,13 +171,12 @@ def fetch_package(model_uri: str) -> Iterator[Path]:
         TrackingError: if it cannot be fetched.
         IntegrityError: if it is of another flavor, or would be served by other code.
     """
-    parent = paths.temporary_dir()
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as scratch:
+    with files.scratch(paths.temporary_dir()) as scratch:
         try:
-            folder = download_uri(model_uri, Path(scratch))
-            flavors = Model.load(str(folder / MLMODEL_FILE_NAME)).flavors
-        except (MlflowException, OSError) as error:
+            folder = download_uri(model_uri, scratch)
+            # Not by Model.load, which takes a path for an address, and decodes it.
+            flavors = yaml.safe_load((folder / MLMODEL_FILE_NAME).read_bytes())["flavors"]
+        except (MlflowException, OSError, yaml.YAMLError, TypeError, KeyError) as error:
             raise TrackingError(f"cannot load {model_uri}: {files.one_line(error)}") from error
         if FLAVOR not in flavors:
             names = ", ".join(flavors)

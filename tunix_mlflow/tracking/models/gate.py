@@ -13,10 +13,9 @@ from mlflow.entities import LoggedModel, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow.errors import IntegrityError, Refused, TrackingError
-from tunix_mlflow.files import one_line
+from tunix_mlflow.errors import IntegrityError, Refused
 from tunix_mlflow.models import bundle as bundles
-from tunix_mlflow.tracking import tags
+from tunix_mlflow.tracking import store, tags
 from tunix_mlflow.tracking.models import flavor, registry
 from tunix_mlflow.tracking.models.registry import CHALLENGER, CHAMPION
 
@@ -101,7 +100,7 @@ def promote(
         client.set_registered_model_alias(name, CHALLENGER, version)
         before = registry.aliased(client, name, CHAMPION)
     except MlflowException as error:
-        raise TrackingError(f"registry, model {name!r}: {one_line(error)}") from error
+        raise store.failure(error, f"registry, model {name!r}") from error
     rival = None if before == version else before  # a model does not regress against itself
     reason = _reason_to_refuse(client, model, name, rival, thresholds, dataset)
     if reason is not None:

@@ -10,8 +10,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from tunix_mlflow.errors import ConfigError, TrackingError
-from tunix_mlflow.files import one_line
-from tunix_mlflow.tracking import store, tags
+from tunix_mlflow.tracking import active, store, tags
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 _READY_SECONDS = 300
@@ -37,9 +36,10 @@ def resolve(client: MlflowClient, reference: str) -> LoggedModel:
             raise TrackingError(f"run {reference} has logged no model; train it to its end")
         return max(ready, key=lambda model: model.creation_timestamp)
     except MlflowException as error:
-        raise TrackingError(
-            f"there is no model {reference!r}: {one_line(error)}; expected a run id,"
-            " models:/m-..., models:/NAME/VERSION or models:/NAME@ALIAS"
+        raise store.failure(
+            error,
+            f"there is no model {reference!r} (a run id, models:/m-..., models:/NAME/VERSION or"
+            " models:/NAME@ALIAS)",
         ) from error
 
 
@@ -75,19 +75,47 @@ def register(
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        client.create_registered_model(name)
-    for version in client.search_model_versions(f"name = '{name}'"):
-        if version.tags.get(tags.CONTENT_DIGEST) == content_digest:
-            return str(version.version)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as failure:
+            # By another process, or by this one, whose first answer was lost.
+            if failure.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+    number = _version_of(client, name, content_digest)
+    if number is None:
+        given = {tags.CONTENT_DIGEST: content_digest, tags.PACKAGE_DIGEST: package_digest}
+        try:
+            with active.no_retries():
+                number = _create_version(client, name, model, given)
+        except MlflowException:
+            number = _version_of(client, name, content_digest)  # perhaps only the answer was lost
+            if number is None:
+                raise
+    _wait_until_ready(client, name, number)
+    return number
+
+
+def _version_of(client: MlflowClient, name: str, content_digest: str) -> str | None:
+    """Return the version of a content, the first of several; None if there is none."""
+    found = [
+        int(version.version)
+        for version in client.search_model_versions(f"name = '{name}'")
+        if version.tags.get(tags.CONTENT_DIGEST) == content_digest
+    ]
+    return str(min(found)) if found else None
+
+
+def _create_version(
+    client: MlflowClient, name: str, model: LoggedModel, given: dict[str, str]
+) -> str:
     created = client.create_model_version(
         name,
         source=f"models:/{model.model_id}",
         run_id=model.source_run_id,
         model_id=model.model_id,
-        tags={tags.CONTENT_DIGEST: content_digest, tags.PACKAGE_DIGEST: package_digest},
+        tags=given,
         await_creation_for=0,  # MLflow's own waiting logs a line, whether it waits or not
     )
-    _wait_until_ready(client, name, str(created.version))
     return str(created.version)
 
 

@@ -5,6 +5,7 @@ docs/run-folder.md says of every file what it is, who writes it and who reads it
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def lock(folder: Path) -> FileLock:
     except OSError as error:
         raise UnavailableError(f"cannot write to {folder}: {files.one_line(error)}") from error
     return held
+
+
+def leave(held: FileLock) -> None:
+    """Let go of a lock in a forked process: it stays the parent's.
+
+    `FileLock.release`, which its deletion calls too, would unlock it for both.
+    """
+    handle, held._context.lock_file_fd = held._context.lock_file_fd, None
+    if handle is not None:
+        os.close(handle)
 
 
 def is_open(folder: Path) -> bool:

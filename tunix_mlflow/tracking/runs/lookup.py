@@ -286,7 +286,7 @@ def _training_run(client: MlflowClient, run_id: str) -> Run:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        raise TrackingError(f"there is no run {run_id!r}: {one_line(error)}") from error
+        raise store.failure(error, f"there is no run {run_id!r}") from error
     if tags.LAUNCHER_OF in run.data.tags:
         target = run.data.tags[tags.LAUNCHER_OF]
         raise TrackingError(f"run {run_id} only launched run {target}; resume that one")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow import paths
+from tunix_mlflow import files, paths
 from tunix_mlflow.config.identity import differences
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import CheckpointError, IntegrityError, TrackingError
@@ -119,8 +118,8 @@ def fetch_checkpoint(
         if wanted not in (None, step):
             continue
         checkpoints.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            fetched = download_artifact(client, run_id, artifact, Path(scratch))
+        with files.scratch(folder) as scratch:
+            fetched = download_artifact(client, run_id, artifact, scratch)
             try:
                 arrays.check(fetched)
             except IntegrityError as error:
@@ -155,10 +154,10 @@ def refill(client: MlflowClient, run_id: str, folder: Path, report: Callable[[st
         MlflowException: if MLflow does not answer.
     """
     path = folder / METRICS_LOG
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with files.scratch(folder) as scratch:
         points = []
         if METRICS_LOG in {found.path for found in client.list_artifacts(run_id)}:
-            uploaded = download_artifact(client, run_id, METRICS_LOG, Path(scratch))
+            uploaded = download_artifact(client, run_id, METRICS_LOG, scratch)
             if path.exists():
                 lines = metrics_log.read(uploaded)
                 points = [point for line in lines for point in metrics_log.points(line)]
@@ -171,11 +170,11 @@ def refill(client: MlflowClient, run_id: str, folder: Path, report: Callable[[st
     fetch_checkpoint(client, run_id, folder, report)
 
 
-def mark_stale(client: MlflowClient, experiment_id: str) -> list[str]:
-    """End runs whose process died without a status: RUNNING, and their lease is over.
+def mark_stale(client: MlflowClient, experiment_id: str) -> list[tuple[str, str]]:
+    """End runs of an experiment that a process, anywhere, left RUNNING, and whose lease is over.
 
     Returns:
-        Their ids.
+        Their ids, and the status of each.
     """
     found = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
     stale = [
@@ -185,6 +184,4 @@ def mark_stale(client: MlflowClient, experiment_id: str) -> list[str]:
     ]
     # Not one that another process resumed meanwhile.
     dead = [one for one in stale if lease.expired(client.get_run(one).data.tags)]
-    for run_id in dead:
-        upload.end_dead(client, run_id)
-    return dead
+    return [(run_id, upload.end_dead(client, run_id)) for run_id in dead]

@@ -38,6 +38,32 @@ def deliver(client: MlflowClient, reference: str, report: Callable[[str], None])
             report(f"run {path.name} is not in MLflow as it was recorded: {error}")
 
 
+def is_incomplete(run_id: str) -> bool:
+    """Return whether this machine has something of a run that MLflow does not have."""
+    path = lookup.folder_of(run_id)
+    return path is not None and bool(pending_bytes(path) or read_cursor(path).offered)
+
+
+def complete(client: MlflowClient | None, run_id: str, report: Callable[[str], None]) -> None:
+    """Deliver what is missing of a run that has finished.
+
+    Args:
+        client: reaches MLflow; None: it is away, and nothing is delivered.
+        run_id: the run.
+        report: called with what MLflow refuses.
+
+    Raises:
+        UnavailableError: if it still refuses a part, or does not answer.
+    """
+    path = lookup.folder_of(run_id)
+    if client is None or path is None or not is_incomplete(run_id):
+        return
+    upload.sync(client, path, report)
+    if refused := upload.describe_refused(path):
+        raise UnavailableError(f"MLflow refuses a part of run {run_id}: {refused}")
+    report(f"run {run_id}: MLflow has all of it now")
+
+
 def check_model(reference: str) -> None:
     """Check that a run's model does not wait for MLflow.
 

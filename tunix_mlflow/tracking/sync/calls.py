@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import posixpath
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -20,9 +19,10 @@ from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, Param, Run
 from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
-from tunix_mlflow import paths
+from tunix_mlflow import files, paths
 from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking import tags as names
+from tunix_mlflow.tracking.plugins import fence
 from tunix_mlflow.tracking.record import records
 from tunix_mlflow.tracking.record.cursor import refused_counts
 from tunix_mlflow.tracking.record.folder import STAGED, RunLink, read_link, write_link
@@ -201,8 +201,8 @@ def _upload_file(client: MlflowClient, folder: Path, run_id: str, record: record
     else:
         try:
             # A copy: a metrics log grows while it is sent.
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                copy = Path(scratch) / Path(record.artifact).name
+            with files.scratch(folder) as scratch:
+                copy = scratch / Path(record.artifact).name
                 shutil.copyfile(source, copy)
                 client.log_artifact(run_id, str(copy), _parent(record.artifact))
         except FileNotFoundError:
@@ -236,6 +236,7 @@ def _upload_folder(
             # Another of the same name would leave files that are not in the manifest.
             store.delete_artifacts(client, run_id, artifact)
             for child in sorted(source.iterdir(), key=lambda child: child.name == _SEAL):
+                fence.check()  # for stores that are no requests to the server
                 if child.is_dir():
                     client.log_artifacts(run_id, str(child), f"{artifact}/{child.name}")
                 else:

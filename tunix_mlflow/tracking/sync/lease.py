@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +23,12 @@ from mlflow.tracking import MlflowClient
 
 from tunix_mlflow import files
 from tunix_mlflow.errors import UnavailableError
+from tunix_mlflow.tracking.plugins import fence
 from tunix_mlflow.tracking.record.folder import LEASE
 from tunix_mlflow.tracking.tags import LEASE as TAG
 
 _CONFIRM_SECONDS = 0.5
+_SAFE = 0.9  # of its length, for what is under way
 _POLL_SECONDS = 0.5
 
 
@@ -42,30 +45,57 @@ class Holder(NamedTuple):
 
 
 class Lease:
-    """A run's lease, held by this process. Safe to use from several threads."""
+    """A run's lease, held by this process. Safe to use from several threads.
 
-    def __init__(self, client: MlflowClient, run_id: str, owner: str, seconds: float) -> None:
+    Args:
+        client: reaches MLflow.
+        run_id: the run.
+        owner: the name under which it is held.
+        seconds: for how long it is taken, each time.
+        renewed: when it was taken, by :func:`now`; it may not be yet.
+    """
+
+    def __init__(
+        self,
+        client: MlflowClient,
+        run_id: str,
+        owner: str,
+        seconds: float,
+        renewed: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
         self._client, self._run_id, self._owner = client, run_id, owner
-        self._seconds, self._renewed = seconds, 0.0
+        self._seconds, self._renewed = seconds, renewed
         self._lock, self._released = threading.Lock(), False
 
     def keep(self) -> bool:
         """Renew it when it is time to; return False when another process holds it."""
         with self._lock:
-            # By the wall clock: a machine that slept has aged too, and others can tell.
-            if self._released or abs(time.time() - self._renewed) <= self._seconds / 4:
-                return True
-            held = holder(self._client.get_run(self._run_id).data.tags)
-            if held is not None and held.owner != self._owner:
-                return False
-            self.write()
+            while not self._released and self._age() > self._seconds / 4:
+                asked = now()
+                held = holder(self._client.get_run(self._run_id).data.tags)
+                if held is not None and held.owner != self._owner:
+                    return False
+                try:
+                    # Not long after it was asked for: another one may have taken it.
+                    with fence.guard(partial(_is_older, asked, self._seconds / 2)):
+                        self.write()
+                except fence.LeaseOver:
+                    continue
             return True
+
+    def is_over(self) -> bool:
+        """Return whether another process may hold it by now."""
+        return self._age() > _SAFE * self._seconds
 
     def write(self) -> None:
         """Hold it from now on."""
-        ends = int(1000 * (time.time() + self._seconds))
-        self._client.set_tag(self._run_id, TAG, f"{self._owner} {ends} {self._seconds:g}")
-        self._renewed = time.time()
+        begun = now()
+        for name, value in tag(self._owner, self._seconds).items():
+            self._client.set_tag(self._run_id, name, value)
+        self._renewed = begun
+
+    def _age(self) -> float:
+        return _since(self._renewed)
 
     def release(self) -> None:
         """End it; who held it last stays on record."""
@@ -76,9 +106,34 @@ class Lease:
                 self._client.set_tag(self._run_id, TAG, f"{self._owner} 0")
 
 
-def provisional(seconds: float) -> dict[str, str]:
-    """Return the tag to make a run with, so that one whose process dies at once is found."""
-    return {TAG: f"starting {int(1000 * (time.time() + seconds))} {seconds:g}"}
+def now() -> tuple[float, float]:
+    """Return the time by the wall clock, which goes on while a machine sleeps, and by the other,
+    which nobody sets back."""
+    return time.time(), time.monotonic()
+
+
+def _since(then: tuple[float, float]) -> float:
+    """The seconds since a time, by the clock that says more."""
+    return max(abs(time.time() - then[0]), time.monotonic() - then[1])
+
+
+def _is_older(then: tuple[float, float], seconds: float) -> bool:
+    return _since(then) > seconds
+
+
+def new_owner() -> str:
+    """Return a name under which a lease can be held."""
+    return uuid.uuid4().hex
+
+
+def tag(owner: str, seconds: float) -> dict[str, str]:
+    """Return the tag of a lease that begins now; with it a run is made."""
+    return {TAG: f"{owner} {int(1000 * (time.time() + seconds))} {seconds:g}"}
+
+
+def make_owner(folder: Path, owner: str) -> None:
+    """Record the name under which this state root holds a run's lease."""
+    files.write_atomically(folder / LEASE, owner.encode())
 
 
 def holder(tags: Mapping[str, str]) -> Holder | None:
@@ -103,7 +158,7 @@ def owner_of(folder: Path) -> str:
     """Return the name under which this state root holds a run's lease."""
     path = folder / LEASE
     if not path.exists() or not path.read_bytes().isalnum():
-        files.write_atomically(path, uuid.uuid4().hex.encode())
+        make_owner(folder, new_owner())
     return path.read_text()
 
 
@@ -114,7 +169,6 @@ def acquire(
     seconds: float,
     report: Callable[[str], None],
     *,
-    created: bool = False,
     take_over: bool = False,
 ) -> Lease:
     """Take a run's lease. The caller holds the lock of the run's folder.
@@ -128,7 +182,6 @@ def acquire(
         folder: its folder on this machine.
         seconds: for how long it is taken, each time.
         report: called when there is something to wait for.
-        created: this process has just made the run.
         take_over: do not wait; whoever holds it stops when it finds out.
 
     Raises:
@@ -136,9 +189,6 @@ def acquire(
     """
     owner = owner_of(folder)
     lease = Lease(client, run_id, owner, seconds)
-    if created:
-        lease.write()
-        return lease
     first = holder(client.get_run(run_id).data.tags)
     if first is not None and first.owner != owner and not take_over:
         _wait_for(client, run_id, first, seconds, report)

@@ -9,6 +9,7 @@ import msgspec
 from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.tracking import MlflowClient
 
+from tunix_mlflow.tracking import active
 from tunix_mlflow.tracking import tags as names
 from tunix_mlflow.tracking.models import flavor
 from tunix_mlflow.tracking.record import records
@@ -42,9 +43,10 @@ def log_model(client: MlflowClient, folder: Path, link: RunLink, record: records
     if logged is None:
         # Not by Model.log, which takes the experiment of this thread's active run: it has none.
         params = client.get_run(link.run_id).data.params
-        logged = client.create_logged_model(
-            link.experiment_id, record.name, link.run_id, tags, params, "decoder"
-        )
+        with active.no_retries():
+            logged = client.create_logged_model(
+                link.experiment_id, record.name, link.run_id, tags, params, "decoder"
+            )
     if str(logged.status) != "READY":
         package = folder / PACKAGES / logged.model_id
         digest = flavor.save_package(

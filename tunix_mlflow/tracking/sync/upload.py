@@ -11,6 +11,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from msgspec.structs import replace
 
+from tunix_mlflow import paths
 from tunix_mlflow.errors import TrackingError, UnavailableError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.tracking import store, tags
@@ -161,15 +162,42 @@ def describe_refused(path: Path) -> str | None:
     return "; ".join(parts)
 
 
-def end_dead(client: MlflowClient, run_id: str) -> None:
-    """Set the status of a run whose process died before it could record one."""
-    run = client.get_run(run_id)
-    if run.info.status == "RUNNING":
-        message = "its process died"
-        if tags.is_training_run(run.data.tags):
+def end_dead(client: MlflowClient, run_id: str, why: str | None = None) -> str:
+    """Set the status of a run that a process left RUNNING.
+
+    That is the one that was recorded, if MLflow has all else; else KILLED, until :func:`sync` has
+    delivered the rest.
+
+    Args:
+        client: reaches MLflow.
+        run_id: the run.
+        why: of what its process may have died, for the tag `tunix_mlflow.error`.
+
+    Returns:
+        The status.
+
+    Raises:
+        MlflowException: if MLflow does not answer.
+    """
+    path, end = paths.run_dir(run_id), None
+    found = client.get_run(run_id).data.tags
+    held = lease.holder(found)
+    is_here = (path / folder.EVENT_LOG).exists()
+    if is_here and held is not None and held.owner == lease.owner_of(path):
+        end = event_log.recorded_end(path)  # else it was resumed on another machine
+    others = [name for name in LANES if name != "status"]
+    if end is not None and not any(pending_bytes(path, name) for name in others):
+        calls.mark_incomplete(client, path, run_id)
+        store.end_run(client, run_id, end.status, end.end_time)
+        return end.status
+    message = f"its process ended before MLflow had all of it; tunix-mlflow sync {run_id}"
+    if end is None:
+        message = f"its process died{f', {why}' if why else ''}"
+        if tags.is_training_run(found):
             message += f"; tunix-mlflow resume {run_id}"
-        client.set_tag(run_id, tags.ERROR, message)
-        store.end_run(client, run_id, "KILLED")
+    client.set_tag(run_id, tags.ERROR, message)
+    store.end_run(client, run_id, "KILLED")
+    return "KILLED"
 
 
 def _offer_again(
@@ -191,7 +219,10 @@ def _settle(client: MlflowClient, path: Path) -> None:
         return
     calls.mark_incomplete(client, path, link.run_id)
     end = event_log.recorded_end(path)
-    if end is None:
+    run = client.get_run(link.run_id)
+    if end is None and run.info.status == "RUNNING":
         end_dead(client, link.run_id)
-    elif client.get_run(link.run_id).info.status != end.status:
+    elif end is not None and run.info.status != end.status:
         store.end_run(client, link.run_id, end.status, end.end_time)
+        if tags.ERROR in run.data.tags and tags.ERROR not in event_log.recorded_tags(path):
+            client.delete_tag(link.run_id, tags.ERROR)  # of another command, which found it dead

@@ -12,6 +12,7 @@ from mlflow.tracking import MlflowClient
 from tunix_mlflow.errors import UnavailableError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.tracking import store
+from tunix_mlflow.tracking.plugins import fence
 from tunix_mlflow.tracking.record.cursor import pending_bytes
 from tunix_mlflow.tracking.record.folder import read_link
 from tunix_mlflow.tracking.record.records import Lane
@@ -141,7 +142,7 @@ class SyncWorker:
                     if not self._holds():
                         self._end_lost()
                         return
-                    if not self._deliver_next(lanes):
+                    if not self._deliver_held(lanes):
                         break  # a line that is still being written, or a lane that has to wait
             except Exception as error:  # of the lease; the folder has all records
                 for lane in lanes:
@@ -149,6 +150,16 @@ class SyncWorker:
             later = [lane.retry_at - time.monotonic() for lane in lanes if not lane.is_due()]
             wake.wait(min([INTERVAL_SECONDS, *later]))
             wake.clear()
+
+    def _deliver_held(self, lanes: list[_Lane]) -> bool:
+        """Deliver a record of each lane, as long as the lease is not over."""
+        if self.lease is None:
+            return self._deliver_next(lanes)
+        try:
+            with fence.guard(self.lease.is_over):
+                return self._deliver_next(lanes)
+        except fence.LeaseOver:
+            return True  # whose it is now is asked before the next try
 
     def _deliver_next(self, lanes: list[_Lane]) -> bool:
         """Deliver a record of each lane; whether there was one."""

@@ -6,14 +6,13 @@ have the digest that the last checkpoint's manifest names, and each loss its rec
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow import paths
+from tunix_mlflow import files, paths
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import CheckpointError
@@ -79,8 +78,8 @@ def verify(
     with artifacts.base(config) as base:
         inputs = read_inputs(config, manifest, devices.use(config.device, config.mesh.size), base)
         trainer = Trainer.create(inputs.config, inputs.vocab_size, inputs.device, base)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = _checkpoints(client, run_id, Path(scratch))
+    with files.scratch(paths.temporary_dir()) as scratch:
+        folder = _checkpoints(client, run_id, scratch)
         sealed = sealed_checkpoints(folder)
         if not sealed:
             raise CheckpointError(f"run {run_id} has no checkpoint, here or in MLflow")
@@ -140,7 +139,7 @@ def _checkpoints(client: MlflowClient | None, run_id: str, scratch: Path) -> Pat
     if len(uploaded) <= len(sealed_checkpoints(here)):
         return here
     fetched = [
-        download_artifact(client, run_id, uploaded[number], Path(scratch))
+        download_artifact(client, run_id, uploaded[number], scratch)
         for number in sorted(uploaded)[-2:]
     ]
     return fetched[-1].parent

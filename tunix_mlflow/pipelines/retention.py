@@ -16,7 +16,7 @@ from mlflow.entities import LoggedModel, Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from tunix_mlflow import paths
+from tunix_mlflow import files, paths
 from tunix_mlflow.errors import IntegrityError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.models import arrays
@@ -100,16 +100,18 @@ def remove(client: MlflowClient, entry: Entry) -> None:
     if entry.where == HERE:
         checkpoint.remove(Path(entry.path))
     else:
+        # First what says that it is whole: the rest may take many calls.
+        store.delete_artifacts(client, entry.run_id, f"{entry.path}/{arrays.MANIFEST}")
         store.delete_artifacts(client, entry.run_id, entry.path)
 
 
 def damage(client: MlflowClient, entry: Entry) -> str | None:
     """Return what is wrong with a checkpoint, file by file; None if nothing is."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with files.scratch(paths.temporary_dir()) as scratch:
         folder = Path(entry.path)
         try:
             if entry.where == UPLOADED:
-                folder = download_artifact(client, entry.run_id, entry.path, Path(scratch))
+                folder = download_artifact(client, entry.run_id, entry.path, scratch)
             arrays.check(folder)
         except (IntegrityError, MlflowException, OSError) as error:
             return one_line(error).replace(f"{scratch}/", "")
