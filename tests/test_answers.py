@@ -62,6 +62,13 @@ AWAY, AT_ONCE, SOON, LATER = None, 1, 3, 5
         (html(413), AT_ONCE, 413),
         (html(403), SOON, 403),
         (html(502), LATER, 502),
+        (
+            RestException(
+                {"error_code": "BAD_REQUEST", "message": "UNIQUE constraint failed: datasets.name"}
+            ),
+            SOON,
+            400,
+        ),
         (RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "a"}), AT_ONCE, 400),
         (RestException({"error_code": "PERMISSION_DENIED", "message": "a"}), SOON, 403),
         (RestException({"error_code": "REQUEST_LIMIT_EXCEEDED", "message": "a"}), AWAY, 429),

@@ -6,6 +6,7 @@ what a dead process left.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
@@ -17,8 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tunix_mlflow.errors import TunixMlflowError, UnavailableError
+
 _MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 _TEMPORARY = re.compile(r"\.(?:scratch-([0-9a-f]{6})-(\d+)-.*|.*\.([0-9a-f]{6})-(\d+)\.part)")
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 _STALE_SECONDS = 24 * 3600  # of another machine's, or when a process id was given again
 
 
@@ -86,6 +90,17 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for path in found if _is_left(path)]
 
 
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all in a folder; of what is deleted meanwhile none."""
+    total = 0
+    for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        try:
+            total += each.lstat().st_size if each.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder; one that is not there, or may not be deleted, is no error."""
     if path.is_dir() and not path.is_symlink():
@@ -111,6 +126,22 @@ def one_line(error: BaseException, limit: int = 500) -> str:
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:limit] or type(error).__name__
+
+
+def failure(error: Exception, message: str, mistake: type[TunixMlflowError]) -> TunixMlflowError:
+    """Return what to raise for a file that cannot be written.
+
+    Args:
+        error: an OSError, or DuckDB's, which has its text.
+        message: what cannot be done, without the reason.
+        mistake: the error of a user who named a place that cannot be used; a disk that is full or
+            fails is no mistake.
+    """
+    text = f"{message}: {one_line(error)}"
+    full = isinstance(error, OSError) and error.errno in _DISK
+    if full or any(os.strerror(number) in str(error) for number in _DISK):
+        return UnavailableError(f"{text}; free some space and try again")
+    return mistake(text)
 
 
 def _is_left(path: Path) -> bool:

@@ -328,11 +328,7 @@ def export(key: str, path: Path, form: str = "trace") -> int:
 def leftovers() -> list[tuple[Path, int]]:
     """Return stages and incomplete snapshots that killed processes left, with their bytes."""
     roots = [paths.temporary_dir(), paths.snapshot_dir("0" * 64).parent]
-    found = [path for root in roots for path in files.leftovers(root)]
-    return [
-        (path, sum(f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file()))
-        for path in found
-    ]
+    return [(path, files.size_of(path)) for root in roots for path in files.leftovers(root)]
 
 
 def _snapshot_if_small(manifest: Manifest) -> None:

@@ -19,7 +19,7 @@ from tunix_mlflow.data.catalog import read
 from tunix_mlflow.data.catalog.digests import find_corrupted
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import DatasetError, IntegrityError
-from tunix_mlflow.files import one_line, remove_parts, replacing
+from tunix_mlflow.files import failure, remove_parts, replacing
 
 
 def export(manifest: Manifest, path: Path, form: str) -> int:
@@ -68,7 +68,7 @@ def writing(path: Path) -> Iterator[Path]:
         with replacing(path) as part:
             yield part
     except OSError as error:
-        raise DatasetError(f"cannot write {path}: {one_line(error)}") from error
+        raise failure(error, f"cannot write {path}", DatasetError) from error
 
 
 @contextlib.contextmanager

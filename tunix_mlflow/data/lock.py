@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunix_mlflow.errors import UnavailableError
+from tunix_mlflow.runtime.waiting import wait_for
 
 WAIT_SECONDS = 60.0
 
@@ -26,34 +25,29 @@ def held(path: Path, *, write: bool) -> Iterator[None]:
         UnavailableError: if it was not free for WAIT_SECONDS.
         OSError: if the lock file cannot be created.
     """
-    deadline = time.monotonic() + WAIT_SECONDS
     # A process that waits for the lock holds the gate, so later readers queue behind a writer.
     with (
-        _locked(Path(f"{path}.gate"), True, deadline, path) as gate,
-        _locked(Path(f"{path}.lock"), write, deadline, path),
+        _locked(Path(f"{path}.gate"), exclusive=True, what=path) as gate,
+        _locked(Path(f"{path}.lock"), exclusive=write, what=path),
     ):
         fcntl.flock(gate, fcntl.LOCK_UN)
         yield
 
 
 @contextmanager
-def _locked(file: Path, exclusive: bool, deadline: float, what: Path) -> Iterator[int]:
+def _locked(file: Path, *, exclusive: bool, what: Path) -> Iterator[int]:
     handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+
+    def lock() -> bool:
+        try:
+            fcntl.flock(handle, mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     try:
-        mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-        pause = 0.001
-        while True:
-            try:
-                fcntl.flock(handle, mode | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UnavailableError(
-                        f"another process has held {what} for {WAIT_SECONDS:.0f} s;"
-                        " wait for it or end it"
-                    ) from None
-                time.sleep(pause)
-                pause = min(0.05, pause * 2)
+        wait_for(lock, f"the catalog {what}", WAIT_SECONDS, file=file)
         yield handle
     finally:
         os.close(handle)

@@ -167,7 +167,7 @@ def _half_there(client: MlflowClient, run: Run) -> list[str]:
     whole = set(resume.uploaded_steps(client, run_id).values())
     return [
         entry.path
-        for entry in client.list_artifacts(run_id, CHECKPOINTS)
+        for entry in store.list_artifacts(client, run_id, CHECKPOINTS)
         if Path(entry.path).name.isdigit() and entry.path not in whole
     ]
 
@@ -189,9 +189,8 @@ def _here() -> Iterator[_Found]:
 
 
 def _of_files(path: Path, text: str) -> _Found:
-    inside = [path, *path.rglob("*")] if path.is_dir() else [path]
-    size = sum(each.lstat().st_size for each in inside if each.is_file())
-    return _Found(Leftover("files", str(path), text, size), partial(_remove, path))
+    found = Leftover("files", str(path), text, files.size_of(path))
+    return _Found(found, partial(_remove, path))
 
 
 def _remove(path: Path) -> None:

@@ -17,11 +17,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from tunix_mlflow import files, paths
-from tunix_mlflow.errors import IntegrityError
+from tunix_mlflow.errors import IntegrityError, UnavailableError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.models import arrays
 from tunix_mlflow.tracking import store, tags
 from tunix_mlflow.tracking.download import download_artifact
+from tunix_mlflow.tracking.record import folder as folders
 from tunix_mlflow.tracking.record.folder import CHECKPOINTS, is_open, read_link
 from tunix_mlflow.tracking.runs import lookup, resume
 from tunix_mlflow.tracking.sync import lease
@@ -95,11 +96,17 @@ def remove(client: MlflowClient, entry: Entry) -> None:
     """
     assert entry.kept is None
     folder = paths.run_dir(entry.run_id)
-    if folder.exists() and is_open(folder):
-        return  # it was opened meanwhile
     if entry.where == HERE:
-        checkpoint.remove(Path(entry.path))
-    else:
+        try:
+            held = folders.lock(folder)
+        except UnavailableError:
+            return  # it was opened meanwhile, or another process deletes there
+        try:
+            if Path(entry.path).exists():
+                checkpoint.remove(Path(entry.path))
+        finally:
+            held.release()
+    elif not (folder.exists() and is_open(folder)):
         # First what says that it is whole: the rest may take many calls.
         store.delete_artifacts(client, entry.run_id, f"{entry.path}/{arrays.MANIFEST}")
         store.delete_artifacts(client, entry.run_id, entry.path)
@@ -204,7 +211,7 @@ def _runs(client: MlflowClient) -> Iterator[Run]:
 def _here(run_id: str) -> list[Entry]:
     found = []
     for folder in checkpoint.sealed_checkpoints(paths.run_dir(run_id) / CHECKPOINTS):
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        size = files.size_of(folder)
         found.append(
             Entry(run_id, int(folder.name), HERE, str(folder), size, _metrics(folder), None)
         )
@@ -214,8 +221,14 @@ def _here(run_id: str) -> list[Entry]:
 def _uploaded(client: MlflowClient, run_id: str) -> list[Entry]:
     found = []
     for step, artifact in resume.uploaded_steps(client, run_id).items():
+        manifest = f"{artifact}/{arrays.MANIFEST}"
         with tempfile.TemporaryDirectory() as scratch:
-            download_artifact(client, run_id, f"{artifact}/{arrays.MANIFEST}", Path(scratch))
+            try:
+                download_artifact(client, run_id, manifest, Path(scratch))
+            except (MlflowException, OSError):
+                if store.has_artifact(client, run_id, manifest):
+                    raise
+                continue  # another process has just deleted it
             metrics = _metrics(Path(scratch) / artifact)
         size = _size(client, run_id, artifact)
         found.append(Entry(run_id, step, UPLOADED, artifact, size, metrics, None))
@@ -224,7 +237,7 @@ def _uploaded(client: MlflowClient, run_id: str) -> list[Entry]:
 
 def _size(client: MlflowClient, run_id: str, artifact: str) -> int:
     total = 0
-    for entry in client.list_artifacts(run_id, artifact):
+    for entry in store.list_artifacts(client, run_id, artifact):
         total += _size(client, run_id, entry.path) if entry.is_dir else int(entry.file_size or 0)
     return total
 

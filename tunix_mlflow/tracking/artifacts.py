@@ -11,10 +11,9 @@ from mlflow.exceptions import MlflowException
 
 from tunix_mlflow import files, paths
 from tunix_mlflow.config.schema import Config
-from tunix_mlflow.errors import TrackingError
-from tunix_mlflow.files import one_line
 from tunix_mlflow.models.hub import base as bases
 from tunix_mlflow.models.hub.base import Base
+from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking.download import download_uri
 
 _SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
@@ -35,7 +34,8 @@ def local(place: str) -> Iterator[Path]:
         The path; a copy lies below the state root, for the length of the block.
 
     Raises:
-        TrackingError: if it cannot be fetched.
+        TrackingError: if it is not there.
+        UnavailableError: if it cannot be fetched.
     """
     if not place.startswith(_SCHEMES):
         yield Path(place).expanduser()
@@ -44,7 +44,8 @@ def local(place: str) -> Iterator[Path]:
         try:
             found = download_uri(place, scratch)
         except (MlflowException, OSError) as error:
-            raise TrackingError(f"cannot fetch {place}: {one_line(error)}") from error
+            what = f"cannot fetch {place}"
+            raise store.failure(error, what, what) from error
         yield found
 
 
@@ -54,7 +55,8 @@ def base(config: Config) -> Iterator[Base | None]:
 
     Raises:
         ModelError: if it cannot be used.
-        TrackingError: if it cannot be fetched.
+        TrackingError: if it is not there.
+        UnavailableError: if it cannot be fetched.
     """
     if config.base is None:
         yield None

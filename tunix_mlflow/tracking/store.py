@@ -15,8 +15,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import mlflow
-from filelock import FileLock
-from mlflow.entities import RunStatus
+from filelock import FileLock, Timeout
+from mlflow.entities import FileInfo, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient, fluent
@@ -27,14 +27,17 @@ from tunix_mlflow import paths
 from tunix_mlflow.config.schema import TrackingConfig
 from tunix_mlflow.errors import TrackingError, UnavailableError
 from tunix_mlflow.files import one_line
+from tunix_mlflow.runtime.waiting import wait_for
 
 DEFAULT_EXPERIMENT = "tunix-mlflow"
 _KIND_TAG = {"mlflow.experimentKind": "custom_model_development"}
 _PROBE_SECONDS = 4
+_MIGRATION_SECONDS = 600
 _MISTAKES = (
     *("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE", "BAD_REQUEST"),
     *("RESOURCE_ALREADY_EXISTS", "INVALID_STATE"),
 )
+_NOT_FOUND = 404
 _EXPORTED = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")  # by MLflow, when it is given a store
 
 
@@ -84,9 +87,8 @@ def reach(config: TrackingConfig) -> tuple[MlflowClient, str | None]:
             hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: "
         elif uri.startswith("http") and _is_away(error):
             return MlflowClient(), f"the MLflow server {public(uri)} fails: {one_line(error)}"
-        raise TrackingError(
-            f"cannot use the MLflow store {public(uri)}: {hint}{one_line(error)}"
-        ) from error
+        kind = UnavailableError if uri.startswith("http") and not hint else TrackingError
+        raise kind(f"cannot use the MLflow store {public(uri)}: {hint}{one_line(error)}") from error
     return client, None
 
 
@@ -118,17 +120,21 @@ def answers() -> bool:
     return not uri.startswith("http") or _probe(uri) is None
 
 
-def failure(error: Exception, missing: str) -> TrackingError | UnavailableError:
+def failure(
+    error: Exception, missing: str, otherwise: str = "MLflow does not answer, or refuses to"
+) -> TrackingError | UnavailableError:
     """Return what to raise for a failed call that asks for something by a name of the user's.
 
     Args:
         error: what the client raised.
         missing: what is wrong if MLflow says that there is no such thing, or that the name cannot
-            be one; any other answer, or none, says nothing of the name.
+            be one.
+        otherwise: what is wrong with any other answer, or none: it says nothing of the name.
     """
-    if isinstance(error, MlflowException) and error.error_code in _MISTAKES:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == _NOT_FOUND or getattr(error, "error_code", None) in _MISTAKES:
         return TrackingError(f"{missing}: {one_line(error)}")
-    return UnavailableError(f"MLflow does not answer, or refuses to: {one_line(error)}")
+    return UnavailableError(f"{otherwise}: {one_line(error)}")
 
 
 def went_away(error: Exception) -> str | None:
@@ -157,12 +163,23 @@ def _alone(uri: str) -> Iterator[None]:
     name = hashlib.sha256(uri.encode()).hexdigest()[:16]
     migrations = logging.getLogger("mlflow.store.db.utils")
     level = migrations.level
-    with FileLock(Path(tempfile.gettempdir()) / f"tunix-mlflow-{os.getuid()}-{name}.lock"):
-        migrations.setLevel(logging.WARNING)  # it tells of each table that it makes
+    file = Path(tempfile.gettempdir()) / f"tunix-mlflow-{os.getuid()}-{name}.lock"
+    held = FileLock(file)
+
+    def lock() -> bool:
         try:
-            yield
-        finally:
-            migrations.setLevel(level)
+            held.acquire(timeout=0)
+        except Timeout:
+            return False
+        return True
+
+    wait_for(lock, f"the MLflow database {public(uri)}", _MIGRATION_SECONDS, file=file)
+    try:
+        migrations.setLevel(logging.WARNING)  # it tells of each table that it makes
+        yield
+    finally:
+        migrations.setLevel(level)
+        held.release()
 
 
 def wanted_experiment(
@@ -282,18 +299,31 @@ def end_run(client: MlflowClient, run_id: str, status: str, end_time: int | None
     )
 
 
+def list_artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> list[FileInfo]:
+    """Return the artifacts in a folder of a run; none if it is being deleted."""
+    try:
+        return list(client.list_artifacts(run_id, folder))
+    except FileNotFoundError:  # MLflow asks for the size of each file that it has listed
+        return []
+
+
 def has_artifact(client: MlflowClient, run_id: str, artifact: str) -> bool:
     """Return whether a run has an artifact, or a folder of them."""
     parent = Path(artifact).parent
     folder = None if parent == Path() else str(parent)
-    return artifact in {found.path for found in client.list_artifacts(run_id, folder)}
+    return artifact in {found.path for found in list_artifacts(client, run_id, folder)}
 
 
 def delete_artifacts(client: MlflowClient, run_id: str, artifact: str) -> None:
     """Delete an artifact, or a folder of them; one that is not there is no error."""
-    if has_artifact(client, run_id, artifact):
-        uri = client.get_run(run_id).info.artifact_uri
+    if not has_artifact(client, run_id, artifact):
+        return
+    uri = client.get_run(run_id).info.artifact_uri
+    try:
         get_artifact_repository(uri).delete_artifacts(artifact)
+    except Exception:  # each store has its own
+        if has_artifact(client, run_id, artifact):
+            raise
 
 
 def _artifacts(name: str) -> str | None:

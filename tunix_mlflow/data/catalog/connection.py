@@ -6,7 +6,6 @@ Nothing here opens the file as a plain file: that would drop DuckDB's own lock.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,8 @@ from tunix_mlflow import paths
 from tunix_mlflow.data import lock
 from tunix_mlflow.data.catalog import migrations
 from tunix_mlflow.errors import DatasetError
+from tunix_mlflow.files import failure
+from tunix_mlflow.runtime.waiting import wait_for
 
 MEMORY = "384MB"  # DuckDB's own; it spills to the disk beyond
 
@@ -28,13 +29,13 @@ def connect(path: Path, *, write: bool) -> Iterator[duckdb.DuckDBPyConnection]:
 
     Raises:
         DatasetError: if the file is damaged, newer than this version, or absent (for reading).
-        UnavailableError: if another process held it for too long.
+        UnavailableError: if another process held it for too long, or the disk is full.
     """
     if write:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DatasetError(f"cannot create {path.parent}: {error.strerror}") from error
+            raise failure(error, f"cannot create {path.parent}", DatasetError) from error
     elif not path.exists():
         raise DatasetError(f"there is no catalog at {path} yet; seed or ingest a dataset first")
     try:
@@ -50,10 +51,10 @@ def connect(path: Path, *, write: bool) -> Iterator[duckdb.DuckDBPyConnection]:
             finally:
                 con.close()
     except OSError as error:
-        raise DatasetError(f"cannot use {path}: {error}") from error
+        raise failure(error, f"cannot use {path}", DatasetError) from error
     except duckdb.Error as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise DatasetError(f"{path} cannot be used: {first_line}") from error
+        first_line = duckdb.Error(str(error).strip().splitlines()[0])
+        raise failure(first_line, f"{path} cannot be used", DatasetError) from error
 
 
 @contextmanager
@@ -74,7 +75,6 @@ def _open(path: Path, write: bool) -> duckdb.DuckDBPyConnection:
             f"DuckDB cannot open {path}, since there is a '?' in it; set {paths.HOME_VARIABLE} to"
             " another folder"
         )
-    deadline = time.monotonic() + lock.WAIT_SECONDS
     # Nothing but the file itself: no other file is read or written through SQL.
     config: dict[str, Any] = {
         "enable_external_access": "false",
@@ -83,14 +83,20 @@ def _open(path: Path, write: bool) -> duckdb.DuckDBPyConnection:
         "preserve_insertion_order": "false",
         "temp_directory": str(paths.temporary_dir()),
     }
-    while True:
+    opened: list[duckdb.DuckDBPyConnection] = []
+
+    def connect() -> bool:
         try:
-            return duckdb.connect(str(path), read_only=not write, config=config)
+            opened.append(duckdb.connect(str(path), read_only=not write, config=config))
         except duckdb.IOException as error:
             # Another program may hold the file without our lock, a notebook for instance.
-            if "could not set lock" not in str(error).lower() or time.monotonic() > deadline:
+            if "could not set lock" not in str(error).lower():
                 raise
-            time.sleep(0.2)
+            return False
+        return True
+
+    wait_for(connect, f"the catalog {path}", lock.WAIT_SECONDS, file=path, longest_pause=0.2)
+    return opened[0]
 
 
 def _needs_migration(path: Path) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 
 from tunix_mlflow.config.schema import ModelConfig
 from tunix_mlflow.errors import ModelError
-from tunix_mlflow.files import one_line
+from tunix_mlflow.files import failure, one_line
 from tunix_mlflow.models import decoder
 from tunix_mlflow.models.decoder import Params
 from tunix_mlflow.models.hub import families, names
@@ -212,7 +212,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         scratch.mkdir(parents=True)
     except OSError as error:
-        raise ModelError(f"cannot write {folder}: {one_line(error)}") from error
+        raise failure(error, f"cannot write {folder}", ModelError) from error
     try:
         yield scratch
         scratch.rename(folder)

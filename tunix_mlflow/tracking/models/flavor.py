@@ -36,7 +36,8 @@ from mlflow.types.schema import (
 
 from tunix_mlflow import files, paths
 from tunix_mlflow.data import canonical
-from tunix_mlflow.errors import DatasetError, IntegrityError, TrackingError
+from tunix_mlflow.errors import DatasetError, IntegrityError
+from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking.download import download_uri
 from tunix_mlflow.version import __version__
 
@@ -168,7 +169,8 @@ def fetch_package(model_uri: str) -> Iterator[Path]:
         The folder with all of its files.
 
     Raises:
-        TrackingError: if it cannot be fetched.
+        TrackingError: if it is not there.
+        UnavailableError: if it cannot be fetched.
         IntegrityError: if it is of another flavor, or would be served by other code.
     """
     with files.scratch(paths.temporary_dir()) as scratch:
@@ -176,8 +178,11 @@ def fetch_package(model_uri: str) -> Iterator[Path]:
             folder = download_uri(model_uri, scratch)
             # Not by Model.load, which takes a path for an address, and decodes it.
             flavors = yaml.safe_load((folder / MLMODEL_FILE_NAME).read_bytes())["flavors"]
-        except (MlflowException, OSError, yaml.YAMLError, TypeError, KeyError) as error:
-            raise TrackingError(f"cannot load {model_uri}: {files.one_line(error)}") from error
+        except (MlflowException, OSError) as error:
+            what = f"cannot load {model_uri}"
+            raise store.failure(error, what, what) from error
+        except (yaml.YAMLError, TypeError, KeyError) as error:
+            raise IntegrityError(f"{model_uri} has a damaged MLmodel") from error
         if FLAVOR not in flavors:
             names = ", ".join(flavors)
             raise IntegrityError(f"{model_uri} is not a tunix_mlflow model but {names}")
@@ -196,7 +201,8 @@ def load_model(model_uri: str) -> Bundle:
     """Load a model of this flavor, checked file by file.
 
     Raises:
-        TrackingError: if it cannot be fetched.
+        TrackingError: if it is not there.
+        UnavailableError: if it cannot be fetched.
         IntegrityError: if it is of another flavor, or damaged.
     """
     from tunix_mlflow.models import bundle as bundles

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import time
 
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from tunix_mlflow.errors import ConfigError, TrackingError
+from tunix_mlflow.runtime.waiting import wait_for
 from tunix_mlflow.tracking import active, store, tags
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -91,6 +91,10 @@ def register(
             number = _version_of(client, name, content_digest)  # perhaps only the answer was lost
             if number is None:
                 raise
+        first = _version_of(client, name, content_digest)
+        if first is not None and first != number:  # another process made it at the same moment
+            client.delete_model_version(name, number)
+            number = first
     _wait_until_ready(client, name, number)
     return number
 
@@ -121,11 +125,16 @@ def _create_version(
 
 def _wait_until_ready(client: MlflowClient, name: str, version: str) -> None:
     """Wait for a registry that copies a version's files after it has answered."""
-    deadline = time.monotonic() + _READY_SECONDS
-    while (found := client.get_model_version(name, version)).status == "PENDING_REGISTRATION":
-        if time.monotonic() > deadline:
-            raise MlflowException(f"{name} version {version} is not ready after {_READY_SECONDS} s")
-        time.sleep(1)
+    found = client.get_model_version(name, version)
+
+    def is_settled() -> bool:
+        nonlocal found
+        if found.status == "PENDING_REGISTRATION":
+            found = client.get_model_version(name, version)
+        return bool(found.status != "PENDING_REGISTRATION")
+
+    what = f"{name} version {version} to be registered"
+    wait_for(is_settled, what, _READY_SECONDS, longest_pause=1.0)
     if found.status != "READY":
         raise MlflowException(f"{name} version {version} is {found.status}: {found.status_message}")
 

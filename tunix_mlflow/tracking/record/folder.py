@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from tunix_mlflow import files
 from tunix_mlflow.errors import TrackingError, UnavailableError
+from tunix_mlflow.runtime.waiting import holder
 
 METRICS_LOG = "metrics.jsonl"
 EVENT_LOG = "events.jsonl"
@@ -69,8 +70,9 @@ def lock(folder: Path) -> FileLock:
         held = FileLock(folder / LOCK)
         held.acquire(timeout=0)
     except Timeout as error:
+        who = holder(folder / LOCK) or "another process on this machine"
         raise UnavailableError(
-            f"run {folder.name} is open in another process on this machine; wait for it or end it"
+            f"run {folder.name} is open in {who}; wait for it or end it"
         ) from error
     except OSError as error:
         raise UnavailableError(f"cannot write to {folder}: {files.one_line(error)}") from error

@@ -127,6 +127,8 @@ def _end(client: MlflowClient, owner: str, about: About, why: str | None) -> lis
         held = lease.holder(run.data.tags)
         if held is not None and held.owner != owner:
             continue  # it was resumed elsewhere
+        if run.info.lifecycle_stage == "deleted":
+            continue
         folder = paths.run_dir(about.folder or run_id)
         lock = folders.lock(folder)
         try:
@@ -145,7 +147,12 @@ def _runs(client: MlflowClient, owner: str, about: About) -> list[Run]:
     """The runs that the process of a marker made or continued; two if an answer was lost."""
     if about.folder is not None:
         link = folders.read_link(paths.run_dir(about.folder))
-        return [] if link is None else [client.get_run(link.run_id)]
+        try:
+            return [] if link is None else [client.get_run(link.run_id)]
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return []  # somebody deleted it for good
     if about.experiment_id is None:
         return []
     return list(client.search_runs([about.experiment_id], f"tags.`{tags.LEASE}` LIKE '{owner} %'"))

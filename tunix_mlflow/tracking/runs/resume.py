@@ -12,6 +12,7 @@ from tunix_mlflow import files, paths
 from tunix_mlflow.config.identity import differences
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import CheckpointError, IntegrityError, TrackingError
+from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking.download import download_artifact
 from tunix_mlflow.tracking.record import metrics_log
 from tunix_mlflow.tracking.record.cursor import rewind_metrics, update_cursor
@@ -136,10 +137,12 @@ def fetch_checkpoint(
 def uploaded_steps(client: MlflowClient, run_id: str) -> dict[int, str]:
     """Return step -> artifact path of each checkpoint that was uploaded completely."""
     found = {}
-    for entry in client.list_artifacts(run_id, CHECKPOINTS):
+    for entry in store.list_artifacts(client, run_id, CHECKPOINTS):
         name = Path(entry.path).name
         if entry.is_dir and name.isdigit():
-            inside = {Path(file.path).name for file in client.list_artifacts(run_id, entry.path)}
+            inside = {
+                Path(file.path).name for file in store.list_artifacts(client, run_id, entry.path)
+            }
             if "manifest.json" in inside:  # which goes last
                 found[int(name)] = entry.path
     return found
@@ -156,7 +159,7 @@ def refill(client: MlflowClient, run_id: str, folder: Path, report: Callable[[st
     path = folder / METRICS_LOG
     with files.scratch(folder) as scratch:
         points = []
-        if METRICS_LOG in {found.path for found in client.list_artifacts(run_id)}:
+        if METRICS_LOG in {found.path for found in store.list_artifacts(client, run_id)}:
             uploaded = download_artifact(client, run_id, METRICS_LOG, scratch)
             if path.exists():
                 lines = metrics_log.read(uploaded)

@@ -27,6 +27,8 @@ _LOCAL = (
     *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
 )
 _BUSY = "database is locked"  # SQLite, by another process
+_RACES = ("UNIQUE constraint failed", "duplicate key value", "Duplicate entry")
+"""SQLite's, PostgreSQL's and MySQL's words where two have inserted the same at once."""
 _CREDENTIALS = re.compile(r"://[^/@\s]+@")
 _STATUS = re.compile(r"failed with error code (\d{3})\b|too many (\d{3}) error responses")
 _TRIES, _TRIES_OF_A_FAILURE = 3, 5
@@ -72,6 +74,8 @@ def understand(error: Exception) -> Answer:
         not _STATUS.search(str(error)) and any(_is_unanswered(one) for one in _chain(error))
     ):
         return Answer(why, None)
+    if any(words in why for words in _RACES):
+        return Answer(why, _TRIES, status)  # by then it is there
     if status is not None:
         if status in _WORTH_A_RETRY:
             return Answer(why, None, status, _retry_after(error))
