@@ -230,7 +230,7 @@ def test_killed_and_resumed_is_bit_identical(
 
     with start("train", *as_arguments(LONG)) as process:
         folder = wait_for_step(process, home, 25)  # the save of step 10 is sealed by now
-        with pytest.raises(UnavailableError, match="open in another process"):
+        with pytest.raises(UnavailableError, match="open in process"):
             open_again(folder.name)
         process.kill()
         process.communicate()

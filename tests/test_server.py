@@ -141,4 +141,5 @@ def test_own_data_on_a_teams_server(
         "runs",
         "cache",
         "tmp",
+        "open",
     }

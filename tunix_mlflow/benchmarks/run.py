@@ -7,13 +7,12 @@ repeats, which `bench compare` reads.
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunix_mlflow import paths
+from tunix_mlflow import files, paths
 from tunix_mlflow.config.identity import config_digest, flatten
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import ConfigError
@@ -220,7 +219,6 @@ def _recorded(
     tags = {CONFIG_DIGEST: config_digest(config)}
     if workload is not None:
         tags |= workload.environment_tags()
-    paths.temporary_dir().mkdir(parents=True, exist_ok=True)
     with (
         open_run(
             stage="bench",
@@ -229,7 +227,7 @@ def _recorded(
             tags=tags,
             report=reporter.info,
         ) as run,
-        tempfile.TemporaryDirectory(dir=paths.temporary_dir()) as folder,
+        files.scratch(paths.temporary_dir()) as folder,
     ):
         run.log_params(_params(config, generated=workload is not None and not config.dataset))
         if workload is not None and workload.manifest is not None:
@@ -237,7 +235,7 @@ def _recorded(
 
             dataset = TunixMlflowDataset(workload.manifest, config.data.train_split)
             run.log_input(dataset, context="benchmark")
-        yield run, Path(folder)
+        yield run, folder
 
 
 def _params(config: Config, *, generated: bool) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import msgspec
 from msgspec import Struct
@@ -19,6 +21,9 @@ from tunix_mlflow import paths
 from tunix_mlflow.errors import UnavailableError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.runtime import memory
+from tunix_mlflow.runtime.waiting import wait_for
+
+_WAIT_SECONDS = 120.0
 
 
 class About(Struct, frozen=True):
@@ -65,14 +70,13 @@ def place(owner: str, about: About) -> Marker:
         about: the run.
 
     Raises:
-        UnavailableError: if the disk cannot be written.
+        UnavailableError: if the disk cannot be written, or another process holds the marker.
     """
     path = paths.open_runs() / owner
     about = msgspec.structs.replace(about, oom_kills=memory.oom_kills())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(handle, fcntl.LOCK_EX)  # at most for as long as another command looks at it
+        handle = _open_locked(path)
         os.ftruncate(handle, 0)
         os.write(handle, msgspec.json.encode(about))
     except OSError as error:
@@ -92,12 +96,11 @@ def abandoned() -> Iterator[tuple[Marker, About | None]]:
             handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:  # its process has just removed it
             continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            about = msgspec.json.decode(os.read(handle, 1 << 16), type=About)
-        except BlockingIOError:
+        if not _lock(handle):
             os.close(handle)
             continue
+        try:
+            about = msgspec.json.decode(os.read(handle, 1 << 16), type=About)
         except (msgspec.DecodeError, UnicodeDecodeError):
             about = None
         held = Marker(path.name, handle)
@@ -105,3 +108,26 @@ def abandoned() -> Iterator[tuple[Marker, About | None]]:
             yield held, about
         finally:
             held.release(remove=False)
+
+
+def _open_locked(path: Path) -> int:
+    """Return a handle of a file, made if it is not there, that this process has locked."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            # Another command may be looking at it.
+            wait_for(partial(_lock, handle), f"the marker {path}", _WAIT_SECONDS, file=path)
+        except BaseException:
+            os.close(handle)
+            raise
+        if os.fstat(handle).st_nlink:
+            return handle
+        os.close(handle)  # that command has deleted it
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

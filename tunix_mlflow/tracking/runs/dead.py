@@ -22,7 +22,7 @@ from tunix_mlflow.tracking.record import marker
 from tunix_mlflow.tracking.record.event_log import read_records
 from tunix_mlflow.tracking.record.folder import CHECKPOINTS, EVENT_LOG, MODELS, PACKAGES, STAGED
 from tunix_mlflow.tracking.record.marker import About
-from tunix_mlflow.tracking.sync import lease, upload
+from tunix_mlflow.tracking.sync import lease, logged_model, upload
 from tunix_mlflow.training import checkpoint
 
 
@@ -57,26 +57,6 @@ def said(run_id: str, status: str, why: str | None = None) -> str:
     """Return a line on a run that was ended."""
     died = f" ({why})" if why and status == "KILLED" else ""
     return f"run {run_id} was left RUNNING by a process that is gone{died}; it is {status} now"
-
-
-def delete_pending_models(client: MlflowClient, run: Run) -> int:
-    """Delete the logged models of a run that nobody will complete; return how many.
-
-    A delivery that is tried again makes a new one. One that a registered version refers to stays.
-    """
-    experiment, run_id = run.info.experiment_id, run.info.run_id
-    count = 0
-    for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
-        if str(model.status) != "PENDING":
-            continue
-        if any(
-            str(version.source) == f"models:/{model.model_id}"
-            for version in client.search_model_versions(f"run_id = '{run_id}'")
-        ):
-            continue
-        client.delete_logged_model(model.model_id)
-        count += 1
-    return count
 
 
 def tidy(folder: Path) -> None:
@@ -134,7 +114,7 @@ def _end(client: MlflowClient, owner: str, about: About, why: str | None) -> lis
         try:
             if run.info.status == "RUNNING":
                 ended.append((run_id, upload.end_dead(client, run_id, why)))
-            delete_pending_models(client, run)
+            logged_model.delete_pending(client, run.info.experiment_id, run_id)
             tidy(folder.resolve())
         finally:
             lock.release()

@@ -9,6 +9,7 @@ by `tunix-mlflow sync`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from tunix_mlflow.tracking.record import records
 from tunix_mlflow.tracking.record.cursor import Refused
 from tunix_mlflow.tracking.record.folder import EVENT_LOG, METRICS_LOG, read_link
 from tunix_mlflow.tracking.record.records import RECORD_LANES, Lane, Record
-from tunix_mlflow.tracking.sync import calls, metrics
+from tunix_mlflow.tracking.sync import calls, logged_model, metrics
 from tunix_mlflow.tracking.sync.answers import Answer, understand
 
 LANES: tuple[Lane, ...] = ("fields", "metrics", "artifacts", "models", "status")
@@ -106,10 +107,18 @@ class Delivery:
                 what, may_pass = records.describe(found.record), answer.may_pass
                 refused = Refused(self.lane, found.start, what, answer.why, may_pass=may_pass)
                 self._pass_over(found.start, found.end, refused)
+                self._abandon(found.record)
                 return True
             calls.delete_staged(self.folder, found.record)
         cursors.advance(self.folder, self.lane, found.end, start=found.start)
         return True
+
+    def _abandon(self, record: Record) -> None:
+        """Leave no half of what MLflow refuses, as far as it lets that be deleted."""
+        link = read_link(self.folder)
+        if isinstance(record, records.Model) and link is not None:
+            with contextlib.suppress(Exception):  # `clean` finds what stays
+                logged_model.abandon(self._client, self.folder, link)
 
     def _offer_failures_again(self) -> None:
         """Offer once more what made the server fail, before a status says that the run is done."""

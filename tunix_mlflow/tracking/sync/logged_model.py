@@ -74,6 +74,31 @@ def log_model(client: MlflowClient, folder: Path, link: RunLink, record: records
     log_batches(client, link.run_id, points)
 
 
+def abandon(client: MlflowClient, folder: Path, link: RunLink) -> None:
+    """Delete what is there of models that MLflow refuses; offered again, they are made anew."""
+    shutil.rmtree(folder / PACKAGES, ignore_errors=True)
+    delete_pending(client, link.experiment_id, link.run_id)
+
+
+def delete_pending(client: MlflowClient, experiment_id: str, run_id: str) -> None:
+    """Delete the logged models of a run that are PENDING.
+
+    A delivery that is tried again makes new ones. One that a registered version refers to stays.
+
+    Raises:
+        MlflowException: if MLflow refuses or does not answer.
+    """
+    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    pending = [model.model_id for model in found if str(model.status) == "PENDING"]
+    if not pending:
+        return
+    versions = client.search_model_versions(f"run_id = '{run_id}'")
+    needed = {str(version.source).removeprefix("models:/") for version in versions}
+    for model_id in pending:
+        if model_id not in needed:
+            client.delete_logged_model(model_id)
+
+
 def _find_model(client: MlflowClient, link: RunLink, wanted: dict[str, str]) -> LoggedModel | None:
     """Return the logged model that a process made before it died."""
     keys = (names.STEP, names.CONTENT_DIGEST, names.WEIGHTS_DIGEST)
