@@ -446,8 +446,8 @@ def _attempt(
     said = case.log.read_text()[begun:]
     ended = {-9: "killed", 9: "killed"}.get(code, f"exit {code}")
     wrong = None
-    # 404 and 409 say something of a name; nothing else here is a mistake of the user's.
-    named = fault.what in (404, 409) or "MLFLOW_TRACKING_PASSWORD" in said
+    # These say something of a name, or are taken for a file; nothing else is the user's mistake.
+    named = fault.what in (404, 409, "garbage", "redirect") or "MLFLOW_TRACKING_PASSWORD" in said
     allowed = (0, 2, 3, 4) if named else (0, 4)
     if ended != "killed" and (code not in allowed or "Traceback" in said):
         wrong = f"the disturbed one: {said[-1500:]}"
