@@ -103,6 +103,39 @@ def failed_request() -> Exception:
     return requests.ConnectionError("no route")
 
 
+FULL_DISK = """
+import errno, os, sys
+from pathlib import Path
+import jax.numpy as jnp
+from tunix_mlflow.models import arrays
+from tunix_mlflow.runtime import process
+
+make = os.mkdir
+def refuse(path, *rest):
+    if "array_metadatas" in str(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    make(path, *rest)
+os.mkdir = refuse
+tree = {str(n): jnp.ones((300, 300)) for n in range(200)}
+sys.exit(process.execute(lambda words: arrays.write(Path(words[0], "x"), tree), sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_is_full_amid_a_checkpoint_is_one_line(tmp_path: Path) -> None:
+    """TensorStore's threads write on after Orbax has failed, and fail too."""
+    (tmp_path / "script.py").write_text(FULL_DISK)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 4, done.stderr[-2000:]
+    assert len(done.stderr.splitlines()) == 1, done.stderr[-2000:]
+    assert "No space left on device" in done.stderr
+
+
 def refused_request(code: str) -> Exception:
     from mlflow.exceptions import MlflowException
     from mlflow.protos import databricks_pb2
@@ -134,9 +167,14 @@ def refused_request(code: str) -> Exception:
     ids=repr,
 )
 def test_exit_codes(
-    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One line on stderr, without control characters, and the code that its cause has."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back afterwards
 
     def main(_: object) -> None:
         raise error

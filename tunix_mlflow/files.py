@@ -128,20 +128,26 @@ def one_line(error: BaseException, limit: int = 500) -> str:
     return " ".join(text.split())[:limit] or type(error).__name__
 
 
-def failure(error: Exception, message: str, mistake: type[TunixMlflowError]) -> TunixMlflowError:
+def failure(error: OSError, message: str, mistake: type[TunixMlflowError]) -> TunixMlflowError:
     """Return what to raise for a file that cannot be written.
 
     Args:
-        error: an OSError, or DuckDB's, which has its text.
+        error: why.
         message: what cannot be done, without the reason.
         mistake: the error of a user who named a place that cannot be used; a disk that is full or
             fails is no mistake.
     """
     text = f"{message}: {one_line(error)}"
-    full = isinstance(error, OSError) and error.errno in _DISK
-    if full or any(os.strerror(number) in str(error) for number in _DISK):
-        return UnavailableError(f"{text}; free some space and try again")
+    if is_of_the_disk(error):
+        return UnavailableError(f"{text}; free some space, or check the disk, and try again")
     return mistake(text)
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Return whether an error, OSError or one with its text, is of a disk that is full or fails."""
+    if isinstance(error, OSError):
+        return error.errno in _DISK
+    return any(os.strerror(number) in str(error) for number in _DISK)
 
 
 def _is_left(path: Path) -> bool:

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import psutil
 
 _CGROUPS = Path("/sys/fs/cgroup")
+# Of versions 2 and 1 of control groups: limit and usage; what counts kills.
 _LIMITS = (
     ("memory.max", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
 _EVENTS = ("memory.events", "memory.oom_control")
-"""Limit and usage, and what counts kills, in versions 2 and 1."""
 _UNLIMITED = 1 << 60  # version 1 says "no limit" by a number near 2**63
 
 
@@ -74,7 +74,7 @@ def killed_since(before: Mapping[str, int]) -> str | None:
         file = Path(name)
         if _table(file).get("oom_kill", 0) > count:
             limits = (_read(file.parent / limit) for limit, _ in _LIMITS)
-            limit = next((limit for limit in limits if limit is not None), None)
+            limit = next((one for one in limits if one is not None and one < _UNLIMITED), None)
             limited = f"; the container's limit is {limit / 1e9:.2f} GB" if limit else ""
             return f"perhaps for lack of memory: the kernel killed a process for that{limited}"
     return None

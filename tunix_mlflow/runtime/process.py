@@ -5,7 +5,6 @@ The library uses only `COMPILING` of this.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
@@ -13,10 +12,12 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from tunix_mlflow import files
 from tunix_mlflow.errors import Interrupted, TunixMlflowError, UnavailableError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.runtime import huge_pages
@@ -24,7 +25,6 @@ from tunix_mlflow.runtime.report import printable
 
 COMPILING = "compile"  # name of the thread that compiles ahead
 _PARENT_CHECK_SECONDS = 0.5
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _DEFAULTS = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -65,13 +65,15 @@ def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
 
     0; 2: a user's mistake; 3: refused by a gate or a check; 4: disk, memory, network or a lock is
     not available, or MLflow refused a request, worth a retry; 130 and 143: signals; 1: anything
-    else, with a traceback. A run that `mlflow run` created for this process, and that nothing took
-    over, gets the message as its tag `tunix_mlflow.error`.
+    else, a defect with its traceback. A run that `mlflow run` created for this process, and that
+    nothing took over, gets the message as its tag `tunix_mlflow.error`.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     if "MLFLOW_RUN_ID" in os.environ:
         _follow_parent()
     set_defaults()
+    sys.unraisablehook = _report_unraisable
+    warnings.filterwarnings("ignore", ".*'async_serialize.*was never awaited", RuntimeWarning)
     _resolve_relative_store()
     try:
         main(argv)
@@ -95,7 +97,7 @@ def execute(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
 
 def _classify(error: Exception) -> TunixMlflowError | None:
     """Return the named error of a failure of the environment or of MLflow, None for a defect."""
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+    if isinstance(error, OSError) and files.is_of_the_disk(error):
         place = f" at {error.filename}" if error.filename else ""
         return UnavailableError(f"{one_line(error)}{place}; free some space and try again")
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:
@@ -115,6 +117,18 @@ def set_defaults() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+
+
+def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """Print what no caller can be told, but for the echoes of a failure that one is told.
+
+    When Orbax cannot write a file, it closes its event loop; whatever TensorStore's threads still
+    wrote for it then finds the loop closed, hundreds of times; some of it was never begun, which is
+    a warning (see :func:`execute`).
+    """
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
 
 
 def _follow_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import time
@@ -43,7 +44,7 @@ def wait_for(
         waited = time.monotonic() - begun
         if waited > seconds:
             raise UnavailableError(
-                f"{what}: {_held_by(file)}waited for {seconds:.0f} s; try again when it is free"
+                f"{what}: {_held_by(file)}waited for {seconds:.0f} s; try again later"
             )
         if waited > TOLD_SECONDS and not told:
             told = True
@@ -52,10 +53,19 @@ def wait_for(
         pause = min(longest_pause, pause * 2)
 
 
-def holder(file: Path) -> str | None:
-    """Return which process of this machine has a file locked; None where nothing tells.
+def try_lock(handle: int, *, exclusive: bool = True) -> bool:
+    """Take the kernel's lock of an open file, and return whether it was free."""
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
-    The kernel lists locks of this process's own file systems only.
+
+def holder(file: Path) -> str | None:
+    """Return which process has a file locked; None where that is not known.
+
+    Linux tells it, of processes that this one can see.
     """
     try:
         stat = file.stat()

@@ -16,8 +16,8 @@ import duckdb
 from tunix_mlflow import paths
 from tunix_mlflow.data import lock
 from tunix_mlflow.data.catalog import migrations
-from tunix_mlflow.errors import DatasetError
-from tunix_mlflow.files import failure
+from tunix_mlflow.errors import DatasetError, UnavailableError
+from tunix_mlflow.files import failure, is_of_the_disk
 from tunix_mlflow.runtime.waiting import wait_for
 
 MEMORY = "384MB"  # DuckDB's own; it spills to the disk beyond
@@ -53,8 +53,9 @@ def connect(path: Path, *, write: bool) -> Iterator[duckdb.DuckDBPyConnection]:
     except OSError as error:
         raise failure(error, f"cannot use {path}", DatasetError) from error
     except duckdb.Error as error:
-        first_line = duckdb.Error(str(error).strip().splitlines()[0])
-        raise failure(first_line, f"{path} cannot be used", DatasetError) from error
+        first_line = str(error).strip().splitlines()[0]
+        kind = UnavailableError if is_of_the_disk(error) else DatasetError
+        raise kind(f"{path} cannot be used: {first_line}") from error
 
 
 @contextmanager
@@ -85,7 +86,7 @@ def _open(path: Path, write: bool) -> duckdb.DuckDBPyConnection:
     }
     opened: list[duckdb.DuckDBPyConnection] = []
 
-    def connect() -> bool:
+    def attempt() -> bool:
         try:
             opened.append(duckdb.connect(str(path), read_only=not write, config=config))
         except duckdb.IOException as error:
@@ -95,7 +96,7 @@ def _open(path: Path, write: bool) -> duckdb.DuckDBPyConnection:
             return False
         return True
 
-    wait_for(connect, f"the catalog {path}", lock.WAIT_SECONDS, file=path, longest_pause=0.2)
+    wait_for(attempt, f"the catalog {path}", lock.WAIT_SECONDS, file=path, longest_pause=0.2)
     return opened[0]
 
 

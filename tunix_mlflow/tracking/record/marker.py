@@ -1,4 +1,4 @@
-"""A marker: a process of this machine has a run open, or ended before MLflow had the run's end.
+"""A marker: a process of this machine has a run open, or ended before MLflow knew the run's status.
 
 It is there from before MLflow hears of a run, and names the run by the owner of its lease, so that
 a run is found whose process died before it had a folder. The kernel's lock on the file goes with
@@ -8,7 +8,6 @@ the process.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +20,7 @@ from tunix_mlflow import paths
 from tunix_mlflow.errors import UnavailableError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.runtime import memory
-from tunix_mlflow.runtime.waiting import wait_for
+from tunix_mlflow.runtime.waiting import try_lock, wait_for
 
 _WAIT_SECONDS = 120.0
 
@@ -42,7 +41,7 @@ class Marker:
         self.owner, self._handle = owner, handle
 
     def release(self, *, remove: bool) -> None:
-        """Let it go; a second call does nothing.
+        """Let it go; a second call does nothing. In a forked process it stays the parent's.
 
         Args:
             remove: MLflow knows how the run ended, or has none.
@@ -54,12 +53,6 @@ class Marker:
             with contextlib.suppress(OSError):
                 (paths.open_runs() / self.owner).unlink(missing_ok=True)
         os.close(handle)
-
-    def leave(self) -> None:
-        """Let go of it in a forked process: it stays the parent's."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
 
 
 def place(owner: str, about: About) -> Marker:
@@ -96,7 +89,7 @@ def abandoned() -> Iterator[tuple[Marker, About | None]]:
             handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:  # its process has just removed it
             continue
-        if not _lock(handle):
+        if not try_lock(handle):
             os.close(handle)
             continue
         try:
@@ -116,18 +109,10 @@ def _open_locked(path: Path) -> int:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             # Another command may be looking at it.
-            wait_for(partial(_lock, handle), f"the marker {path}", _WAIT_SECONDS, file=path)
+            wait_for(partial(try_lock, handle), f"the marker {path}", _WAIT_SECONDS, file=path)
         except BaseException:
             os.close(handle)
             raise
         if os.fstat(handle).st_nlink:
             return handle
         os.close(handle)  # that command has deleted it
-
-
-def _lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
