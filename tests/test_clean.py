@@ -13,15 +13,20 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
+from msgspec.structs import replace
 
 from tests.conftest import environment, run_here
 from tests.servers import RefusingProxy, Server
 from tunix_mlflow import files, paths
 from tunix_mlflow.config.schema import TrackingConfig
 from tunix_mlflow.pipelines.clean import clean
-from tunix_mlflow.tracking import tags
+from tunix_mlflow.tracking import active, tags
+from tunix_mlflow.tracking.record import marker
+from tunix_mlflow.tracking.record.cursor import pending_bytes, update_cursor
 from tunix_mlflow.tracking.record.folder import LOCK
+from tunix_mlflow.tracking.record.marker import About
 from tunix_mlflow.tracking.run import Run, open_run
+from tunix_mlflow.tracking.sync import lease
 
 QUIET = TrackingConfig(system_metrics=False)
 DYING = """
@@ -164,3 +169,45 @@ def test_a_lost_answer_makes_nothing_twice(
     found: Any = client.get_experiment_by_name(tmp_path.name)
     (only,) = client.search_runs([found.experiment_id])
     assert (only.info.run_id, only.info.status) == (run.run_id, "FINISHED")
+
+
+def test_a_recorded_end_is_the_status(store: str) -> None:
+    """The process died when MLflow had all but the status: nothing is pending afterwards."""
+    with begun("seed") as run:
+        run.log_metrics({"loss": 1.0})
+    client = MlflowClient()
+    client.update_run(run.run_id, status="RUNNING")
+    update_cursor(run.folder, lambda cursor: replace(cursor, status=0))
+    client.set_tag(run.run_id, tags.LEASE, f"{lease.owner_of(run.folder)} 0")
+    marker.place(lease.owner_of(run.folder), About(store, folder=run.folder.name)).release(
+        remove=False
+    )
+    assert run_here("runs", "list") == 0
+    assert status(run.run_id) == "FINISHED"
+    assert pending_bytes(run.folder) == 0
+
+
+def test_requests_are_repeated_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of two threads overlap, and the user changes his mind meanwhile."""
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    monkeypatch.delenv(name, raising=False)
+    active.set_request_limits()
+    first, second = active.no_retries(), active.no_retries()
+    first.__enter__()
+    second.__enter__()
+    assert os.environ[name] == "0"
+    first.__exit__(None, None, None)
+    assert os.environ[name] == "0"
+    second.__exit__(None, None, None)
+    assert os.environ[name] == "1"
+    with active.no_retries():
+        active.restore_request_limits()
+        assert os.environ[name] == "0"
+    assert name not in os.environ
+    active.set_request_limits()
+    os.environ[name] = "3"
+    with active.no_retries():
+        assert os.environ[name] == "0"
+    assert os.environ[name] == "3"
+    active.restore_request_limits()
+    assert os.environ[name] == "3"

@@ -288,6 +288,8 @@ LIGHT = {
     "import tunix_mlflow.cli.main": ("mlflow", "numpy", *HEAVY),
     "import tunix_mlflow.runtime.process": ("mlflow", "numpy", *HEAVY),
     "import tunix_mlflow.runtime.environment": ("mlflow", "numpy", *HEAVY),
+    # A user's run, which may have nothing to do with jax, and `seed`.
+    "import tunix_mlflow.tracking.run, tunix_mlflow.pipelines.seed": ("jax", "flax", "orbax"),
     # MLflow itself loads numpy and pyarrow.
     f"import mlflow, {', '.join(plugin_modules())}": HEAVY[:-1],
 }

@@ -155,7 +155,7 @@ def test_a_run_whose_beginning_was_cut_off_is_found(
         raise SystemExit(9)
 
     with monkeypatch.context() as patched:
-        patched.setattr(lease, "make_owner", die)
+        patched.setattr(lease, "record_owner", die)
         patched.setattr(opening, "_give_up", lambda *_: None)  # a dead process does nothing
         with pytest.raises(SystemExit):
             opened(short)

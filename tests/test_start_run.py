@@ -168,10 +168,13 @@ def test_a_forked_process_ends_no_run_of_its_parent(store: str) -> None:
 import gc, os, subprocess, sys
 import tunix_mlflow as tm
 import tunix_mlflow.errors
+from tunix_mlflow.tracking.plugins.context import TunixMlflowRunContext
 with tm.start_run(log_system_metrics=False) as run:
     for leave in ("exit", "end"):
         child = os.fork()
         if child == 0:
+            if TunixMlflowRunContext().in_context():
+                sys.exit("a run of the child's own would get our tag")
             if leave == "end":
                 run.end("FAILED", "the child's")
             try:

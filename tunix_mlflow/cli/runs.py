@@ -27,13 +27,13 @@ def list_(limit: int, as_json: bool) -> None:
     Runs that `mlflow run` created only to resume another one are left out.
     """
     from tunix_mlflow.cli import table
-    from tunix_mlflow.cli.terminal import print_json
+    from tunix_mlflow.cli.terminal import Terminal, print_json
     from tunix_mlflow.config.schema import TrackingConfig
     from tunix_mlflow.tracking import store
     from tunix_mlflow.tracking.runs import dead, lookup
 
     client = store.connect(TrackingConfig())
-    dead.mark(client, lambda message: click.echo(message, err=True))
+    dead.mark(client, Terminal().info)
     rows = [_row(run) for run in lookup.training_runs(client, limit)]
     if as_json:
         print_json(rows)
@@ -112,6 +112,7 @@ def sync(run_id: str | None, skip: bool, retry_refused: bool) -> None:
     """
     if skip and retry_refused:
         raise InputError("give --skip or --retry-refused, not both")
+    from tunix_mlflow.cli.terminal import Terminal
     from tunix_mlflow.config.schema import TrackingConfig
     from tunix_mlflow.tracking import store
     from tunix_mlflow.tracking.record.folder import is_open, read_link
@@ -132,7 +133,7 @@ def sync(run_id: str | None, skip: bool, retry_refused: bool) -> None:
             sent = upload.sync(
                 client,
                 path,
-                lambda message: click.echo(message, err=True),
+                Terminal().info,
                 skipped_too=retry_refused,
             )
         except (TrackingError, UnavailableError) as error:
@@ -145,7 +146,7 @@ def sync(run_id: str | None, skip: bool, retry_refused: bool) -> None:
         if link is not None:
             url = store.run_link(link.experiment_id, link.run_id)
             click.echo(f"run {link.run_id}: uploaded {sent:,} bytes of records; {url}")
-    dead.mark(client, lambda message: click.echo(message, err=True))
+    dead.mark(client, Terminal().info)
     if failed:
         raise type(failed[0])("; ".join(map(str, failed)))
 

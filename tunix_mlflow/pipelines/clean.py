@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from mlflow.entities import LoggedModel, Run, ViewType
+from mlflow.entities import LoggedModel, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -20,9 +20,7 @@ from tunix_mlflow.tracking import store, tags
 from tunix_mlflow.tracking.record import folder as folders
 from tunix_mlflow.tracking.record.folder import CHECKPOINTS, EVENT_LOG, is_open
 from tunix_mlflow.tracking.runs import dead, lookup, resume
-from tunix_mlflow.tracking.sync import lease, upload
-
-_PAGE = 1000
+from tunix_mlflow.tracking.sync import lease
 
 
 class Leftover(NamedTuple):
@@ -84,7 +82,7 @@ def _survey(client: MlflowClient | None, failed: list[str], reporter: Reporter) 
 
 
 def _in_mlflow(client: MlflowClient, reporter: Reporter) -> Iterator[_Found]:
-    runs = list(_our_runs(client))
+    runs = list(lookup.search(client, f"tags.`{tags.VERSION}` LIKE '%'"))
     for number, run in enumerate(runs, start=1):
         reporter.progress("clean", number, len(runs), {})
         run_id = run.info.run_id
@@ -92,7 +90,10 @@ def _in_mlflow(client: MlflowClient, reporter: Reporter) -> Iterator[_Found]:
             if not _is_dead(client, run):
                 continue
             text = "RUNNING, and its process is gone: it gets a status"
-            yield _Found(Leftover("run", run_id, text, 0), partial(upload.end_dead, client, run_id))
+            yield _Found(
+                Leftover("run", run_id, text, 0),
+                partial(dead.end, client, run, paths.run_dir(run_id)),
+            )
         for model, text in _models(client, run):
             found = Leftover("model", str(model.model_id), f"{text}, of run {run_id}", 0)
             yield _Found(found, partial(client.delete_logged_model, model.model_id))
@@ -100,23 +101,6 @@ def _in_mlflow(client: MlflowClient, reporter: Reporter) -> Iterator[_Found]:
             text = "a checkpoint without manifest"
             found = Leftover("artifacts", f"{run_id}/{artifact}", text, 0)
             yield _Found(found, partial(store.delete_artifacts, client, run_id, artifact))
-
-
-def _our_runs(client: MlflowClient) -> Iterator[Run]:
-    """All runs with a tag of ours."""
-    experiments = client.search_experiments(view_type=ViewType.ACTIVE_ONLY, max_results=_PAGE)
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment.experiment_id for experiment in experiments],
-            f"tags.`{tags.VERSION}` LIKE '%'",
-            max_results=_PAGE,
-            page_token=token,
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _is_dead(client: MlflowClient, run: Run) -> bool:
@@ -182,18 +166,24 @@ def _here() -> Iterator[_Found]:
         if is_open(folder):
             continue
         if not (folder / EVENT_LOG).exists() and folders.read_link(folder) is None:
-            yield _of_files(folder, "the folder of a run that recorded nothing")
+            yield _of_files(folder, "the folder of a run that recorded nothing", folder)
             continue
         for path in dead.leftovers(folder):
-            yield _of_files(path, "half written or half deleted, of a run that is not open")
+            yield _of_files(path, "half written or half deleted, of a run that is not open", folder)
 
 
-def _of_files(path: Path, text: str) -> _Found:
+def _of_files(path: Path, text: str, run: Path | None = None) -> _Found:
+    """A file or a folder; `run`: of the run with this folder."""
     found = Leftover("files", str(path), text, files.size_of(path))
-    return _Found(found, partial(_remove, path))
+    return _Found(found, partial(_remove, path, run))
 
 
-def _remove(path: Path) -> None:
-    files.remove(path)
+def _remove(path: Path, run: Path | None) -> None:
+    held = folders.lock(run) if run is not None else None  # it may have been opened meanwhile
+    try:
+        files.remove(path)
+    finally:
+        if held is not None:
+            held.release()
     if path.exists():
         raise UnavailableError("it could not be deleted")

@@ -11,14 +11,13 @@ from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data import datasets, snapshot
 from tunix_mlflow.errors import ConfigError, DatasetError
 from tunix_mlflow.evaluation import scoring
-from tunix_mlflow.pipelines import notes
+from tunix_mlflow.pipelines import notes, undelivered
 from tunix_mlflow.runtime import devices, environment
 from tunix_mlflow.runtime.report import SILENT, Reporter
 from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking.models import flavor, registry
 from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
 from tunix_mlflow.tracking.run import open_run
-from tunix_mlflow.tracking.runs import undelivered
 
 _READ_BY_TRAINING = {"training": "trained on", "validation": "chosen by"}
 """MLflow's contexts of the inputs of a training run, and what they say of the model."""

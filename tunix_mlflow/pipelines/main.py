@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data import seeds
 from tunix_mlflow.errors import UnavailableError
-from tunix_mlflow.pipelines import notes
+from tunix_mlflow.pipelines import notes, undelivered
 from tunix_mlflow.pipelines.evaluate import evaluate
 from tunix_mlflow.pipelines.promote import promote
 from tunix_mlflow.pipelines.seed import seed
@@ -16,7 +16,7 @@ from tunix_mlflow.pipelines.train import train
 from tunix_mlflow.runtime.report import SILENT, Reporter
 from tunix_mlflow.tracking import store, tags
 from tunix_mlflow.tracking.run import Run, open_run
-from tunix_mlflow.tracking.runs import lookup, undelivered
+from tunix_mlflow.tracking.runs import lookup
 
 
 class MainResult(NamedTuple):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import ConfigError
-from tunix_mlflow.pipelines import notes
+from tunix_mlflow.pipelines import notes, undelivered
 from tunix_mlflow.runtime.report import SILENT, Reporter
 from tunix_mlflow.tracking import store, tags
 from tunix_mlflow.tracking.models import gate, registry
 from tunix_mlflow.tracking.models.gate import Promotion
 from tunix_mlflow.tracking.run import open_run
-from tunix_mlflow.tracking.runs import undelivered
 
 
 @store.restored()

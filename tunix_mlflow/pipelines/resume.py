@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from tunix_mlflow.config.load import apply_overrides, inherit_auto
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import ConfigError
+from tunix_mlflow.pipelines import undelivered
 from tunix_mlflow.runtime.report import SILENT, Reporter
 from tunix_mlflow.tracking import store
-from tunix_mlflow.tracking.runs import lookup, undelivered
+from tunix_mlflow.tracking.runs import lookup
 from tunix_mlflow.tracking.runs import resume as resuming
 
 

@@ -8,7 +8,7 @@ that is open, or of one that MLflow does not have as a training run.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +65,8 @@ def survey(client: MlflowClient, retention: Retention, only: str | None = None) 
     needed = _registered(client)
     found: list[Entry] = []
     seen = set()
-    for run in _runs(client):
+    every = lookup.search(client, tags.TRAINING_FILTER, view=ViewType.ALL)
+    for run in (one for one in every if tags.is_training_run(one.data.tags)):
         run_id = run.info.run_id
         seen.add(run_id)
         if only is not None and run_id != only:
@@ -188,24 +189,6 @@ def _steps(client: MlflowClient, model: LoggedModel) -> set[int]:
     run = client.get_run(model.source_run_id)
     outputs = run.outputs.model_outputs if run.outputs else []
     return {output.step for output in outputs if output.model_id == model.model_id}
-
-
-def _runs(client: MlflowClient) -> Iterator[Run]:
-    experiments = client.search_experiments(view_type=ViewType.ALL, max_results=1000)
-    ids = [e.experiment_id for e in experiments]
-    token = None
-    while True:
-        page = client.search_runs(
-            ids,
-            tags.TRAINING_FILTER,
-            run_view_type=ViewType.ALL,
-            max_results=1000,
-            page_token=token,
-        )
-        yield from (run for run in page if tags.is_training_run(run.data.tags))
-        token = page.token
-        if not token:
-            return
 
 
 def _here(run_id: str) -> list[Entry]:

@@ -14,12 +14,15 @@ from mlflow.tracking import fluent
 
 from tunix_mlflow.tracking.plugins import context
 
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 # MLflow's own retries would only hide an outage: records are delivered again for as long as it
 # takes.
-_REQUESTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+_LIMITS = {_RETRIES: "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 _requests_lock = threading.Lock()
-_requests_users = 0
-_requests_set: list[str] = []
+_limited = 0  # by so many open runs
+_unrepeated = 0  # in so many blocks of :func:`no_retries`
+_theirs: dict[str, str | None] = {}  # as the user has them
+_ours: dict[str, str | None] = {}  # as they were set here
 
 
 class Activation:
@@ -39,6 +42,10 @@ class Activation:
         self.run = _ActiveRun(info)
         self._stack.append(self.run)
         self._context = context.enter()
+
+    def leave(self) -> None:
+        """Forget the run in a forked process, whose stack MLflow has emptied."""
+        context.leave(self._context)
 
     def end(self) -> None:
         """Take the run off the stack; does nothing if the user ended it through MLflow."""
@@ -65,38 +72,45 @@ def set_request_limits() -> None:
     Each call is undone by one of :func:`restore_request_limits`; the environment is as it was
     after the last.
     """
-    global _requests_users
-    with _requests_lock:
-        if _requests_users == 0:
-            _requests_set[:] = [name for name in _REQUESTS if name not in os.environ]
-            os.environ.update({name: _REQUESTS[name] for name in _requests_set})
-        _requests_users += 1
-
-
-@contextlib.contextmanager
-def no_retries() -> Iterator[None]:
-    """Let no request of a block be repeated by MLflow's client.
-
-    What makes something would make it twice, where only the answer was lost.
-    """
-    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
+    _change(limited=1)
 
 
 def restore_request_limits() -> None:
     """Undo one :func:`set_request_limits`."""
-    global _requests_users
+    _change(limited=-1)
+
+
+@contextlib.contextmanager
+def no_retries() -> Iterator[None]:
+    """Let MLflow's client repeat no request of this process, for the length of a block.
+
+    A request that makes something would make it twice, where only the answer was lost.
+    """
+    _change(unrepeated=1)
+    try:
+        yield
+    finally:
+        _change(unrepeated=-1)
+
+
+def _change(*, limited: int = 0, unrepeated: int = 0) -> None:
+    """Count who needs the variables changed, and set them for those that are left."""
+    global _limited, _unrepeated
     with _requests_lock:
-        _requests_users -= 1
-        if _requests_users == 0:
-            for name in _requests_set:
-                if os.environ.get(name) == _REQUESTS[name]:
-                    del os.environ[name]
+        changed = _limited or _unrepeated
+        _limited += limited
+        _unrepeated += unrepeated
+        for name, limit in _LIMITS.items():
+            present = os.environ.get(name)
+            if not changed or present != _ours[name]:  # the user may say otherwise meanwhile
+                _theirs[name] = present
+            value = _theirs[name]
+            if value is None and _limited:
+                value = limit
+            if name == _RETRIES and _unrepeated:
+                value = "0"
+            _ours[name] = value
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -125,7 +125,7 @@ def _open_online(client: MlflowClient, request: Request, report: Callable[[str],
     if request.mark_stale:
         try:
             for ended in resume.mark_stale(client, opened.info.experiment_id):
-                report(dead.said(*ended))
+                report(dead.describe(*ended))
         except MlflowException as error:
             report(f"runs whose process died were not looked for: {one_line(error)}")
     return opened
@@ -145,14 +145,14 @@ def _create(
     about = About(store.public(mlflow.get_tracking_uri()), experiment_id)
     with contextlib.ExitStack() as undo:
         placed = marker.place(owner, about)
-        undo.callback(placed.release, remove=False)  # perhaps MLflow has a run that it kept quiet
+        undo.callback(placed.release, remove=False)  # MLflow may have a run: the answer was lost
         run = _create_run(client, experiment_id, context_tags(given), request.name)
         run_id = run.info.run_id
         undo.callback(_give_up, client, run_id)
         folder = paths.run_dir(run_id)
         lock = folders.lock(folder)
         undo.callback(lock.release)
-        lease.make_owner(folder, owner)
+        lease.record_owner(folder, owner)
         calls.adopt(folder, run_id, run.info.experiment_id)
         undo.pop_all()
     held = Lease(client, run_id, owner, request.lease_seconds, begun)
@@ -183,18 +183,17 @@ def _attach(
         raise TrackingError(f"run {run_id} was deleted; restore it in MLflow first")
     stage = request.tags.get(tags.STAGE)
     if stage is not None and before.get(tags.STAGE, stage) != stage:
-        named = "MLFLOW_RUN_ID names" if run_id == request.launched else "this is"
+        remedy = "; unset MLFLOW_RUN_ID" if run_id == request.launched else ""
         raise TrackingError(
-            f"{named} run {run_id}, of the stage {before[tags.STAGE]}; a run of the stage {stage}"
-            " cannot go on there"
+            f"run {run_id} is of the stage {before[tags.STAGE]}, and cannot be continued as"
+            f" {stage}{remedy}"
         )
     _check_digests(before, request.tags, run_id)
     folder = paths.run_dir(run_id).resolve()
     with contextlib.ExitStack() as undo:
         lock = folders.lock(folder)
         undo.callback(lock.release)
-        about = About(store.public(mlflow.get_tracking_uri()), folder=folder.name)
-        placed = marker.place(lease.owner_of(folder), about)
+        placed = _place_marker(folder)
         undo.callback(placed.release, remove=False)
         held_here = _owner(before) == lease.owner_of(folder)
         refill = folder / REFILL  # stays when this process dies before it is done
@@ -223,8 +222,7 @@ def _open_away(away: str, request: Request, report: Callable[[str], None]) -> Op
         raise UnavailableError(f"{away}, and run {run_id} is not on this machine")
     lock = folders.lock(folder)
     folder = folder.resolve()
-    about = About(store.public(mlflow.get_tracking_uri()), folder=folder.name)
-    placed = marker.place(lease.owner_of(folder), about)
+    placed = _place_marker(folder)
     report(f"{away}: recording in {folder}; pending records are uploaded when it is back")
     if run_id is None:
         events = EventLog(folder)
@@ -251,6 +249,11 @@ def _open_away(away: str, request: Request, report: Callable[[str], None]) -> Op
         run_name=request.name,
     )
     return Opened(folder, lock, info, None, placed, run_id is not None)
+
+
+def _place_marker(folder: Path) -> Marker:
+    about = About(store.public(mlflow.get_tracking_uri()), folder=folder.name)
+    return marker.place(lease.owner_of(folder), about)
 
 
 def _owner(given: Mapping[str, str]) -> str | None:

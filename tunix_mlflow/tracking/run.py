@@ -193,7 +193,8 @@ class Run(Recording):
         A lock that this process unlocked, or kept, would be the parent's too.
         """
         self._is_forked = True
-        self._marker.leave()
+        self._activation.leave()
+        self._marker.release(remove=False)
         folders.leave(self._lock)
 
     def __enter__(self) -> Run:

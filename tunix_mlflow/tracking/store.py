@@ -300,11 +300,24 @@ def end_run(client: MlflowClient, run_id: str, status: str, end_time: int | None
 
 
 def list_artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> list[FileInfo]:
-    """Return the artifacts in a folder of a run; none if it is being deleted."""
-    try:
-        return list(client.list_artifacts(run_id, folder))
-    except FileNotFoundError:  # MLflow asks for the size of each file that it has listed
-        return []
+    """Return the artifacts in a folder of a run, also while another process deletes some.
+
+    MLflow asks for the size of each file that it has listed, and fails where one is gone by then.
+
+    Raises:
+        UnavailableError: if that goes on.
+    """
+    found: list[FileInfo] = []
+
+    def attempt() -> bool:
+        try:
+            found.extend(client.list_artifacts(run_id, folder))
+        except FileNotFoundError:
+            return False
+        return True
+
+    wait_for(attempt, f"the artifacts of run {run_id}, which another process deletes", 60)
+    return found
 
 
 def has_artifact(client: MlflowClient, run_id: str, artifact: str) -> bool:

@@ -14,7 +14,6 @@ from mlflow.tracking import MlflowClient
 from tunix_mlflow import files, paths
 from tunix_mlflow.errors import TrackingError, UnavailableError
 from tunix_mlflow.files import one_line
-from tunix_mlflow.models import arrays
 from tunix_mlflow.runtime import memory
 from tunix_mlflow.tracking import store, tags
 from tunix_mlflow.tracking.record import folder as folders
@@ -23,7 +22,6 @@ from tunix_mlflow.tracking.record.event_log import read_records
 from tunix_mlflow.tracking.record.folder import CHECKPOINTS, EVENT_LOG, MODELS, PACKAGES, STAGED
 from tunix_mlflow.tracking.record.marker import About
 from tunix_mlflow.tracking.sync import lease, logged_model, upload
-from tunix_mlflow.training import checkpoint
 
 
 def mark(client: MlflowClient, report: Callable[[str], None]) -> None:
@@ -44,7 +42,7 @@ def mark(client: MlflowClient, report: Callable[[str], None]) -> None:
                     continue
                 why = memory.killed_since(about.oom_kills)
                 for run_id, status in _end(client, held.owner, about, why):
-                    report(said(run_id, status, why))
+                    report(describe(run_id, status, why))
         except UnavailableError:
             continue  # it is open in another process
         except (MlflowException, TrackingError, OSError) as error:
@@ -53,26 +51,49 @@ def mark(client: MlflowClient, report: Callable[[str], None]) -> None:
         held.release(remove=True)
 
 
-def said(run_id: str, status: str, why: str | None = None) -> str:
+def describe(run_id: str, status: str, why: str | None = None) -> str:
     """Return a line on a run that was ended."""
     died = f" ({why})" if why and status == "KILLED" else ""
     return f"run {run_id} was left RUNNING by a process that is gone{died}; it is {status} now"
 
 
-def tidy(folder: Path) -> None:
-    """Delete what a dead process was writing or deleting in a run's folder.
+def end(client: MlflowClient, run: Run, folder: Path, why: str | None = None) -> str | None:
+    """End a run whose process is gone, and delete what that was writing or deleting.
 
-    The caller holds the folder's lock.
+    Args:
+        client: reaches MLflow.
+        run: MLflow's.
+        folder: its folder, which need not exist.
+        why: of what its process may have died.
+
+    Returns:
+        Its status now; None if it was not RUNNING.
 
     Raises:
-        OSError: if something cannot be deleted.
+        UnavailableError: if it is open in another process, or MLflow does not answer.
+        MlflowException: if MLflow refuses or does not answer.
     """
-    for path in leftovers(folder):
-        files.remove(path)
+    run_id, status = run.info.run_id, None
+    lock = folders.lock(folder)
+    try:
+        if run.info.status == "RUNNING":
+            status = upload.end_dead(client, run_id, folder.resolve(), why)
+        logged_model.delete_pending(client, run.info.experiment_id, run_id)
+        for path in leftovers(folder.resolve()):
+            files.remove(path)
+    finally:
+        lock.release()
+    if not (folder / EVENT_LOG).exists():  # nothing was recorded
+        shutil.rmtree(folder, ignore_errors=True)
+    return status
 
 
 def leftovers(folder: Path) -> list[Path]:
     """Return what a dead process was writing or deleting in a run's folder."""
+    # Only here, since both load jax, which a run does not need to begin.
+    from tunix_mlflow.models import arrays
+    from tunix_mlflow.training import checkpoint
+
     found = files.leftovers(folder) + checkpoint.leftovers(folder / CHECKPOINTS)
     models = folder / MODELS
     found += [
@@ -109,17 +130,9 @@ def _end(client: MlflowClient, owner: str, about: About, why: str | None) -> lis
             continue  # it was resumed elsewhere
         if run.info.lifecycle_stage == "deleted":
             continue
-        folder = paths.run_dir(about.folder or run_id)
-        lock = folders.lock(folder)
-        try:
-            if run.info.status == "RUNNING":
-                ended.append((run_id, upload.end_dead(client, run_id, why)))
-            logged_model.delete_pending(client, run.info.experiment_id, run_id)
-            tidy(folder.resolve())
-        finally:
-            lock.release()
-        if not (folder / EVENT_LOG).exists():  # nothing was recorded
-            shutil.rmtree(folder, ignore_errors=True)
+        status = end(client, run, paths.run_dir(about.folder or run_id), why)
+        if status is not None:
+            ended.append((run_id, status))
     return ended
 
 

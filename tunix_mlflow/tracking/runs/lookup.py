@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import mlflow
-from mlflow.entities import Run
+from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -24,6 +25,8 @@ from tunix_mlflow.tracking.record import folder, metrics_log
 from tunix_mlflow.tracking.record.event_log import recorded_status, recorded_tags
 from tunix_mlflow.tracking.record.folder import CONFIG, ENVIRONMENT, EVENT_LOG, read_link
 from tunix_mlflow.tracking.sync import upload
+
+_PAGE = 1000
 
 
 class RecordedRun(NamedTuple):
@@ -196,22 +199,39 @@ def child_links(client: MlflowClient, run_id: str, experiment_id: str) -> dict[s
 
 def training_runs(client: MlflowClient, limit: int) -> list[Run]:
     """Return the newest training runs of all experiments."""
-    experiments = [e.experiment_id for e in client.search_experiments(max_results=1000)]
-    found: list[Run] = []
-    token = None
-    while len(found) < limit:
-        page = client.search_runs(
-            experiments,
-            tags.TRAINING_FILTER,
-            order_by=["attributes.start_time DESC"],
-            max_results=min(1000, limit),
-            page_token=token,
-        )
-        found += [run for run in page if tags.is_training_run(run.data.tags)]
-        token = page.token
+    newest_first = ["attributes.start_time DESC"]
+    found = search(client, tags.TRAINING_FILTER, order_by=newest_first, page=min(_PAGE, limit))
+    return list(itertools.islice((r for r in found if tags.is_training_run(r.data.tags)), limit))
+
+
+def search(
+    client: MlflowClient,
+    condition: str,
+    *,
+    view: int = ViewType.ACTIVE_ONLY,
+    order_by: Sequence[str] = (),
+    page: int = _PAGE,
+) -> Iterator[Run]:
+    """Yield the runs of all experiments that meet a condition of MLflow's.
+
+    Args:
+        client: reaches MLflow.
+        condition: a filter string of `search_runs`.
+        view: whether deleted ones count.
+        order_by: as of `search_runs`.
+        page: how many are asked for at a time.
+
+    Raises:
+        MlflowException: if MLflow does not answer.
+    """
+    experiments = client.search_experiments(view_type=view, max_results=_PAGE)
+    ids, token = [experiment.experiment_id for experiment in experiments], None
+    while True:
+        found = client.search_runs(ids, condition, view, page, list(order_by), token)
+        yield from found
+        token = found.token
         if not token:
-            break
-    return found[:limit]
+            return
 
 
 def folders() -> list[Path]:

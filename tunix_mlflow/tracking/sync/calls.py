@@ -22,12 +22,11 @@ from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 from tunix_mlflow import files, paths
 from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking import tags as names
-from tunix_mlflow.tracking.plugins import fence
 from tunix_mlflow.tracking.record import records
 from tunix_mlflow.tracking.record.cursor import refused_counts
 from tunix_mlflow.tracking.record.folder import STAGED, RunLink, read_link, write_link
 from tunix_mlflow.tracking.record.records import Record
-from tunix_mlflow.tracking.sync import logged_model
+from tunix_mlflow.tracking.sync import fence, logged_model
 from tunix_mlflow.tracking.sync.answers import Undeliverable, understand
 
 _Item = TypeVar("_Item", Param, RunTag)
@@ -236,7 +235,7 @@ def _upload_folder(
             # Another of the same name would leave files that are not in the manifest.
             store.delete_artifacts(client, run_id, artifact)
             for child in sorted(source.iterdir(), key=lambda child: child.name == _SEAL):
-                fence.check()  # for stores that are no requests to the server
+                fence.check()  # for stores that the hook does not see
                 if child.is_dir():
                     client.log_artifacts(run_id, str(child), f"{artifact}/{child.name}")
                 else:

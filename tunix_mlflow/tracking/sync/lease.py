@@ -11,6 +11,7 @@ the lease is long, by the own clock; what is renewed meanwhile is alive, whateve
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
@@ -23,8 +24,8 @@ from mlflow.tracking import MlflowClient
 
 from tunix_mlflow import files
 from tunix_mlflow.errors import UnavailableError
-from tunix_mlflow.tracking.plugins import fence
 from tunix_mlflow.tracking.record.folder import LEASE
+from tunix_mlflow.tracking.sync import fence
 from tunix_mlflow.tracking.tags import LEASE as TAG
 
 _CONFIRM_SECONDS = 0.5
@@ -52,7 +53,7 @@ class Lease:
         run_id: the run.
         owner: the name under which it is held.
         seconds: for how long it is taken, each time.
-        renewed: when it was taken, by :func:`now`; it may not be yet.
+        renewed: when it was taken, by :func:`now`; the default: it has to be.
     """
 
     def __init__(
@@ -90,8 +91,7 @@ class Lease:
     def write(self) -> None:
         """Hold it from now on."""
         begun = now()
-        for name, value in tag(self._owner, self._seconds).items():
-            self._client.set_tag(self._run_id, name, value)
+        self._client.set_tag(self._run_id, TAG, _value(self._owner, self._seconds))
         self._renewed = begun
 
     def _age(self) -> float:
@@ -101,8 +101,14 @@ class Lease:
         """End it; who held it last stays on record."""
         with self._lock:
             self._released = True
+            asked = now()
             held = holder(self._client.get_run(self._run_id).data.tags)
-            if held is not None and held.owner == self._owner:
+            if held is None or held.owner != self._owner:
+                return
+            with (
+                contextlib.suppress(fence.LeaseOver),  # it has ended by itself
+                fence.guard(partial(_is_older, asked, self._seconds / 2)),
+            ):
                 self._client.set_tag(self._run_id, TAG, f"{self._owner} 0")
 
 
@@ -128,10 +134,14 @@ def new_owner() -> str:
 
 def tag(owner: str, seconds: float) -> dict[str, str]:
     """Return the tag of a lease that begins now; with it a run is made."""
-    return {TAG: f"{owner} {int(1000 * (time.time() + seconds))} {seconds:g}"}
+    return {TAG: _value(owner, seconds)}
 
 
-def make_owner(folder: Path, owner: str) -> None:
+def _value(owner: str, seconds: float) -> str:
+    return f"{owner} {int(1000 * (time.time() + seconds))} {seconds:g}"
+
+
+def record_owner(folder: Path, owner: str) -> None:
     """Record the name under which this state root holds a run's lease."""
     files.write_atomically(folder / LEASE, owner.encode())
 
@@ -158,7 +168,7 @@ def owner_of(folder: Path) -> str:
     """Return the name under which this state root holds a run's lease."""
     path = folder / LEASE
     if not path.exists() or not path.read_bytes().isalnum():
-        make_owner(folder, new_owner())
+        record_owner(folder, new_owner())
     return path.read_text()
 
 

@@ -11,7 +11,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from msgspec.structs import replace
 
-from tunix_mlflow import paths
 from tunix_mlflow.errors import TrackingError, UnavailableError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.tracking import store, tags
@@ -162,7 +161,9 @@ def describe_refused(path: Path) -> str | None:
     return "; ".join(parts)
 
 
-def end_dead(client: MlflowClient, run_id: str, why: str | None = None) -> str:
+def end_dead(
+    client: MlflowClient, run_id: str, path: Path | None = None, why: str | None = None
+) -> str:
     """Set the status of a run that a process left RUNNING.
 
     That is the one that was recorded, if MLflow has all else; else KILLED, until :func:`sync` has
@@ -171,27 +172,27 @@ def end_dead(client: MlflowClient, run_id: str, why: str | None = None) -> str:
     Args:
         client: reaches MLflow.
         run_id: the run.
+        path: its folder, whose lock the caller holds; None: what was recorded is not asked for.
         why: of what its process may have died, for the tag `tunix_mlflow.error`.
 
     Returns:
         The status.
 
     Raises:
-        MlflowException: if MLflow does not answer.
+        MlflowException: if MLflow refuses or does not answer.
+        UnavailableError: the same.
     """
-    path, end = paths.run_dir(run_id), None
-    found = client.get_run(run_id).data.tags
+    found, end = client.get_run(run_id).data.tags, None
     held = lease.holder(found)
-    is_here = (path / folder.EVENT_LOG).exists()
-    if is_here and held is not None and held.owner == lease.owner_of(path):
+    if path is not None and held is not None and held.owner == lease.owner_of(path):
         end = event_log.recorded_end(path)  # else it was resumed on another machine
     others = [name for name in LANES if name != "status"]
-    if end is not None and not any(pending_bytes(path, name) for name in others):
-        calls.mark_incomplete(client, path, run_id)
-        store.end_run(client, run_id, end.status, end.end_time)
-        return end.status
-    message = f"its process ended before MLflow had all of it; tunix-mlflow sync {run_id}"
-    if end is None:
+    if path is not None and end is not None:
+        if not any(pending_bytes(path, name) for name in others):
+            catch_up(client, path, lambda _: None)  # the status alone
+            return end.status
+        message = f"its process ended before MLflow had all of it; tunix-mlflow sync {run_id}"
+    else:
         message = f"its process died{f', {why}' if why else ''}"
         if tags.is_training_run(found):
             message += f"; tunix-mlflow resume {run_id}"

@@ -12,10 +12,10 @@ from mlflow.tracking import MlflowClient
 from tunix_mlflow.errors import UnavailableError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.tracking import store
-from tunix_mlflow.tracking.plugins import fence
 from tunix_mlflow.tracking.record.cursor import pending_bytes
 from tunix_mlflow.tracking.record.folder import read_link
 from tunix_mlflow.tracking.record.records import Lane
+from tunix_mlflow.tracking.sync import fence
 from tunix_mlflow.tracking.sync.answers import understand
 from tunix_mlflow.tracking.sync.delivery import LANES, Away, Delivery
 from tunix_mlflow.tracking.sync.lease import Lease, acquire

@@ -54,6 +54,7 @@ def complete(client: MlflowClient | None, run_id: str, report: Callable[[str], N
 
     Raises:
         UnavailableError: if it still refuses a part, or does not answer.
+        TrackingError: if the folder is another server's.
     """
     path = lookup.folder_of(run_id)
     if client is None or path is None or not is_incomplete(run_id):
