@@ -12,7 +12,7 @@ SERVICES := .venv-services
 PEERS := .venv-peers
 TRAINERS := tunix_mlflow/benchmarks/trainers
 
-.PHONY: help venv demo test test-install test-weights golden faults peers lock-peers lint format lock wheel clean
+.PHONY: help venv demo test test-install test-weights golden templates faults peers lock-peers lint format lock wheel clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -58,6 +58,10 @@ test-weights: venv .weights/smollm2.gguf  ## the tests with real weights: SmolLM
 
 golden: peers  ## what transformers computes of small models, into tests/golden
 	$(PEERS)/bin/python tests/golden/make.py
+
+templates: peers  ## ids and masks by trl's chat templates against transformers; docs/templates.md
+	$(PEERS)/bin/python -m tests.templates.peer .templates
+	$(BIN)/python -m tests.templates.compare .templates docs/templates.md
 
 peers: venv $(PEERS)/.installed  ## the environment of other trainers, for `bench suite=peers`
 

@@ -228,10 +228,13 @@ def run_here(*arguments: str) -> int:
     from tunix_mlflow.cli import main as command_line
     from tunix_mlflow.runtime import process
 
+    hook = sys.unraisablehook
     try:
         return process.execute(command_line.invoke, arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
+    finally:
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

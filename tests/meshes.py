@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from tunix_mlflow.config.load import resolve
-from tunix_mlflow.config.schema import Config, LoraConfig
+from tunix_mlflow.config.schema import Config, DataConfig, LoraConfig
 from tunix_mlflow.data.examples import reasoning_trace
 from tunix_mlflow.input.batches import TrainBatches
 from tunix_mlflow.input.packing import lay_out_rows
@@ -34,7 +34,7 @@ from tunix_mlflow.training.trainer import Trainer
 STEPS = 4
 # Rows of unequal token counts, so that a mean over devices would show.
 EXAMPLES = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 30)]
-TOKENIZED = encode_examples(EXAMPLES, ByteTokenizer(), True)
+TOKENIZED = encode_examples(EXAMPLES, ByteTokenizer(), DataConfig())
 
 VOCABULARY = ByteTokenizer.vocab_size
 

@@ -17,7 +17,7 @@ from tunix_mlflow.input import batches, tokens
 from tunix_mlflow.input.packing import TokenRows, lay_out_rows, pack
 from tunix_mlflow.text import byte_template
 from tunix_mlflow.text.byte_tokenizer import MARKERS, ByteTokenizer
-from tunix_mlflow.text.tokenizer import Ids, Mask
+from tunix_mlflow.text.tokenizer import Encoded
 
 TOKENIZER = ByteTokenizer()
 
@@ -30,7 +30,7 @@ def examples(count: int) -> list[Example]:
 
 
 def tokenized(*found: Example) -> tokens.TokenizedExamples:
-    return tokens.encode_examples(found, TOKENIZER, True)
+    return tokens.encode_examples(found, TOKENIZER, DataConfig())
 
 
 def rows(count: int = 30, length: int = 64, **data: object) -> TokenRows:
@@ -184,17 +184,17 @@ def test_an_example_is_tokenized_once() -> None:
     calls = []
 
     class Counting(ByteTokenizer):
-        def encode_example(self, example: Example, *, include_steps: bool) -> tuple[Ids, Mask]:
+        def encode_example(self, example: Example, config: DataConfig) -> Encoded:
             calls.append(example)
-            return super().encode_example(example, include_steps=include_steps)
+            return super().encode_example(example, config)
 
     made = examples(30)
-    found = tokens.encode_examples(iter(made), Counting(), True)
+    found = tokens.encode_examples(iter(made), Counting(), DataConfig())
     data = lay_out_rows(found, DataConfig(), tokens.longest(found))
     assert calls == made
     assert [a.dtype.name for a in (found.ids, found.trained)] == ["int32", "bool"]
     for index, example in enumerate(made):
-        ids, trained = TOKENIZER.encode_example(example, include_steps=True)
+        ids, trained, _ = TOKENIZER.encode_example(example, DataConfig())
         assert np.array_equal(data.example(index)[0], ids)
         assert np.array_equal(data.example(index)[1], trained)
 
@@ -217,8 +217,8 @@ def test_overlong_examples_are_the_users_choice() -> None:
     assert rows(length=needed).dropped == 0
 
 
-def test_nothing_to_train_on_is_an_error() -> None:
-    """Data without one trained token never reaches a step."""
+def test_nothing_to_train_on() -> None:
+    """Refused where no example has any; one that has none, or whose turn is cut, is left out."""
     silent = Example(
         messages=(
             Message(role="user", content="u"),
@@ -228,9 +228,10 @@ def test_nothing_to_train_on_is_an_error() -> None:
     with pytest.raises(DatasetError, match="none of the 1 examples has a token to train on"):
         lay_out_rows(tokenized(silent), DataConfig(), 64)
     mixed = lay_out_rows(tokenized(silent, *examples(1)), DataConfig(packing=False), 64)
-    stream = batches.TrainBatches(mixed, batch_size=1, seed=0)
-    with pytest.raises(DatasetError, match="the batch of step"):
-        [stream.at(step) for step in range(2)]
+    assert (mixed.rows, mixed.empty) == ([[1]], 1)
+    long = reasoning_trace("q" * 40, [("t", "s")], "a").example()
+    cut = lay_out_rows(tokenized(long, *examples(3)), DataConfig(overlong="truncate"), 32)
+    assert ({i for row in cut.rows for i in row}, cut.empty, cut.truncated) == ({1, 2, 3}, 1, 1)
 
 
 def ids_of(*pieces: str) -> list[int]:
@@ -246,10 +247,11 @@ def ids_of(*pieces: str) -> list[int]:
         (["a", "<answer>", " 2 ", "<eos>", "junk"], "2"),
         (["<answer>", "1", "<answer>", "2"], "2"),
         (["<eos>", "<answer>", "3"], "3"),
-        (["no marker"], None),
+        (["no marker"], "no marker"),
         ([], None),
-        (["<answer>"], ""),
-        (["text that says <answer>4"], None),
+        (["<answer>"], None),
+        (["text that says <answer>4"], "text that says <answer>4"),
+        (["<think>2+2</think>", "4"], "4"),
         (
             ["<answer>", "wrap it in <answer> tags, then <eos>."],
             "wrap it in <answer> tags, then <eos>.",
@@ -257,7 +259,7 @@ def ids_of(*pieces: str) -> list[int]:
     ],
 )
 def test_answers_are_what_follows_the_last_marker(pieces: list[str], answer: str | None) -> None:
-    """And nothing else is ever an answer; text that spells a marker is text."""
+    """Or all of the text, where there is no marker; text that spells a marker is text."""
     assert TOKENIZER.read_answer(ids_of(*pieces)) == answer
 
 

@@ -319,7 +319,10 @@ def test_the_name_of_a_file_is_no_part_of_a_dataset(tmp_path: Path) -> None:
 
 def test_a_migration_is_frozen() -> None:
     """The SQL of a migration never changes; a new one is added, with its digest here."""
-    frozen = {"m001_examples_manifests_members_sources": "b9a59b0e88c5467f3c7af745cd2ccb30"}
+    frozen = {
+        "m001_examples_manifests_members_sources": "b9a59b0e88c5467f3c7af745cd2ccb30",
+        "m002_no_tokens": "ceb631869bc2b5344e3118a2152a3b57",
+    }
     found = {m.name: canonical.digest(m.sql.encode())[:32] for m in migrations.MIGRATIONS}
     assert found == frozen
 
@@ -328,11 +331,11 @@ def test_an_older_catalog_is_brought_up(doubles: str, monkeypatch: pytest.Monkey
     """What an older version stored keeps its key and digest, verifies, and is read."""
     built = datasets.get(doubles)
     shutil.rmtree(paths.snapshot_dir(built.digest))
-    added = migrations.Migration("m002_labels", "CREATE TABLE labels (key VARCHAR NOT NULL);")
+    added = migrations.Migration("m003_labels", "CREATE TABLE labels (key VARCHAR NOT NULL);")
     monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, added))
     assert datasets.get(doubles) == built  # reading migrates
     with connection.connect(paths.catalog_path(), write=False) as con:
-        assert migrations.applied(con)[-1] == "m002_labels"
+        assert migrations.applied(con)[-1] == "m003_labels"
         assert con.execute("SELECT count(*) FROM labels").fetchall() == [(0,)]
     assert datasets.ready(doubles).digest == built.digest
     assert len(snapshot.read(built.digest)) == 40
@@ -342,7 +345,7 @@ def test_gc_takes_only_what_nobody_has(doubles: str) -> None:
     """Unreferenced examples and leftovers go; the dataset stays as it was."""
     tamper(
         "INSERT INTO examples SELECT seq + 1000, 'x' || digest, prompt_digest, split, meta, steps,"
-        " characters, tokens, canonical FROM examples LIMIT 3"
+        " characters, canonical FROM examples LIMIT 3"
     )
     left = paths.temporary_dir() / f".scratch-{files._MACHINE}-999999999-abc"
     left.mkdir(parents=True)

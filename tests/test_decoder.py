@@ -355,7 +355,9 @@ def test_the_seed_makes_the_parameters() -> None:
 @lru_cache
 def data() -> TokenRows:
     examples = [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 9)]
-    return lay_out_rows(encode_examples(examples, ByteTokenizer(), True), DataConfig(), LENGTH)
+    return lay_out_rows(
+        encode_examples(examples, ByteTokenizer(), DataConfig()), DataConfig(), LENGTH
+    )
 
 
 def new_trainer(spec: StepSpec, params: decoder.Params) -> Trainer:

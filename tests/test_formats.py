@@ -17,6 +17,7 @@ from tunix_mlflow import paths
 from tunix_mlflow.data import canonical, datasets, formats, snapshot, writers
 from tunix_mlflow.data.catalog import connection, read, store, verify
 from tunix_mlflow.data.examples import (
+    ROLES,
     Example,
     Message,
     Step,
@@ -25,8 +26,6 @@ from tunix_mlflow.data.examples import (
     prompt_digest,
 )
 from tunix_mlflow.errors import DatasetError
-from tunix_mlflow.text import byte_template
-from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 
 
 def lines(path: Path, *records: Any) -> Path:
@@ -68,7 +67,7 @@ RECORDS: dict[str, tuple[str, dict[str, Any], Example]] = {
             messages=(
                 Message(role="system", content="be brief"),
                 Message(role="user", content="2+2?"),
-                Message(role="assistant", content="4", reasoning="2+2=4", trained=False),
+                Message(role="assistant", content="<think>\n2+2=4\n</think>\n\n4", trained=False),
                 Message(role="user", content="and 3+3?"),
                 Message(role="assistant", content="6", reasoning="3+3=6"),
             ),
@@ -94,8 +93,8 @@ RECORDS: dict[str, tuple[str, dict[str, Any], Example]] = {
                 Message(role="user", content="weather?"),
                 Message(
                     role="assistant",
-                    content="",
-                    tool_calls='[{"function":{"arguments":"{}","name":"f"},"id":"1"}]',
+                    content=None,
+                    tool_calls='[{"id":"1","function":{"name":"f","arguments":{}}}]',
                 ),
                 Message(role="tool", content="sunny", tool_call_id="1"),
                 Message(role="assistant", content="Sunny."),
@@ -117,11 +116,7 @@ RECORDS: dict[str, tuple[str, dict[str, Any], Example]] = {
     "a thought in the completion": (
         "prompt-completion",
         {"prompt": "p", "completion": "<think>why</think>c"},
-        Example(
-            messages=(Message(role="user", content="p"),),
-            steps=(Step(i=0, content="why"),),
-            answer="c",
-        ),
+        Example(messages=(Message(role="user", content="p"),), answer="<think>why</think>c"),
     ),
     "conversational prompt and completion": (
         "prompt-completion",
@@ -145,7 +140,7 @@ RECORDS: dict[str, tuple[str, dict[str, Any], Example]] = {
     "text": (
         "text",
         {"text": "Once upon a time."},
-        Example(messages=(Message(role="assistant", content="Once upon a time."),)),
+        Example(messages=(Message(role="text", content="Once upon a time."),)),
     ),
 }
 
@@ -170,7 +165,7 @@ def test_a_record_is_recognised_and_kept(tmp_path: Path, name: str, kind: str) -
 
 
 @pytest.mark.parametrize("name", RECORDS)
-@pytest.mark.parametrize("form", ["trace", "messages", "prompt-completion", "gemma"])
+@pytest.mark.parametrize("form", writers.EXPORTS)
 def test_what_is_exported_can_be_read(tmp_path: Path, name: str, form: str) -> None:
     """Each form that holds an example holds all that it says; others are refused in one line."""
     _, record, expected = RECORDS[name]
@@ -181,12 +176,12 @@ def test_what_is_exported_can_be_read(tmp_path: Path, name: str, form: str) -> N
     except DatasetError as error:
         assert "use --format" in str(error)
         assert not out.exists()
-        assert form == "trace" or name == "text"
+        assert form == "trace" or (form == "text") != (name == "text")
         return
     written = json.loads(out.read_text())
     if form == "gemma":
         assert written["text"].count("<start_of_turn>") == written["text"].count("<end_of_turn>")
-        assert (expected.answer or expected.messages[-1].content) in written["text"]
+        assert (expected.answer or expected.messages[-1].text) in written["text"]
     elif form == "trace":
         datasets.ingest(out, "two-v1")
         (again,) = snapshot.read(datasets.get("two-v1").digest)
@@ -262,8 +257,8 @@ def test_a_bad_conversation_is_named(tmp_path: Path, name: str) -> None:
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=12)
 messages = st.builds(
     Message,
-    role=st.sampled_from(["system", "user", "assistant", "tool"]),
-    content=texts,
+    role=st.sampled_from(ROLES),
+    content=st.none() | texts,
     trained=st.none() | st.booleans(),
     reasoning=st.none(),
     tool_calls=st.none() | st.just('[{"name":"f"}]'),
@@ -288,21 +283,22 @@ examples = st.builds(
     answer=texts,
     steps=steps,
     meta=metas,
+    tools=st.none() | texts,
 ) | st.builds(
-    lambda turns, last, meta: Example(messages=(*turns, last), meta=meta),
+    lambda turns, last, meta, tools: Example(messages=(*turns, last), meta=meta, tools=tools),
     st.lists(messages, max_size=3).map(tuple),
     final,
     metas,
+    st.none() | texts,
 )
 
 
 @settings(max_examples=12, deadline=None)
 @given(st.lists(examples, min_size=1, max_size=20))
 def test_sql_derives_what_python_says(tmp_path_factory: Any, found: list[Example]) -> None:
-    """Digest, prompt, steps, characters and tokens of any example are the same in both."""
+    """Digest, prompt, steps and characters of any example are the same in both."""
     from tunix_mlflow.data import staging
 
-    tokenizer = ByteTokenizer()
     path = tmp_path_factory.mktemp("sql") / "catalog.duckdb"
     with staging.new_stage() as stage:
         stage.add_all(found)
@@ -310,20 +306,19 @@ def test_sql_derives_what_python_says(tmp_path_factory: Any, found: list[Example
     assert verify.verify(path, "x-v1", None).ok
     with connection.connect(path, write=False) as con:
         rows = con.execute(
-            "SELECT digest, prompt_digest, steps, characters, tokens, canonical FROM examples"
+            "SELECT digest, prompt_digest, steps, characters, canonical FROM examples"
         ).fetchall()
     assert {row[0] for row in rows} == {canonical.digest(canonical_bytes(e)) for e in found}
-    for digest, prompt, count, characters, tokens, text in rows:
+    for digest, prompt, count, characters, text in rows:
         example = from_canonical(text)
         assert canonical_bytes(example).decode() == text
         assert canonical.digest(text.encode()) == digest
         assert canonical.encode(json.loads(text)).decode() == text
         assert prompt_digest(example) == prompt
         assert len(example.steps) == count
-        contents = [m.content + (m.reasoning or "") for m in example.messages]
+        contents = [m.text + (m.reasoning or "") for m in example.messages]
         contents += [s.content for s in example.steps] + [example.answer or ""]
         assert sum(map(len, contents)) == characters
-        assert len(tokenizer.encode(byte_template.render(example, include_steps=True))[0]) == tokens
 
 
 def test_recognise_names_the_columns() -> None:
@@ -382,7 +377,8 @@ def test_the_trace_form_is_what_a_reader_would_write(example: Example) -> None:
         plain.answer is not None
         and plain.steps
         and not others
-        and first == Message(role="user", content=first.content)
+        and first == Message(role="user", content=first.text)
+        and plain.tools is None
     )
     if not fits:
         with pytest.raises(DatasetError):

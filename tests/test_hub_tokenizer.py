@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from tunix_mlflow.config.schema import DataConfig
 from tunix_mlflow.data.examples import Example, Message, Step
 from tunix_mlflow.errors import DatasetError, ModelError
 from tunix_mlflow.text.hub_tokenizer import HubTokenizer
@@ -71,7 +72,7 @@ def tokenizer(template: str | None, **more: Any) -> HubTokenizer:
 
 def spelled(made: HubTokenizer, example: Example, steps: bool = True) -> list[str]:
     """The stretches that are trained on, as text with special tokens."""
-    ids, trained = made.encode_example(example, include_steps=steps)
+    ids, trained, _ = made.encode_example(example, DataConfig(include_steps=steps))
     found: list[str] = []
     for place, token in enumerate(ids):
         if trained[place]:
@@ -84,7 +85,7 @@ def spelled(made: HubTokenizer, example: Example, steps: bool = True) -> list[st
 def turns(*said: tuple[str, str], **marks: bool) -> Example:
     return Example(
         messages=tuple(
-            Message(role=role, content=text, trained=marks.get(f"m{n}"))  # type: ignore[arg-type]
+            Message(role=role, content=text, trained=marks.get(f"m{n}"))
             for n, (role, text) in enumerate(said)
         )
     )
@@ -102,12 +103,12 @@ def test_all_turns_of_the_assistant_are_trained_on(template: str) -> None:
     before = " " if template == INST else ""
     wanted = [f"{before}hello\n\nyou<|im_end|>", f"{before}it is<|im_end|>"]
     assert spelled(made, CHAT) == wanted
-    ids, _ = made.encode_example(CHAT, include_steps=True)
+    ids = made.encode_example(CHAT, DataConfig()).ids
     text = made._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     assert text == made.template.render(
         [{"role": m.role, "content": m.content} for m in CHAT.messages]
     )
-    untrained = turns(*((m.role, m.content) for m in CHAT.messages), m1=False)
+    untrained = turns(*((m.role, m.text) for m in CHAT.messages), m1=False)
     assert spelled(made, untrained) == wanted[1:]
 
 
@@ -115,8 +116,8 @@ def test_all_turns_of_the_assistant_are_trained_on(template: str) -> None:
 def test_a_prompt_is_the_beginning_of_its_example(template: str) -> None:
     """Token by token, so that a model is asked as it was trained."""
     made = tokenizer(template)
-    asked = turns(*((m.role, m.content) for m in CHAT.messages[:1]), ("assistant", "as the"))
-    ids, trained = made.encode_example(asked, include_steps=True)
+    asked = turns(*((m.role, m.text) for m in CHAT.messages[:1]), ("assistant", "as the"))
+    ids, trained, _ = made.encode_example(asked, DataConfig())
     prompt = made.encode_prompt(asked)
     assert np.array_equal(ids[: len(prompt)], prompt)
     assert not trained[: len(prompt)].any()
@@ -129,9 +130,9 @@ def test_a_template_that_forgets() -> None:
     wanted = ["hello\n\nyou<|im_end|>", "<think>\n\n</think>\n\nit is<|im_end|>"]
     assert spelled(made, CHAT) == wanted
     unsaid = tokenizer(FORGETS.replace("{{ m.content }}", "{% if loop.last %}z{% endif %}"))
-    with pytest.raises(ModelError, match="message 2 differently when more"):
-        unsaid.encode_example(CHAT, include_steps=True)
-    last = turns(*((m.role, m.content) for m in CHAT.messages), m1=False)
+    found = unsaid.encode_example(CHAT, DataConfig()).findings
+    assert [(f.kind, f.turn) for f in found if f.refuses] == [("content", 2), ("content", 4)]
+    last = turns(*((m.role, m.text) for m in CHAT.messages), m1=False)
     assert spelled(made, last) == ["<think>\n\n</think>\n\nit is<|im_end|>"]
 
 
@@ -161,8 +162,10 @@ def test_nobody_can_say_special_tokens_for_the_template() -> None:
     assert made.eos_ids == (made._tokenizer.token_to_id("<|im_end|>"),)
     assert made.digest == tokenizer(CHATML).digest
     assert made.digest != tokenizer(CHATML, eos_token="<s>").digest
-    assert made.template_digest(True) != made.template_digest(False)
-    assert made.template_digest(True) != tokenizer(MARKED).template_digest(True)
+    assert made.template_digest(DataConfig()) != made.template_digest(
+        DataConfig(include_steps=False)
+    )
+    assert made.template_digest(DataConfig()) != tokenizer(MARKED).template_digest(DataConfig())
 
 
 def test_ends_come_from_generation_config_too() -> None:
@@ -219,7 +222,6 @@ def test_what_is_missing_or_damaged_is_named() -> None:
         ({}, "has no tokenizer.json"),
         (good | {"tokenizer.json": b"{}"}, "damaged"),
         (good | {"tokenizer_config.json": b"["}, "tokenizer_config.json is damaged"),
-        (files(None), "no chat template"),
         (files("{{ messages }}", eos_token=None), "end-of-sequence"),
         (good | {"generation_config.json": b'{"eos_token_id": "x"}'}, "eos_token_id"),
         (good | {"chat_template.jinja": b"\xff"}, "not UTF-8"),
@@ -228,3 +230,5 @@ def test_what_is_missing_or_damaged_is_named() -> None:
             HubTokenizer(broken, "the model")
     with pytest.raises(ModelError, match="the chat template is damaged"):
         tokenizer("{% for %}").encode_prompt(CHAT)
+    with pytest.raises(ModelError, match="no chat template"):
+        tokenizer(None).encode_prompt(CHAT)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import tiny
 from tunix_mlflow.config.load import load_config
-from tunix_mlflow.config.schema import Config
+from tunix_mlflow.config.schema import Config, DataConfig
 from tunix_mlflow.data.examples import reasoning_trace
 from tunix_mlflow.errors import DeviceError, Interrupted, TrainingStopped
 from tunix_mlflow.input.batches import Batch, TrainBatches, eval_batches
@@ -43,7 +43,7 @@ CONFIG = resolve_auto(GIVEN, VOCABULARY, "cpu")
 TOKENIZED = encode_examples(
     [reasoning_trace(f"n{n}", [("t", "s" * n)], f"{n}").example() for n in range(1, 20)],
     ByteTokenizer(),
-    True,
+    DataConfig(),
 )
 ROWS = lay_out_rows(TOKENIZED, CONFIG.data, 64)
 

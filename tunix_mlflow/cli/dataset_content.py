@@ -96,24 +96,19 @@ def sample(key: str, count: int, seed: int, split: str | None, as_json: bool) ->
 @click.option("--base", help="Count tokens with the tokenizer and template of this model.")
 @_json
 def stats(key: str, sequence_length: int | None, base: str | None, as_json: bool) -> None:
-    """Show steps, characters and byte tokens of a dataset, with percentiles.
+    """Show steps and characters of a dataset, or its tokens, with percentiles.
 
-    With --sequence-length, also how many examples are longer than a row of that length.
+    With --sequence-length, also how many examples are longer than a row of that length, in tokens
+    of --base or, without it, in bytes and markers.
     """
-    from tunix_mlflow import paths
     from tunix_mlflow.cli.terminal import print_json
     from tunix_mlflow.data import datasets
-    from tunix_mlflow.data.catalog import read
 
-    if base is not None:
-        count, figures = _tokenizer_stats(key, base)
+    if base is not None or sequence_length is not None:
+        count, figures = _token_statistics(key, base, sequence_length)
     else:
         manifest = datasets.get(key)
         count, figures = manifest.count, dict(manifest.stats)
-        if sequence_length is not None:
-            # A row has one token fewer than an example: the last is only ever predicted.
-            cut = read.longer_than(paths.catalog_path(), key, sequence_length + 1)
-            figures |= {"sequence_length": sequence_length, "cut": cut}
     if as_json:
         print_json({"key": key, "count": count, **({"base": base} if base else {}), **figures})
         return
@@ -141,20 +136,35 @@ def _echo_statistics(figures: Mapping[str, Any]) -> None:
     table.echo(("FIGURE", "VALUE"), others)
 
 
-def _tokenizer_stats(key: str, base: str) -> tuple[int, dict[str, Any]]:
+def _token_statistics(
+    key: str, base: str | None, sequence_length: int | None
+) -> tuple[int, dict[str, Any]]:
+    """Count the tokens of a dataset's examples, and those that a row would cut."""
     from tunix_mlflow.cli.terminal import Terminal
+    from tunix_mlflow.config.schema import DataConfig
     from tunix_mlflow.data import datasets, snapshot
     from tunix_mlflow.input import tokens
 
     manifest = datasets.ready(key, Terminal().info)
     examples = snapshot.read(manifest.digest)
-    tokenized = tokens.encode_examples(examples, _tokenizer(base), True)
-    return manifest.count, tokens.statistics(tokenized)
+    tokenized = tokens.encode_examples(examples, _tokenizer(base), DataConfig())
+    figures: dict[str, Any] = tokens.statistics(tokenized)
+    if sequence_length is not None:
+        # A row has one token fewer than an example: the last is only ever predicted.
+        cut = int((tokenized.lengths - 1 > sequence_length).sum())
+        figures |= {"sequence_length": sequence_length, "cut": cut}
+    return manifest.count, figures
 
 
 def readable(example: Example) -> str:
     """Return an example as lines for people, control characters escaped."""
-    lines = [f"{m.role}: {m.content}" for m in example.messages]
+    lines = [f"tools: {example.tools}"] if example.tools is not None else []
+    for message in example.messages:
+        lines.append(f"{message.role}: {message.text}")
+        if message.reasoning is not None:
+            lines.append(f"  reasoning: {message.reasoning}")
+        if message.tool_calls is not None:
+            lines.append(f"  calls: {message.tool_calls}")
     lines += [f"  {step.i}. ({step.type}) {step.content}" for step in example.steps]
     if example.answer is not None:
         lines.append(f"answer: {example.answer}")
@@ -167,13 +177,21 @@ def masked(example: Example, answer_only: bool, tokenizer: Tokenizer) -> str:
     """Return the parts of an example that are trained on and ignored, one a line."""
     from itertools import groupby
 
-    ids, trained = tokenizer.encode_example(example, include_steps=not answer_only)
+    from tunix_mlflow.config.schema import DataConfig
+    from tunix_mlflow.text import fidelity
+
+    config = DataConfig(include_steps=not answer_only)
+    ids, trained, findings = tokenizer.encode_example(example, config)
     lines = []
     for is_trained, part in groupby(zip(ids, trained, strict=True), key=lambda pair: bool(pair[1])):
         tokens: Sequence[int] = [int(token) for token, _ in part]
         kind = "trained" if is_trained else "ignored"
         text = tokenizer.decode(tokens, skip_special_tokens=False)
         lines.append(f"{kind} {len(tokens):>4} tokens  {text!r}")
+    for finding in findings:
+        where = f" (message {finding.turn})" if finding.turn else ""
+        quoted = f": {finding.text!r}" if finding.text else ""
+        lines.append(f"warning: {fidelity.KINDS[finding.kind]}{where}{quoted}")
     return "\n".join(lines)
 
 

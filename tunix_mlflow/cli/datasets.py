@@ -341,7 +341,7 @@ def check_leakage(
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["trace", "messages", "prompt-completion", "gemma"]),
+    type=click.Choice(["trace", "messages", "prompt-completion", "text", "gemma"]),
     default="trace",
     show_default=True,
     help="Of the rows.",

@@ -31,6 +31,18 @@ class DataConfig(_Section, frozen=True):
 
     include_steps: bool = True
     """Train on the reasoning steps before the answer; false: on the answer alone."""
+    turns: Literal["all", "last", "expand"] = "all"
+    """The turns of the assistant that are trained on: all; the last of each example; or each, as
+    an example of its own that ends with it, for templates that cut what earlier turns said."""
+    reasoning: Literal["template", "inline"] = "template"
+    """What becomes of a thought in a field that the chat template does not read: that is up to
+    it; or it goes where the template reads thoughts, else into the content, in <think> tags."""
+    end: Literal["template", "append"] = "template"
+    """What ends a turn that is trained on: what the chat template writes; or the tokenizer's end
+    token too, where the template writes none."""
+    fidelity: Literal["refuse", "record"] = "refuse"
+    """When a text is missing from a turn that is trained on, or nothing ends the turn: refuse to
+    train, or record it on the run."""
     sequence_length: Annotated[int, Meta(ge=16, le=131_072)] | None = None
     """Tokens in a row; null: the smallest multiple of 128 that holds the longest example."""
     overlong: Literal["error", "truncate", "drop"] = "error"

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -35,14 +35,29 @@ def encode(value: Any) -> bytes:
     return msgspec.json.encode(_plain(value, "$"), order="deterministic")
 
 
-def decode(text: str | bytes) -> Any:
+def decode(
+    text: str | bytes,
+    parse_int: Callable[[str], int] = int,
+    parse_float: Callable[[str], float] = float,
+) -> Any:
     """Parse strict JSON.
+
+    Args:
+        text: of one value.
+        parse_int: makes an integer of its digits.
+        parse_float: makes any other number of its text.
 
     Raises:
         ValueError: if it is not strict JSON, for example if it has a duplicate key or a NaN.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=parse_int,
+            parse_float=parse_float,
+        )
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -145,11 +160,11 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
     if isinstance(value, int):
         if abs(value) > _LIMIT:
             raise ValueError(f"integer beyond 2^53 at {path}")
-        return value
+        return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{value} at {path}")
-        return int(value) if value.is_integer() and abs(value) <= _LIMIT else value
+        return int(value) if value.is_integer() and abs(value) <= _LIMIT else float(value)
     if isinstance(value, list | tuple):
         return [_plain(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
     if isinstance(value, dict):

@@ -6,13 +6,24 @@ A ReasoningTrace is one prompt, its steps and its answer, as seeds generate it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
 from tunix_mlflow.data import canonical
 from tunix_mlflow.errors import DatasetError
+
+ROLES = (
+    *("system", "developer", "user", "assistant"),
+    *("tool", "function", "ipython", "observation", "function_call"),
+)
+"""The roles that chat templates know. The last is a call of the assistant's, those before it what
+a tool replies."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The names of a message's reasoning that are in use."""
+TEXT = "text"
+"""The role of a text without turns, which no template renders."""
 
 SplitName = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}\Z")]
 
@@ -34,18 +45,32 @@ class Message(
 ):
     """One turn of a conversation."""
 
-    content: str
+    content: str | None = None
+    """None: the row has a null, which templates tell from an empty text."""
     name: str | None = None
     """The speaker's name, if the data has one."""
     reasoning: str | None = None
-    """The assistant's reasoning before `content`."""
-    role: Literal["system", "user", "assistant", "tool"]
+    """The assistant's reasoning, where the row keeps it apart from `content`."""
+    reasoning_field: str | None = None
+    """The row's name for it, by which templates find it; None: reasoning_content."""
+    role: str
+    """One of :data:`ROLES`, or :data:`TEXT`."""
     tool_call_id: str | None = None
     """In a tool's reply: the call it answers."""
     tool_calls: str | None = None
-    """Canonical JSON of the calls that follow `content`."""
+    """The calls that follow `content`, as JSON in the row's own spelling; see json_text."""
     trained: bool | None = None
-    """Whether it is trained on; None: if the role is assistant."""
+    """Whether it is trained on; None: if it is the assistant's."""
+
+    @property
+    def text(self) -> str:
+        """Its content; an empty text for a null."""
+        return self.content or ""
+
+    @property
+    def is_assistant(self) -> bool:
+        """Whether the assistant says it."""
+        return self.role in ("assistant", "function_call", TEXT)
 
 
 class Example(
@@ -58,11 +83,13 @@ class Example(
     meta: dict[str, Any] = {}
     split: str | None = None
     steps: tuple[Step, ...] = ()
+    tools: str | None = None
+    """The definitions of the tools, as JSON in the row's own spelling; see json_text."""
 
     @property
     def prompt(self) -> str:
         """The text of the last user message."""
-        return next((m.content for m in reversed(self.messages) if m.role == "user"), "")
+        return next((m.text for m in reversed(self.messages) if m.role == "user"), "")
 
 
 class ReasoningTrace(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -132,40 +159,75 @@ def from_canonical(text: str | bytes) -> Example:
 _DECODER = msgspec.json.Decoder(Example)
 
 
+def is_text(example: Example) -> bool:
+    """Return whether an example is a text without turns."""
+    return example.messages[-1].role == TEXT
+
+
 def expected_answer(example: Example) -> str | None:
     """Return the answer that a completion is compared with; None if the example has none.
 
-    Nothing else decides it. An example with an expected answer has a completion
-    of steps and answer; without one, the last message is the completion.
+    Nothing else decides it: the answer after the steps, or the content of the last turn.
     """
-    return example.answer
+    if example.answer is not None:
+        return example.answer
+    last = example.messages[-1]
+    return last.content if last.role == "assistant" and len(example.messages) > 1 else None
 
 
 def prompt_messages(example: Example) -> tuple[Message, ...]:
     """Return the messages before the completion; none of a plain text."""
-    return example.messages if expected_answer(example) is not None else example.messages[:-1]
+    return example.messages if example.answer is not None else example.messages[:-1]
 
 
 def completion(example: Example) -> Message:
     """Return the message to learn: the answer after its steps, or the last message."""
-    answer = expected_answer(example)
-    if answer is None:
+    if example.answer is None:
         return example.messages[-1]
     reasoning = "\n".join(step.content for step in example.steps) if example.steps else None
-    return Message(role="assistant", content=answer, reasoning=reasoning)
+    return Message(role="assistant", content=example.answer, reasoning=reasoning)
 
 
-def to_answer(messages: tuple[Message, ...]) -> Example:
+def select_turns(example: Example, turns: str) -> list[Example]:
+    """Return what is trained on of an example: itself, or others with one turn to train on.
+
+    Args:
+        example: the example.
+        turns: all, last or expand, as `data.turns`.
+    """
+    if turns == "all" or is_text(example):
+        return [example]
+    without = [msgspec.structs.replace(m, trained=False) for m in example.messages]
+    if example.answer is None:
+        alone = msgspec.structs.replace(example, messages=(*without[:-1], example.messages[-1]))
+    else:
+        alone = msgspec.structs.replace(example, messages=tuple(without))
+    if turns == "last":
+        return [alone]
+    context = example.messages if example.answer is not None else example.messages[:-1]
+    earlier = [
+        Example(messages=(*without[:i], message), meta=example.meta, tools=example.tools)
+        for i, message in enumerate(context)
+        if message.is_assistant and message.trained is not False
+    ]
+    return [*earlier, alone]
+
+
+def to_answer(messages: tuple[Message, ...], tools: str | None = None) -> Example:
     """Return an example that is a prompt only, for a model to answer."""
-    return Example(messages=messages, answer="")
+    return Example(messages=messages, answer="", tools=tools)
 
 
 def prompt_digest(example: Example) -> str:
     """Return the sha256 of the prompt; examples that share it share a split.
 
     Over `role:bytes:content` of every message before the completion; over the text itself
-    where nothing comes before it. The catalog derives the same in SQL.
+    where nothing comes before it. Definitions of tools come first, as a message of their own. The
+    catalog derives the same in SQL.
     """
     messages = prompt_messages(example) or example.messages
-    parts = (f"{m.role}:{len(m.content.encode())}:{m.content}" for m in messages)
+    said = [(m.role, m.text) for m in messages]
+    if example.tools is not None:
+        said.insert(0, ("tools", example.tools))
+    parts = (f"{role}:{len(text.encode())}:{text}" for role, text in said)
     return canonical.digest("".join(parts).encode("utf-8"))

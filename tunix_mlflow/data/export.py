@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from msgspec import Raw
 
 from tunix_mlflow import paths
 from tunix_mlflow.data import canonical, writers
@@ -77,7 +78,7 @@ def _writer(part: Path, name: str) -> Iterator[Callable[[list[Any]], None]]:
         rows: list[Any] = []
         yield rows.extend
         try:
-            table = pa.Table.from_pylist(_columns(msgspec.json.decode(msgspec.json.encode(rows))))
+            table = pa.Table.from_pylist([_columns(row) for row in rows])
         except pa.ArrowException as error:
             raise DatasetError(f"the meta of these examples has no columns: {error}") from error
         pq.write_table(table, part, compression="zstd")
@@ -101,6 +102,19 @@ def _writer(part: Path, name: str) -> Iterator[Callable[[list[Any]], None]]:
             pending.result()
 
 
-def _columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    # Parquet has no empty struct.
-    return [{k: v for k, v in row.items() if v != {}} for row in rows]
+def _columns(record: Any) -> dict[str, Any]:
+    """Return a row for Parquet, which has no empty struct.
+
+    Calls and tools are JSON text there: columns would reorder their keys and add nulls.
+    """
+    plain = _as_text(record) if isinstance(record, dict) else record
+    row: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(plain))
+    return {key: value for key, value in row.items() if value != {}}
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    return bytes(value).decode() if isinstance(value, Raw) else value

@@ -6,7 +6,8 @@
     question-answer    {"question", "answer": "work\\n#### result"}
     text               {"text"}
 
-A null is an absent key. In all but `trace`, a column that the form does not know becomes meta.
+A null is an absent key, but for a message's content. All but `trace` and `text` have `tools`. In
+all but `trace`, a column that the form does not know becomes meta.
 """
 
 from __future__ import annotations
@@ -14,24 +15,22 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from tunix_mlflow.config.schema import LimitsConfig
-from tunix_mlflow.data import canonical
-from tunix_mlflow.data.examples import Example, Message, SplitName, Step
+from tunix_mlflow.data import canonical, messages
+from tunix_mlflow.data.examples import TEXT, Example, Message, SplitName, Step
 from tunix_mlflow.errors import DatasetError
 
 FORMATS = ("trace", "messages", "prompt-completion", "question-answer", "text")
 FIELDS = (
     *("prompt", "steps", "answer", "messages", "completion", "question", "text"),
-    *("system", "reasoning", "split"),
+    *("system", "reasoning", "split", "tools"),
 )
 
-_THINK = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
-_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
 _SPLIT = msgspec.json.Decoder(SplitName)
 
 
@@ -60,7 +59,12 @@ def recognise(columns: Iterable[str]) -> str:
 
 
 def reader(
-    form: str, limits: LimitsConfig, mapping: Mapping[str, str], split: str | None
+    form: str,
+    limits: LimitsConfig,
+    mapping: Mapping[str, str],
+    split: str | None,
+    *,
+    has_columns: bool,
 ) -> Callable[[dict[str, Any]], Example]:
     """Return a function from a record to an Example.
 
@@ -71,6 +75,8 @@ def reader(
         limits: maximum lengths.
         mapping: field -> the column it is in.
         split: the split of the file, for records that name none.
+        has_columns: whether the file gives each call and tool the keys of every other one, as
+            nulls.
     """
     trace = _trace_type(limits)
     columns = {column: field for field, column in mapping.items()}
@@ -86,9 +92,12 @@ def reader(
             raise ValueError("Expected `object` - at `$.meta`")
         if own is not None:
             msgspec.convert(own, SplitName)
+        if has_columns:
+            known = {k: messages.without_added_nulls(k, v) for k, v in known.items()}
+        tools = None if form == "text" else messages.tools(known)
         example = _FORMS[form](known, limits)
         meta = {**{k: _plain_value(v) for k, v in known.items()}, **meta}
-        return msgspec.structs.replace(example, split=own or split, meta=meta)
+        return msgspec.structs.replace(example, split=own or split, meta=meta, tools=tools)
 
     def explained(record: dict[str, Any]) -> Example:
         try:
@@ -213,127 +222,27 @@ def _plain_value(value: Any) -> Any:
 def _text(known: dict[str, Any], field: str, most: int, least: int = 1) -> str:
     if field not in known:
         raise ValueError(f"missing required field `{field}` - at `$.{field}`")
-    return _checked(known.pop(field), f"$.{field}", most, least)
-
-
-def _checked(value: Any, path: str, most: int, least: int = 1) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"Expected `str`, got `{_kind(value)}` - at `{path}`")
-    if not least <= len(value) <= most:
-        raise ValueError(
-            f"Expected `str` of {least} to {most} characters, got {len(value)} - at `{path}`"
-        )
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "object", list: "array", type(None): "null", bool: "bool"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _think(text: str, reasoning: str | None) -> tuple[str | None, str]:
-    """Split a `<think>` block off the start, unless a field has the reasoning."""
-    match = _THINK.match(text)
-    if match is None or reasoning is not None:
-        return reasoning, text
-    return match[1].strip() or None, text[match.end() :]
+    return messages.checked(known.pop(field), f"$.{field}", most, least)
 
 
 def _as_steps(reasoning: str | None, limits: LimitsConfig, path: str) -> tuple[Step, ...]:
     if reasoning is None:
         return ()
-    return (Step(i=0, content=_checked(reasoning, path, limits.step_characters)),)
+    return (Step(i=0, content=messages.checked(reasoning, path, limits.step_characters)),)
 
 
 def _from_messages(known: dict[str, Any], limits: LimitsConfig) -> Example:
     field = "messages" if "messages" in known else "conversations"
     if field not in known:
         raise ValueError("missing required field `messages` - at `$.messages`")
-    messages = _turns(known.pop(field), f"$.{field}", limits)
+    turns = messages.turns(known.pop(field), f"$.{field}", limits)
     system = known.pop("system", None)
     if system:
-        content = _checked(system, "$.system", limits.prompt_characters)
-        messages = (Message(role="system", content=content), *messages)
-    if messages[-1].role != "assistant":
+        content = messages.checked(system, "$.system", limits.prompt_characters)
+        turns = (Message(role="system", content=content), *turns)
+    if not turns[-1].is_assistant:
         raise ValueError(f"the last message must be the assistant's - at `$.{field}`")
-    return Example(messages=messages)
-
-
-def _turns(value: Any, path: str, limits: LimitsConfig) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"Expected `array` of messages, got `{_kind(value)}` - at `{path}`")
-    return tuple(_turn(each, f"{path}[{i}]", limits) for i, each in enumerate(value))
-
-
-def _turn(value: Any, path: str, limits: LimitsConfig) -> Message:
-    if not isinstance(value, dict):
-        raise ValueError(f"Expected `object`, got `{_kind(value)}` - at `{path}`")
-    turn = {k: v for k, v in value.items() if v is not None}
-    if "from" in turn and "role" not in turn:
-        turn["role"], turn["content"] = turn.pop("from"), turn.pop("value", None)
-    role = turn.pop("role", None)
-    role = _ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in ("system", "user", "assistant", "tool"):
-        raise ValueError(f"expected system, user, assistant or tool - at `{path}.role`")
-    calls = turn.pop("tool_calls", None) or None
-    content = turn.pop("content", None)
-    if isinstance(content, list):
-        content = _parts(content, f"{path}.content")
-    if content is None and calls is not None:
-        content = ""
-    reasoning = None
-    if role == "assistant":
-        reasoning = turn.pop("reasoning", None) or turn.pop("reasoning_content", None)
-        turn.pop("reasoning_content", None)
-    if reasoning is not None:
-        reasoning = _checked(reasoning, f"{path}.reasoning", limits.step_characters)
-    most = limits.answer_characters if role == "assistant" else limits.prompt_characters
-    needed = int(role == "user" or (role == "assistant" and calls is None))
-    content = _checked(content, f"{path}.content", most, needed)
-    if role == "assistant":
-        reasoning, content = _think(content, reasoning)
-        _checked(content, f"{path}.content", most, needed)
-        _checked(reasoning or "", f"{path}.content", limits.step_characters, 0)
-    message = Message(
-        role=cast("Literal['system', 'user', 'assistant', 'tool']", role),
-        content=content,
-        trained=_mark(turn, path),
-        reasoning=reasoning,
-        tool_calls=None if calls is None else canonical.encode(calls).decode(),
-        tool_call_id=_optional(turn, "tool_call_id", path),
-        name=_optional(turn, "name", path),
-    )
-    if turn:
-        raise ValueError(f"unknown field `{sorted(turn)[0]}` - at `{path}`")
-    return message
-
-
-def _parts(parts: list[Any], path: str) -> str:
-    texts = []
-    for i, part in enumerate(parts):
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            raise ValueError(f"only parts of text can be used - at `{path}[{i}]`")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _optional(turn: dict[str, Any], field: str, path: str) -> str | None:
-    value = turn.pop(field, None)
-    return None if value is None else _checked(value, f"{path}.{field}", 1_000)
-
-
-def _mark(turn: dict[str, Any], path: str) -> bool | None:
-    """Return whether a message is trained on, by any of the names in use."""
-    mark: bool | None = None
-    for field in ("trained", "train", "training", "weight"):
-        if field in turn:
-            value = turn.pop(field)
-            if value not in (0, 1):
-                raise ValueError(f"expected true, false, 0 or 1 - at `{path}.{field}`")
-            if mark is not None and mark != bool(value):
-                raise ValueError(f"two training marks disagree - at `{path}.{field}`")
-            mark = bool(value)
-    return mark
+    return Example(messages=turns)
 
 
 def _from_prompt_completion(known: dict[str, Any], limits: LimitsConfig) -> Example:
@@ -345,7 +254,7 @@ def _from_prompt_completion(known: dict[str, Any], limits: LimitsConfig) -> Exam
         return _from_messages({"messages": turns, **_take(known, "system")}, limits)
     prompt = _text(known, "prompt", limits.prompt_characters)
     answer = _text(known, field, limits.answer_characters)
-    return _single_turn(known, prompt, answer, limits, field)
+    return _single_turn(known, prompt, answer, limits)
 
 
 def _from_question_answer(known: dict[str, Any], limits: LimitsConfig) -> Example:
@@ -353,39 +262,33 @@ def _from_question_answer(known: dict[str, Any], limits: LimitsConfig) -> Exampl
     full = _text(known, "answer", limits.answer_characters)
     work, mark, result = full.rpartition("####")
     if not mark:
-        return _single_turn(known, prompt, full, limits, "answer")
+        return _single_turn(known, prompt, full, limits)
     lines = [line.strip() for line in work.splitlines() if line.strip()]
     if len(lines) > limits.steps:
         raise ValueError(f"{len(lines)} steps, at most {limits.steps} - at `$.answer`")
     steps = tuple(
-        Step(i=i, content=_checked(line, "$.answer", limits.step_characters))
+        Step(i=i, content=messages.checked(line, "$.answer", limits.step_characters))
         for i, line in enumerate(lines)
     )
-    answer = _checked(result.strip(), "$.answer", limits.answer_characters)
-    return msgspec.structs.replace(
-        _single_turn(known, prompt, answer, limits, "answer"), steps=steps
-    )
+    answer = messages.checked(result.strip(), "$.answer", limits.answer_characters)
+    return msgspec.structs.replace(_single_turn(known, prompt, answer, limits), steps=steps)
 
 
-def _single_turn(
-    known: dict[str, Any], prompt: str, answer: str, limits: LimitsConfig, field: str
-) -> Example:
-    messages = [Message(role="user", content=prompt)]
+def _single_turn(known: dict[str, Any], prompt: str, answer: str, limits: LimitsConfig) -> Example:
+    turns = [Message(role="user", content=prompt)]
     if known.get("system"):
         system = _text(known, "system", limits.prompt_characters)
-        messages.insert(0, Message(role="system", content=system))
-    reasoning, answer = _think(answer, known.pop("reasoning", None))
-    _checked(answer, f"$.{field}", limits.answer_characters)
+        turns.insert(0, Message(role="system", content=system))
     return Example(
-        messages=tuple(messages),
-        steps=_as_steps(reasoning, limits, "$.reasoning"),
+        messages=tuple(turns),
+        steps=_as_steps(known.pop("reasoning", None), limits, "$.reasoning"),
         answer=answer,
     )
 
 
 def _from_text(known: dict[str, Any], limits: LimitsConfig) -> Example:
     text = _text(known, "text", limits.answer_characters)
-    return Example(messages=(Message(role="assistant", content=text),))
+    return Example(messages=(Message(role=TEXT, content=text),))
 
 
 def _take(known: dict[str, Any], field: str) -> dict[str, Any]:

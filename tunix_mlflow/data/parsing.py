@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Struct
 
 from tunix_mlflow.config.schema import LimitsConfig
-from tunix_mlflow.data import canonical, formats, sources
+from tunix_mlflow.data import canonical, formats, json_text, sources
 from tunix_mlflow.data.examples import Example, canonical_bytes
 from tunix_mlflow.data.sources import Source
 from tunix_mlflow.data.staging import Part, Stage
@@ -266,7 +266,9 @@ def _parse(span: _Span, progress: Callable[[int], None]) -> _Outcome:
 
 
 def _record_parser(span: _Span) -> Callable[[dict[str, Any]], Example]:
-    read = formats.reader(span.form, span.limits, span.mapping, span.split)
+    read = formats.reader(
+        span.form, span.limits, span.mapping, span.split, has_columns=span.kind != "jsonl"
+    )
 
     def parse(record: dict[str, Any]) -> Example:
         if len(msgspec.json.encode(record, enc_hook=str)) > span.limits.body_bytes:
@@ -278,7 +280,8 @@ def _record_parser(span: _Span) -> Callable[[dict[str, Any]], Example]:
 
 def _line_parser(span: _Span) -> Callable[[bytes], Example]:
     limits, split, most = span.limits, span.split, span.limits.body_bytes
-    read = formats.reader(span.form, limits, span.mapping, split)
+    read = formats.reader(span.form, limits, span.mapping, split, has_columns=False)
+    keeps_spelling = "tools" in span.mapping
     quotes, trace_quotes, from_trace = canonical.quotes, formats.trace_quotes, formats.from_trace
     decode = formats.trace_decoder(limits)
     # The slow parser has better messages.
@@ -301,7 +304,10 @@ def _line_parser(span: _Span) -> Callable[[bytes], Example]:
             raise ValueError("starts with a byte-order mark; save the file without it")
         if not line.strip():
             raise ValueError("empty line; remove it")
-        tree = canonical.parse(line)
+        if keeps_spelling or b"tool" in line or b"function" in line:
+            tree = json_text.parse(line)
+        else:
+            tree = canonical.parse(line)
         if not isinstance(tree, dict):
             raise ValueError(f"Expected `object`, got {type(tree).__name__}")
         return read(tree)

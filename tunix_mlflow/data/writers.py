@@ -1,4 +1,4 @@
-"""The formats that examples are exported in: trace, messages, prompt-completion, and Gemma's text.
+"""The formats that examples are exported in: trace, messages, prompt-completion, text, and Gemma's.
 
 All but the last are as formats.py reads them.
 """
@@ -11,16 +11,17 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from tunix_mlflow.data import canonical
 from tunix_mlflow.data.examples import (
+    REASONING,
     Example,
     completion,
     from_canonical,
+    is_text,
     prompt_messages,
 )
 from tunix_mlflow.errors import DatasetError
 
-EXPORTS = ("trace", "messages", "prompt-completion", "gemma")
+EXPORTS = ("trace", "messages", "prompt-completion", "text", "gemma")
 
 
 def writer(form: str) -> Callable[[bytes, str], Any]:
@@ -43,7 +44,8 @@ def writer(form: str) -> Callable[[bytes, str], Any]:
     return record
 
 
-_CONTENT, _ROLE, _STEPS = b',"messages":[{"content":', b',"role":"user"}]', b',"steps":[{"content":'
+_MESSAGES, _CONTENT = b',"messages":[{', b'"content":'
+_ROLE, _STEPS = b',"role":"user"}]', b',"steps":[{"content":'
 
 
 def _to_trace(text: bytes, split: str) -> Raw:
@@ -52,11 +54,12 @@ def _to_trace(text: bytes, split: str) -> Raw:
     The keys are in the order answer, messages, meta, split, steps. The separators contain
     quotation marks, and those cannot occur in a string without a backslash before them.
     """
-    answer, _, rest = text.partition(_CONTENT)
+    answer, _, rest = text.partition(_MESSAGES)
+    has_content, rest = rest.startswith(_CONTENT), rest[len(_CONTENT) :]
     prompt, one, rest = rest.partition(_ROLE)
     meta, _, steps = rest.rpartition(_STEPS)
     # A single message has no key after its content; the steps are at the end, those of meta not.
-    fits = one and steps[-2:] == b"]}" and answer[:10] == b'{"answer":'
+    fits = has_content and one and steps[-2:] == b"]}" and answer[:10] == b'{"answer":'
     if not fits or b'","' in prompt[1:-1]:
         raise DatasetError(
             "an example that is not one prompt with steps and an answer has no trace form;"
@@ -70,40 +73,56 @@ def _to_trace(text: bytes, split: str) -> Raw:
 
 
 def _to_messages(example: Example) -> dict[str, Any]:
+    if is_text(example):
+        raise DatasetError("a plain text has no messages; use --format text")
     turns: list[dict[str, Any]] = []
     for message in (*prompt_messages(example), completion(example)):
-        turn = msgspec.to_builtins(message)
+        turn = msgspec.to_builtins(message) | {"content": message.content}
+        if message.reasoning is not None:
+            turn[turn.pop("reasoning_field", REASONING[0])] = turn.pop("reasoning")
         if message.tool_calls is not None:
-            turn["tool_calls"] = canonical.decode(message.tool_calls)
+            turn["tool_calls"] = Raw(message.tool_calls.encode())
         turns.append(turn)
-    return {"messages": turns}
+    return {"messages": turns} | _tools(example)
+
+
+def _tools(example: Example) -> dict[str, Any]:
+    return {} if example.tools is None else {"tools": Raw(example.tools.encode())}
+
+
+def _to_text(example: Example) -> dict[str, Any]:
+    if not is_text(example):
+        raise DatasetError("an example with turns has no text form; use --format messages")
+    return {"text": example.messages[-1].text}
 
 
 def _to_prompt_completion(example: Example) -> dict[str, Any]:
     turns = _to_messages(example)["messages"]
-    if [turn["role"] for turn in turns] == ["user", "assistant"]:
-        text = turns[1]["content"]
-        if turns[1].get("reasoning"):
-            text = f"<think>\n{turns[1]['reasoning']}\n</think>\n{text}"
-        return {"prompt": turns[0]["content"], "completion": text}
     if len(turns) == 1:
-        raise DatasetError("a plain text has no prompt; use --format messages or gemma")
-    return {"prompt": turns[:-1], "completion": turns[-1:]}
+        raise DatasetError("a single turn has no prompt; use --format messages")
+    if [set(turn) for turn in turns] == [{"role", "content"}] * 2 and turns[0]["role"] == "user":
+        said = {"prompt": turns[0]["content"], "completion": turns[1]["content"]}
+    else:
+        said = {"prompt": turns[:-1], "completion": turns[-1:]}
+    return said | _tools(example)
 
 
 def _to_gemma(example: Example) -> dict[str, Any]:
     """Write Gemma's turns as text. It has no system role: that text precedes the first prompt."""
     lead, text = "", ""
+    if example.tools is not None:
+        lead = f"{example.tools}\n\n"
     for turn in _to_messages(example)["messages"]:
-        content = turn["content"]
-        if turn["role"] == "system":
+        content = turn["content"] or ""
+        if turn["role"] in ("system", "developer"):
             lead += content + "\n\n"
             continue
-        if turn["role"] == "assistant" and turn.get("reasoning"):
-            content = f"{turn['reasoning']}\n{content}"
+        for name in REASONING:
+            if name in turn:
+                content = f"{turn[name]}\n{content}"
         if turn.get("tool_calls"):
-            content += canonical.encode(turn["tool_calls"]).decode()
-        role = "model" if turn["role"] == "assistant" else "user"
+            content += bytes(turn["tool_calls"]).decode()
+        role = "model" if turn["role"] in ("assistant", "function_call") else "user"
         text += f"<start_of_turn>{role}\n{lead}{content}<end_of_turn>\n"
         lead = ""
     return {"text": text}
@@ -112,5 +131,6 @@ def _to_gemma(example: Example) -> dict[str, Any]:
 _CONVERTERS: dict[str, Callable[[Example], dict[str, Any]]] = {
     "messages": _to_messages,
     "prompt-completion": _to_prompt_completion,
+    "text": _to_text,
     "gemma": _to_gemma,
 }

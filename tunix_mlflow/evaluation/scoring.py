@@ -8,6 +8,7 @@ from typing import NamedTuple
 from tunix_mlflow.data.examples import Example, expected_answer
 from tunix_mlflow.evaluation import scorers
 from tunix_mlflow.evaluation.statistics import Proportion, wilson
+from tunix_mlflow.text import answers
 
 
 class ExampleScore(NamedTuple):
@@ -43,7 +44,7 @@ def score(
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         for example, (text, answer) in zip(batch, generate(batch), strict=True):
-            expected = expected_answer(example) or ""
+            expected = answers.read_answer(expected_answer(example) or "") or ""
             correct = scorers.exact_match(answer, expected)
             scores.append(ExampleScore(example.prompt, expected, answer, correct, text))
         progress(len(scores))

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tunix_mlflow.errors import DatasetError
 from tunix_mlflow.input.packing import TokenRows
 
 
@@ -68,18 +67,8 @@ class TrainBatches:
         self._epoch: tuple[int, npt.NDArray[np.int64]] | None = None
 
     def at(self, step: int) -> Batch:
-        """Return the batch of update number `step`, counted from 0.
-
-        Raises:
-            DatasetError: if no token of the batch is trained on.
-        """
-        batch = assemble(self.data, self.rows_at(step))
-        if not batch.loss_mask.any():
-            raise DatasetError(
-                f"the batch of step {step} has no token to train on; raise"
-                " training.batch_size, or see `tunix-mlflow datasets show KEY --mask`"
-            )
-        return batch
+        """Return the batch of update number `step`, counted from 0."""
+        return assemble(self.data, self.rows_at(step))
 
     def rows_at(self, step: int) -> list[list[int]]:
         """Return the rows of that batch, as indices of examples."""

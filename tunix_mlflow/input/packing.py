@@ -26,7 +26,8 @@ class TokenRows:
     rows: list[list[int]]  # indices of examples
     length: int  # T
     truncated: int = 0  # examples cut to fit
-    dropped: int = 0  # examples left out
+    dropped: int = 0  # examples left out since they are too long
+    empty: int = 0  # examples left out since no token of them is trained on
 
     def example(self, index: int) -> tuple[Ids, Mask]:
         """Return the ids and the mask of one example, cut to fit a row."""
@@ -68,26 +69,35 @@ def lay_out_rows(tokenized: TokenizedExamples, config: DataConfig, length: int) 
     kept = np.arange(tokenized.count)
     if config.overlong == "drop":
         kept = np.flatnonzero(tokenized.lengths - 1 <= length)
+    has_target = _has_target(tokenized, length)[kept]
+    empty, kept = len(kept) - int(has_target.sum()), kept[has_target]
+    if not len(kept):
+        raise DatasetError(
+            f"none of the {tokenized.count} examples has a token to train on:"
+            " every message is marked untrained, or was cut off; see"
+            " `tunix-mlflow datasets show KEY --mask`"
+        )
     if config.packing:
         packed = pack(fitting[kept].tolist(), length)
         indices = kept.tolist()
         rows = [[indices[item] for item in row] for row in packed]
     else:
         rows = [[index] for index in kept.tolist()]
-    result = TokenRows(
+    return TokenRows(
         tokenized,
         rows,
         length,
         truncated=overlong if config.overlong == "truncate" else 0,
         dropped=overlong if config.overlong == "drop" else 0,
+        empty=empty,
     )
-    if not any(result.example(index)[1][1:].any() for index in kept.tolist()):
-        raise DatasetError(
-            f"none of the {tokenized.count} examples has a token to train on:"
-            " every message is marked untrained, or was cut off; see"
-            " `tunix-mlflow datasets show KEY --mask`"
-        )
-    return result
+
+
+def _has_target(tokenized: TokenizedExamples, length: int) -> Mask:
+    """Return which examples have a token to train on within a row, [n]; the first is no target."""
+    before = np.concatenate([[0], np.cumsum(tokenized.trained)])  # trained tokens before each
+    starts, stops = tokenized.offsets[:-1] + 1, tokenized.offsets[1:]
+    return before[np.minimum(stops, starts + length)] > before[np.minimum(starts, stops)]
 
 
 def longest_completion(data: TokenRows) -> int:

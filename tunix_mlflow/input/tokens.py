@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import array
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tunix_mlflow.data.examples import Example
+from tunix_mlflow.config.schema import DataConfig
+from tunix_mlflow.data.examples import Example, select_turns
+from tunix_mlflow.text import fidelity
+from tunix_mlflow.text.fidelity import Finding
 from tunix_mlflow.text.tokenizer import Ids, Mask, Tokenizer
+
+
+class Loss(NamedTuple):
+    """A kind of finding, and how many examples it is in; see text.fidelity."""
+
+    kind: str
+    refuses: bool  # whether a model should not be trained on them without having been asked
+    examples: int
+    first: Finding
+    first_example: int  # its index
 
 
 @dataclass(frozen=True)
@@ -20,6 +35,7 @@ class TokenizedExamples:
     ids: Ids  # [tokens]
     trained: Mask  # [tokens]
     offsets: npt.NDArray[np.int64]  # [n + 1]
+    losses: tuple[Loss, ...] = ()  # what the tokens lack of what the examples say
 
     @property
     def count(self) -> int:
@@ -38,20 +54,52 @@ class TokenizedExamples:
 
 
 def encode_examples(
-    examples: Iterable[Example], tokenizer: Tokenizer, include_steps: bool
+    examples: Iterable[Example], tokenizer: Tokenizer, config: DataConfig
 ) -> TokenizedExamples:
     """Render and tokenize examples, each of them once.
 
     Args:
         examples: read one at a time.
         tokenizer: with its chat template.
-        include_steps: whether reasoning is rendered.
+        config: which turns are trained on, and how they are rendered.
 
     Raises:
         DatasetError: if the template refuses an example, or the model lacks a token.
         ModelError: if it is not known what to train on.
     """
-    return from_arrays(tokenizer.encode_example(e, include_steps=include_steps) for e in examples)
+    losses: dict[tuple[str, bool], Loss] = {}
+
+    def encoded() -> Iterator[tuple[Ids, Mask]]:
+        for index, example in enumerate(examples):
+            met: set[tuple[str, bool]] = set()
+            for part in select_turns(example, config.turns):
+                ids, trained, findings = tokenizer.encode_example(part, config)
+                yield ids, trained
+                for finding in findings:
+                    key = finding.kind, finding.refuses
+                    if key not in met:
+                        met.add(key)
+                        known = losses.get(key, Loss(*key, 0, finding, index))
+                        losses[key] = known._replace(examples=known.examples + 1)
+
+    tokenized = from_arrays(encoded())
+    ordered = sorted(losses.values(), key=lambda loss: not loss.refuses)
+    return dataclasses.replace(tokenized, losses=tuple(ordered))
+
+
+def describe_loss(loss: Loss, count: int, example: str) -> str:
+    """Return a line on what examples lack.
+
+    Args:
+        loss: what they lack.
+        count: the examples in all.
+        example: the name of the first of them.
+    """
+    finding = loss.first
+    where = f"message {finding.turn} of example {example}" if finding.turn else f"example {example}"
+    quoted = f": {finding.text!r}" if finding.text else ""
+    share = f"{loss.examples:,} of {count:,} examples"
+    return f"{fidelity.KINDS[loss.kind]} in {share}, first in {where}{quoted}"
 
 
 def from_arrays(encoded: Iterable[tuple[Ids, Mask]]) -> TokenizedExamples:

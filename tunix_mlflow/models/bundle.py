@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import msgspec
 
-from tunix_mlflow.config.schema import LoraConfig, ModelConfig
+from tunix_mlflow.config.schema import DataConfig, LoraConfig, ModelConfig
 from tunix_mlflow.data import canonical
 from tunix_mlflow.data.examples import Example, Message, to_answer
 from tunix_mlflow.errors import DatasetError, IntegrityError
@@ -128,7 +128,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "tokenizer": {
             "name": tokenizer.name,
             "digest": tokenizer.digest,
-            "template_digest": tokenizer.template_digest(True),
+            "template_digest": tokenizer.template_digest(DataConfig()),
         },
         "max_new_tokens": bundle.max_new_tokens,
         "parameters": decoder.parameter_count(bundle.params),
@@ -155,8 +155,9 @@ def save(bundle: Bundle, folder: Path) -> None:
     if bundle.adapter is not None:
         arrays.write(folder / _ADAPTER, bundle.adapter.params)
     for name, content in bundle.tokenizer.files.items():
-        (folder / _TOKENIZER).mkdir(exist_ok=True)
-        (folder / _TOKENIZER / name).write_bytes(content)
+        path = folder / _TOKENIZER / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     (folder / _INFO).write_text(json.dumps(describe(bundle), indent=1, sort_keys=True))
     arrays.seal(folder, {"format": 1})
 

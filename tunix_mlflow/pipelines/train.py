@@ -16,14 +16,14 @@ from tunix_mlflow.config.identity import config_digest, to_json
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data import datasets
 from tunix_mlflow.data.manifest import Manifest
-from tunix_mlflow.errors import CheckpointError, ConfigError, Refused, UnavailableError
+from tunix_mlflow.errors import CheckpointError, ConfigError, UnavailableError
 from tunix_mlflow.evaluation import scoring
 from tunix_mlflow.input.batches import eval_batches
 from tunix_mlflow.models import arrays, decoder
 from tunix_mlflow.models import bundle as bundles
 from tunix_mlflow.models.hub.base import Base
 from tunix_mlflow.paths import run_dir
-from tunix_mlflow.pipelines import notes
+from tunix_mlflow.pipelines import checks, notes
 from tunix_mlflow.pipelines.names import model_name
 from tunix_mlflow.pipelines.params import training_params
 from tunix_mlflow.pipelines.resume import ResumePoint
@@ -88,7 +88,8 @@ def train(
 
     Raises:
         InputError: for a dataset, device or run that cannot be used; no run is started.
-        Refused: if the dataset is not what its manifest says, or an evaluation set leaks.
+        Refused: if the dataset is not what its manifest says, an evaluation set leaks, or a text
+            would be lost.
         UnavailableError: if the forecast says that memory is too small, or a disk is full.
         TrainingStopped: when the loss is not finite.
     """
@@ -101,7 +102,8 @@ def train(
     client, _ = store.reach(config.tracking)  # one that cannot be used fails before any work
     given = artifacts.anchored(config)
     with _open_inputs(given, reporter) as (inputs, base):
-        leakage = _check_leakage(inputs.config, inputs.manifest, reporter)
+        lost = checks.check_fidelity(inputs, reporter)
+        leakage = checks.check_leakage(inputs.config, inputs.manifest, reporter)
         memory = check_memory(inputs.config, inputs.vocab_size, inputs.device)
         if not memory.fits and not force:
             raise UnavailableError(f"this run {memory.text()}. --force trains anyway")
@@ -129,7 +131,7 @@ def train(
         reporter.info(f"run {run.run_id}: {run.link}")
         has_params = resume is not None and resume.is_recorded and not resume.fork
         params = training_params(given, inputs.config, resumed=has_params)
-        _describe(run, params, inputs, trainer, leakage)
+        _describe(run, params, inputs, trainer, leakage | lost)
         checkpoints = _open_checkpoints(run, inputs.config, identity)
         try:
             if forked_from is not None:
@@ -169,6 +171,8 @@ def plan(config: Config, *, reporter: Reporter = SILENT) -> PlanResult:
     environment.require(config)
     with _open_inputs(config, reporter) as (inputs, _):
         memory = check_memory(inputs.config, inputs.vocab_size, inputs.device)
+    for _, line in inputs.losses:
+        reporter.info(line)
     reporter.info(inputs.summary())
     reporter.info(f"it {memory.text()}")
     return PlanResult(
@@ -205,44 +209,12 @@ def _report_inputs(
     reporter.info(f"{inputs.summary()}; {count:,} parameters trained on {inputs.device}")
 
 
-def _check_leakage(config: Config, manifest: Manifest, reporter: Reporter) -> dict[str, float]:
-    """Look for evaluation prompts in the training split; return figures for the run's tags.
-
-    The dataset's own splits share no prompt with each other by construction, and their 8-grams are
-    recorded only: the questions of one template share them.
-
-    Raises:
-        Refused: if a dataset of data.evaluation_sets leaks, unless data.leakage is record.
-    """
-    figures: dict[str, float] = {}
-    train = config.data.train_split
-    if config.evaluation.split in manifest.splits:
-        leakage = datasets.check_leakage(manifest, train, manifest, config.evaluation.split)
-        figures |= leakage.figures()
-    for key in config.data.evaluation_sets:
-        evaluated = datasets.ready(key, reporter.info)
-        leakage = datasets.check_leakage(manifest, train, evaluated, None)
-        figures |= {f"{name}.{evaluated.key}": value for name, value in leakage.figures().items()}
-        if not leakage.ok:
-            message = (
-                f"{evaluated.key} leaks into {manifest.key}/{train}: {len(leakage.exact)} prompts"
-                f" are trained on, {len(leakage.overlapping)} overlap by 8-grams"
-            )
-            if config.data.leakage == "refuse":
-                raise Refused(
-                    f"{message}. See `tunix-mlflow datasets check-leakage {manifest.key}"
-                    f" {evaluated.key}`, or set data.leakage=record"
-                )
-            reporter.info(f"{message}: recorded on the run")
-    return figures
-
-
 def _describe(
     run: Run,
     params: dict[str, Any],
     inputs: TrainingInputs,
     trainer: Trainer,
-    leakage: dict[str, float],
+    checked: dict[str, float],
 ) -> None:
     """Record what is known before the first update."""
     config, manifest = inputs.config, inputs.manifest
@@ -254,7 +226,8 @@ def _describe(
         "fill": inputs.train.fill,
         "truncated": inputs.train.truncated,
         "dropped": inputs.train.dropped,
-        **leakage,
+        "left_out": inputs.train.empty,
+        **checked,
     }
     run.set_tags({f"tunix_mlflow.{name}": f"{value:.6g}" for name, value in facts.items()})
     run.log_input(TunixMlflowDataset(manifest, config.data.train_split), context="training")

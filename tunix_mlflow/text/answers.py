@@ -17,8 +17,8 @@ _REASONING_END = "</think>"
 def write_completion(message: Message, *, include_steps: bool) -> str:
     """Return the text of a completion: reasoning, mark and answer, or the answer alone."""
     if message.reasoning is None or not include_steps:
-        return message.content
-    return f"{message.reasoning}\n{ANSWER_MARK} {message.content}"
+        return message.text
+    return f"{message.reasoning}\n{ANSWER_MARK} {message.text}"
 
 
 def read_answer(text: str) -> str | None:

@@ -3,7 +3,8 @@
     <bos><user>What is 2+2?<assistant>2+2=4<answer>4<eos>
 
 Everything after ``<assistant>`` is trained on, including the end of the sequence. A marker is a
-token of its own, never text.
+token of its own, never text. Definitions of tools are a system turn before all others; calls
+follow the content of their turn, as JSON. A text without turns stands between <bos> and <eos>.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tunix_mlflow.data.examples import (
     Example,
     Message,
     completion,
-    expected_answer,
+    is_text,
     prompt_messages,
 )
 from tunix_mlflow.text.mask import is_trained
@@ -27,7 +28,14 @@ ROLE_MARKERS = {
     "assistant": "<assistant>",
     "tool": "<tool>",
 }
-_NAME = "chat-v1"
+_SYNONYMS = {
+    "developer": "system",
+    "function": "tool",
+    "ipython": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+_NAME = "chat-v2"
 
 
 class Segment(NamedTuple):
@@ -47,8 +55,14 @@ def template_digest(include_steps: bool) -> str:
 def render_prompt(example: Example, *, include_steps: bool = True) -> list[Segment]:
     """Render what a model is given: everything before the completion."""
     segments = [Segment(BOS, True, False)]
+    if is_text(example):
+        return segments
+    if example.tools is not None:
+        segments.append(Segment(ROLE_MARKERS["system"], True, False))
+        segments.append(Segment(example.tools, False, False))
     for message in prompt_messages(example):
-        segments.append(Segment(ROLE_MARKERS[message.role], True, False))
+        role = _SYNONYMS.get(message.role, message.role)
+        segments.append(Segment(ROLE_MARKERS[role], True, False))
         segments += _render_message(message, include_steps)
     segments.append(Segment(ROLE_MARKERS["assistant"], True, False))
     return segments
@@ -58,20 +72,20 @@ def render(example: Example, *, include_steps: bool) -> list[Segment]:
     """Render the whole example: prompt and completion."""
     segments = render_prompt(example, include_steps=include_steps)
     last = completion(example)
-    if expected_answer(example) is None:
+    if example.answer is None:
         return segments + _render_message(last, include_steps)
     # The marker is written even without reasoning: an answer is what follows it.
     if include_steps and last.reasoning is not None:
         segments.append(Segment(last.reasoning, False, True))
     segments.append(Segment(ANSWER, True, True))
-    segments.append(Segment(last.content, False, True))
+    segments.append(Segment(last.text, False, True))
     segments.append(Segment(EOS, True, True))
     return segments
 
 
 def _render_message(message: Message, include_steps: bool) -> list[Segment]:
-    content = message.content + (message.tool_calls or "")
-    if message.role != "assistant":
+    content = message.text + (message.tool_calls or "")
+    if not message.is_assistant:
         return [Segment(content, False, False)]
     trained = is_trained(message)
     segments = [Segment(content, False, trained), Segment(EOS, True, trained)]

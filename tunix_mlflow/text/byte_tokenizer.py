@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from tunix_mlflow.config.schema import DataConfig
 from tunix_mlflow.data.examples import Example
 from tunix_mlflow.text import answers, byte_template
 from tunix_mlflow.text.byte_template import ANSWER, BOS, EOS, ROLE_MARKERS, Segment
-from tunix_mlflow.text.tokenizer import Ids, Mask
+from tunix_mlflow.text.tokenizer import Encoded, Ids, Mask
 
 PAD = "<pad>"
 MARKERS = (PAD, BOS, EOS, ANSWER, *ROLE_MARKERS.values())
@@ -35,13 +36,15 @@ class ByteTokenizer:
         """sha256 (64 hex) of everything that decides an encoding."""
         return hashlib.sha256(f"{self.name}:{_FIRST_BYTE}:{','.join(MARKERS)}".encode()).hexdigest()
 
-    def template_digest(self, include_steps: bool) -> str:
+    def template_digest(self, config: DataConfig) -> str:
         """Return the sha256 (64 hex) of what decides the rendering."""
-        return byte_template.template_digest(include_steps)
+        return byte_template.template_digest(config.include_steps)
 
-    def encode_example(self, example: Example, *, include_steps: bool) -> tuple[Ids, Mask]:
-        """Return the ids [n] of a whole example and the mask [n] of those that are trained on."""
-        return self.encode(byte_template.render(example, include_steps=include_steps))
+    def encode_example(self, example: Example, config: DataConfig) -> Encoded:
+        """Return the ids of a whole example, and which are trained on."""
+        return Encoded(
+            *self.encode(byte_template.render(example, include_steps=config.include_steps))
+        )
 
     def encode_prompt(self, example: Example) -> Ids:
         """Return the ids of everything before the completion."""
@@ -61,9 +64,12 @@ class ByteTokenizer:
         return np.array(ids, np.int32), np.array(trained, np.bool_)
 
     def read_answer(self, ids: Sequence[int] | Ids) -> str | None:
-        """Return what follows the last answer marker, stripped; None if there is no marker."""
+        """Return what follows the last answer marker; without a marker, all of the text.
+
+        A thought that is part of the text is left out, see :func:`answers.read_answer`.
+        """
         answer = answers.answer_ids([int(i) for i in ids], self._ids[ANSWER], self.eos_id)
-        return None if answer is None else self.decode(answer).strip()
+        return answers.read_answer(self.decode(ids if answer is None else answer))
 
     def decode(self, ids: Sequence[int] | Ids, *, skip_special_tokens: bool = True) -> str:
         """Return the text, with markers spelled out and invalid UTF-8 replaced by U+FFFD.

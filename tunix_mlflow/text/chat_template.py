@@ -2,89 +2,166 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tunix_mlflow.data.examples import Message
+from tunix_mlflow.data import json_text
+from tunix_mlflow.data.examples import REASONING, Example, Message
 from tunix_mlflow.errors import DatasetError, ModelError
 from tunix_mlflow.files import one_line
 
 if TYPE_CHECKING:
     import jinja2
 
+TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private characters around what a template marks
+_TODAY = datetime.datetime(2024, 7, 26)  # on which Llama 3's templates fall back
+FILES = (TEMPLATE, TOOL_TEMPLATE)
+
+
+class Marked(NamedTuple):
+    """A rendered text, and what the template marks in it as generated."""
+
+    text: str
+    generations: list[tuple[int, int]]  # first character, and the one after the last
 
 
 class ChatTemplate:
-    """A compiled template.
+    """A chat template, compiled when it is first used.
 
     Args:
-        source: Jinja text.
+        source: Jinja text; None: the model has none, and only texts without turns can be used.
         special_tokens: `bos_token` and the like, by the names that templates use.
         where: the model's folder or name, for error messages.
+        tool_source: the template for conversations with tools, where the model has one of its own.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], where: str) -> None:
-        self.source, self.special_tokens, self.where = source, special_tokens, where
+    def __init__(
+        self,
+        source: str | None,
+        special_tokens: Mapping[str, str],
+        where: str,
+        tool_source: str | None = None,
+    ) -> None:
+        self.source, self.tool_source = source, tool_source
+        self.special_tokens, self.where = special_tokens, where
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        """Return the text of messages, which are as :func:`template_message` makes them.
+    def digest_text(self) -> str:
+        """Return what decides the rendering, for a digest."""
+        parts = [self.source or "", *([self.tool_source] if self.tool_source else [])]
+        return "\n\x1f".join(parts)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """Return the text of messages, which are as :meth:`message` makes them.
 
         Raises:
             DatasetError: if the template refuses the messages.
-            ModelError: if the template is damaged.
+            ModelError: if the template is damaged, or there is none.
         """
-        text = self._render(messages, add_generation_prompt)
+        text = self._render(messages, tools, add_generation_prompt)
         return text.replace(_OPEN, "").replace(_CLOSE, "")
 
-    def render_generations(
-        self, messages: list[dict[str, Any]]
-    ) -> tuple[str, list[tuple[str, str]]]:
-        """Return the text before the first generation, then (generation, text after it) pairs.
+    def render_marked(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+    ) -> Marked:
+        """Return the text of messages, and where the template marks a generation.
 
         Raises:
-            DatasetError: if the template refuses the messages.
-            ModelError: if the template is damaged.
+            DatasetError: if the template refuses the messages, or they have private characters.
+            ModelError: if the template is damaged, or there is none.
         """
-        if any(_OPEN in str(m) or _CLOSE in str(m) for m in messages):
+        said = repr((messages, tools))
+        if _OPEN in said or _CLOSE in said:
             raise DatasetError("a message has the private characters U+E0F0 or U+E0F1")
-        before, *parts = self._render(messages, False).split(_OPEN)
-        cut = [part.partition(_CLOSE) for part in parts]
-        return before, [(generated, after) for generated, _, after in cut]
+        before, *parts = self._render(messages, tools, False).split(_OPEN)
+        text, generations = before, []
+        for part in parts:
+            generated, _, after = part.partition(_CLOSE)
+            generations.append((len(text), len(text) + len(generated)))
+            text += generated + after
+        return Marked(text, generations)
 
-    @cached_property
-    def marks_generations(self) -> bool:
+    def marks_generations(self, tools: Sequence[Any] | None) -> bool:
         """Whether the template marks what the assistant generates."""
-        from jinja2 import nodes
+        return _marks_generations(self._source(tools))
 
-        texts = _environment().parse(self.source).find_all(nodes.TemplateData)
-        return any(_OPEN in text.data for text in texts)
+    def message(
+        self, message: Message, *, include_steps: bool, inline: bool = False
+    ) -> dict[str, Any]:
+        """Return a message with the keys that templates know.
+
+        Args:
+            message: the message.
+            include_steps: whether it has its reasoning.
+            inline: whether a thought that the template does not read goes where it reads one, or
+                else into the content.
+        """
+        result: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.name is not None:
+            result["name"] = message.name
+        if message.reasoning is not None and include_steps:
+            key = message.reasoning_field or REASONING[0]
+            if inline and key not in self._reasoning_keys:
+                key = next(iter(self._reasoning_keys), "")
+            if key:
+                result[key] = message.reasoning
+            else:
+                thought = f"<think>\n{message.reasoning.strip()}\n</think>\n\n"
+                result["content"] = thought + message.text
+        if message.tool_calls is not None:
+            result["tool_calls"] = json_text.plain(message.tool_calls)
+        if message.tool_call_id is not None:
+            result["tool_call_id"] = message.tool_call_id
+        return result
 
     @cached_property
-    def _compiled(self) -> jinja2.Template:
+    def _reasoning_keys(self) -> list[str]:
+        """The names by which the template reads a thought; most have none."""
+        source = f"{self.source} {self.tool_source}"
+        return [k for k in REASONING if re.search(rf"\.{k}\b|['\"]{k}['\"]", source)]
+
+    def _source(self, tools: Sequence[Any] | None) -> str:
+        source = self.tool_source if tools and self.tool_source else self.source
+        if source is None:
+            raise ModelError(
+                f"{self.where} has no chat template: put {TEMPLATE} beside {TOKENIZER}; without"
+                " one, only rows of the format text can be used"
+            )
+        return source
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None,
+        add_generation_prompt: bool,
+    ) -> str:
         import jinja2
 
         try:
-            return _environment().from_string(self.source)
-        except jinja2.TemplateError as error:
-            raise ModelError(f"{self.where}: the chat template is damaged: {error}") from error
-
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        import jinja2
-
-        try:
-            return self._compiled.render(
+            return _compiled(self._source(tools)).render(
                 messages=messages,
-                tools=None,
+                tools=tools or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(f"{self.where}: the chat template is damaged: {error}") from error
         except (
             *(jinja2.TemplateError, TypeError, ValueError, AttributeError),
             *(ArithmeticError, LookupError, RuntimeError),
@@ -93,18 +170,9 @@ class ChatTemplate:
             raise DatasetError(f"{self.where}: the chat template refuses: {reason}") from error
 
 
-def template_message(message: Message, include_steps: bool) -> dict[str, Any]:
-    """Return a message with the keys that templates know."""
-    result: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.name is not None:
-        result["name"] = message.name
-    if message.reasoning is not None and include_steps:
-        result["reasoning_content"] = message.reasoning
-    if message.tool_calls is not None:
-        result["tool_calls"] = json.loads(message.tool_calls)
-    if message.tool_call_id is not None:
-        result["tool_call_id"] = message.tool_call_id
-    return result
+def tools_of(example: Example) -> list[Any] | None:
+    """Return the definitions of an example's tools, as templates take them."""
+    return None if example.tools is None else json_text.plain(example.tools)
 
 
 def read_template(files: Mapping[str, bytes], where: str) -> ChatTemplate:
@@ -115,11 +183,12 @@ def read_template(files: Mapping[str, bytes], where: str) -> ChatTemplate:
         where: the model's folder or name, for error messages.
 
     Raises:
-        ModelError: if there is none, or a file is damaged.
+        ModelError: if a file is damaged.
     """
     settings = read_object(files, SETTINGS, where)
     special_tokens = _special_tokens(settings, read_object(files, SPECIAL_TOKENS, where))
-    return ChatTemplate(_source(files, settings, where), special_tokens, where)
+    source, tool_source = _sources(files, settings, where)
+    return ChatTemplate(source, special_tokens, where, tool_source)
 
 
 def read_object(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
@@ -148,23 +217,49 @@ def _special_tokens(*settings: Mapping[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _source(files: Mapping[str, bytes], settings: Mapping[str, Any], where: str) -> str:
+def _sources(
+    files: Mapping[str, bytes], settings: Mapping[str, Any], where: str
+) -> tuple[str | None, str | None]:
+    """Return the template, and that for conversations with tools, if they have one of their own."""
     if TEMPLATE in files:
-        try:
-            return files[TEMPLATE].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ModelError(f"{where}: {TEMPLATE} is not UTF-8") from error
+        both = [_text(files, name, where) if name in files else None for name in FILES]
+        return both[0], both[1]
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    if not isinstance(template, str):
-        raise ModelError(f"{where} has no chat template: put {TEMPLATE} beside tokenizer.json")
-    return template
+        template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+    named = template if isinstance(template, dict) else {"default": template}
+    found = [named.get(name) for name in ("default", "tool_use")]
+    first, second = (text if isinstance(text, str) else None for text in found)
+    return first, second
 
 
+def _text(files: Mapping[str, bytes], name: str, where: str) -> str:
+    try:
+        return files[name].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{where}: {name} is not UTF-8") from error
+
+
+@functools.cache
+def _marks_generations(source: str) -> bool:
+    import jinja2
+    from jinja2 import nodes
+
+    try:
+        texts = _environment().parse(source).find_all(nodes.TemplateData)
+    except jinja2.TemplateSyntaxError:
+        return False  # rendering says so
+    return any(_OPEN in text.data for text in texts)
+
+
+@functools.cache
+def _compiled(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+@functools.cache
 def _environment() -> jinja2.Environment:
-    """Return the sandbox: a template can do nothing but write text."""
+    """Return the sandbox: a template can do nothing but write text. As transformers sets it up."""
     import jinja2
     from jinja2 import ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -183,13 +278,26 @@ def _environment() -> jinja2.Environment:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    # No strftime_now: what is trained on would depend on the day.
+    # Always the same day: what is trained on would depend on it.
+    environment.globals["strftime_now"] = _TODAY.strftime
     return environment

@@ -6,26 +6,32 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from tunix_mlflow.data.examples import Example, prompt_messages
+from tunix_mlflow.config.schema import DataConfig
+from tunix_mlflow.data.examples import Example, is_text, prompt_messages
 from tunix_mlflow.errors import DatasetError, ModelError
 from tunix_mlflow.files import one_line
-from tunix_mlflow.text import answers, mask
+from tunix_mlflow.text import answers, chat_template, fidelity, mask
 from tunix_mlflow.text.chat_template import (
     SETTINGS,
     SPECIAL_TOKENS,
-    TEMPLATE,
+    TOKENIZER,
     read_object,
     read_template,
-    template_message,
+    tools_of,
 )
-from tunix_mlflow.text.tokenizer import Ids, Mask
+from tunix_mlflow.text.fidelity import Finding
+from tunix_mlflow.text.tokenizer import Encoded, Ids, Mask
 
-TOKENIZER = "tokenizer.json"
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
 GENERATION = "generation_config.json"
-FILES = (TOKENIZER, SETTINGS, TEMPLATE, GENERATION, SPECIAL_TOKENS)
+FILES = (TOKENIZER, SETTINGS, *chat_template.FILES, GENERATION, SPECIAL_TOKENS)
 
 
 class HubTokenizer:
@@ -61,8 +67,13 @@ class HubTokenizer:
         self.table_size = table_size or self.vocab_size
         self.template = read_template(self.files, where)
         self.eos_ids = self._read_eos_ids()
+        own = self._token_id(self.template.special_tokens.get("eos_token"))
+        self.own_eos_id = self.eos_ids[0] if own is None else own
         pad_id = self._token_id(self.template.special_tokens.get("pad_token"))
         self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
+        known = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = sorted(i for i, token in known.items() if token.special)
+        self._unknown_id = self._token_id(getattr(self._tokenizer.model, "unk_token", None))
 
     @classmethod
     def read(cls, folder: Path, table_size: int | None = None) -> HubTokenizer:
@@ -90,30 +101,62 @@ class HubTokenizer:
         hasher.update(f"eos={self.eos_ids}".encode())
         return hasher.hexdigest()
 
-    def template_digest(self, include_steps: bool) -> str:
+    def template_digest(self, config: DataConfig) -> str:
         """Return the sha256 (64 hex) of the template and of how reasoning steps enter it."""
-        text = f"{answers.ANSWER_MARK}|steps={include_steps}|{self.template.source}"
+        decides = f"steps={config.include_steps}"
+        if config.reasoning != "template":
+            decides += f"|reasoning={config.reasoning}"
+        if config.end != "template":
+            decides += f"|end={config.end}"
+        text = f"{answers.ANSWER_MARK}|{decides}|{self.template.digest_text()}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def encode_example(self, example: Example, *, include_steps: bool) -> tuple[Ids, Mask]:
-        """Return the ids [n] of a whole example and the mask [n] of those that are trained on.
+    def encode_example(self, example: Example, config: DataConfig) -> Encoded:
+        """Return the ids of a whole example, and which are trained on.
+
+        The text is tokenized as a whole, as transformers does. A token is trained on if one of
+        its characters is.
 
         Raises:
             DatasetError: if the template refuses the messages, or the model lacks a token.
-            ModelError: if it is not known what to train on (see mask.py), or decoding does not
-                give the text back.
+            ModelError: if it is not known what to train on (see mask.py), or the tokenizer does
+                not say which characters a token is made of.
         """
-        ids: list[int] = []
-        trained: list[bool] = []
-        eos_tokens = [str(self._tokenizer.id_to_token(i)) for i in self.eos_ids]
-        for span in mask.template_spans(
-            self.template, example, eos_tokens, include_steps=include_steps
-        ):
-            part = self._encode(span.text)
-            count = mask.trained_length(part, self.eos_ids) if span.trained else 0
-            ids += part
-            trained += [True] * count + [False] * (len(part) - count)
-        return np.array(ids, np.int32), np.array(trained, np.bool_)
+        if is_text(example):
+            return self._encode_text(example)
+        ends = [str(self._tokenizer.id_to_token(i)) for i in self.eos_ids]
+        rendered = mask.render(self.template, example, ends, config)
+        encoding = self._encode(rendered.text)
+        ids = np.array(encoding.ids, np.int32)
+        trained, findings = np.zeros(len(ids), np.bool_), fidelity.missing(rendered)
+        starts, stops = self._offsets(encoding.offsets, len(rendered.text))
+        inserted: list[int] = []  # before which tokens an end is added
+        for turn in rendered.turns:
+            ended = False
+            for start, stop in turn.spans:
+                first = int(np.searchsorted(stops, start, side="right"))
+                last = int(np.searchsorted(starts, stop, side="left"))
+                if rendered.marked:
+                    # As transformers: of several tokens of the last character only the first.
+                    last = min(last, int(np.searchsorted(stops, stop, side="left")) + 1)
+                own = np.flatnonzero(np.isin(ids[first:last], self.eos_ids))
+                if len(own):
+                    ended = True
+                    if not rendered.marked:  # a line break after the end is not the model's
+                        last = first + int(own[-1]) + 1
+                trained[first:last] = True
+            if not ended and config.end == "append" and turn.spans:
+                inserted.append(last)
+            elif not ended:
+                findings.append(Finding(fidelity.END, turn.message + 1, True, ""))
+        findings += self._unknown(encoding, rendered.text, trained)
+        prompt = self._prompt_text(example)
+        if not self._begins(rendered.text, prompt, ids, starts):
+            findings.append(Finding(fidelity.PROMPT, 0, False, prompt[-40:]))
+        if inserted:
+            ids = np.insert(ids, inserted, self.own_eos_id).astype(np.int32)
+            trained = np.insert(trained, inserted, True)
+        return Encoded(ids, trained, tuple(findings))
 
     def encode_prompt(self, example: Example) -> Ids:
         """Return the ids of everything before the completion.
@@ -121,9 +164,63 @@ class HubTokenizer:
         Raises:
             DatasetError: if the template refuses the messages, or the model lacks a token.
         """
-        messages = [template_message(m, True) for m in prompt_messages(example)]
-        text = self.template.render(messages, add_generation_prompt=True)
-        return np.array(self._encode(text), np.int32)
+        return np.array(self._encode(self._prompt_text(example)).ids, np.int32)
+
+    def _encode_text(self, example: Example) -> Encoded:
+        """Encode a text without turns, between the tokens that begin and end one."""
+        encoding = self._encode(example.messages[-1].text)
+        names = self.template.special_tokens
+        bos, eos = (self._token_id(names.get(name)) for name in ("bos_token", "eos_token"))
+        before, after = ([] if token is None else [token] for token in (bos, eos))
+        ids = np.array([*before, *encoding.ids, *after], np.int32)
+        trained = np.ones(len(ids), np.bool_)
+        trained[: len(before)] = False
+        own = trained[len(before) : len(before) + len(encoding.ids)]
+        return Encoded(ids, trained, tuple(self._unknown(encoding, example.messages[-1].text, own)))
+
+    def _prompt_text(self, example: Example) -> str:
+        messages = [self.template.message(m, include_steps=True) for m in prompt_messages(example)]
+        return self.template.render(messages, tools_of(example), add_generation_prompt=True)
+
+    def _begins(self, text: str, prompt: str, ids: Ids, starts: npt.NDArray[np.int64]) -> bool:
+        """Return whether the ids of a prompt are the first of a text's.
+
+        What stands before a special token does not depend on what follows it, so only the rest is
+        tokenized again.
+        """
+        if not text.startswith(prompt):
+            return False
+        count = int(np.searchsorted(starts, len(prompt), side="left"))
+        special = np.flatnonzero(np.isin(ids[:count], self._special_ids))
+        first = int(special[-1]) if len(special) else 0
+        tail = self._tokenizer.encode(prompt[starts[first] :], add_special_tokens=False).ids
+        return bool(ids[first:count].tolist() == tail)
+
+    def _offsets(
+        self, offsets: list[tuple[int, int]], length: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the first character of each token, and the one after its last."""
+        pairs = np.array(offsets, np.int64).reshape(-1, 2)
+        starts, stops = pairs[:, 0], pairs[:, 1]
+        ordered = bool((np.diff(starts) >= 0).all() and (np.diff(stops) >= 0).all())
+        if not ordered or (len(pairs) and (stops[-1] > length or stops[-1] == 0)):
+            raise ModelError(
+                f"{self.where}: {TOKENIZER} does not say which characters its tokens are made of,"
+                " so it is not known which of them to train on"
+            )
+        return starts, stops
+
+    def _unknown(self, encoding: Encoding, text: str, trained: Mask) -> list[Finding]:
+        """Return the first character that became the token for unknown ones."""
+        if self._unknown_id is None or self._unknown_id not in encoding.ids:
+            return []
+        spelled = self._tokenizer.id_to_token(self._unknown_id)
+        for place, (token, (start, stop)) in enumerate(
+            zip(encoding.ids, encoding.offsets, strict=True)
+        ):
+            if token == self._unknown_id and text[start:stop] != spelled:
+                return [Finding(fidelity.UNKNOWN, 0, bool(trained[place]), text[start:stop])]
+        return []
 
     def decode(self, ids: Sequence[int] | Ids, *, skip_special_tokens: bool = True) -> str:
         """Return the text of ids."""
@@ -136,23 +233,14 @@ class HubTokenizer:
         """Return the answer in a completion, see :func:`answers.read_answer`."""
         return answers.read_answer(self.decode(ids))
 
-    def _encode(self, text: str) -> list[int]:
-        """Return the ids of a text, after checking that decoding gives the text back.
-
-        Special tokens in the text, which the template wrote, become their ids; none is added.
-        """
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if ids and max(ids) >= self.table_size:
-            token = self._tokenizer.id_to_token(max(ids))
+    def _encode(self, text: str) -> Encoding:
+        """Tokenize a text. Special tokens in it, which the template wrote, become their ids; none
+        is added."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if encoding.ids and max(encoding.ids) >= self.table_size:
+            token = self._tokenizer.id_to_token(max(encoding.ids))
             raise DatasetError(f"{self.where}: the model does not know the token {token!r}")
-        decoded = self._tokenizer.decode(ids, skip_special_tokens=False)
-        if decoded != text:
-            normalizer = self._tokenizer.normalizer
-            if normalizer is None or decoded != normalizer.normalize_str(text):
-                raise ModelError(
-                    f"{self.where}: {TOKENIZER} decodes {text[:60]!r} as {decoded[:60]!r}"
-                )
-        return ids
+        return encoding
 
     def _read_eos_ids(self) -> tuple[int, ...]:
         """Return the ids of generation_config.json, the tokenizer and the template."""
@@ -176,7 +264,7 @@ class HubTokenizer:
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "@y@"}]
         try:
             tail = self.template.render(messages).rpartition("@y@")[2]
-        except DatasetError:
+        except (DatasetError, ModelError):
             return None
         ids = self._tokenizer.encode(tail, add_special_tokens=False).ids
         known = self._tokenizer.get_added_tokens_decoder()

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from tunix_mlflow.config.schema import DataConfig
 from tunix_mlflow.data.examples import Example
+from tunix_mlflow.text.fidelity import Finding
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
+
+
+class Encoded(NamedTuple):
+    """The tokens of an example."""
+
+    ids: Ids  # [n]
+    trained: Mask  # [n]
+    findings: tuple[Finding, ...] = ()  # what they lack; see fidelity
 
 
 class Tokenizer(Protocol):
@@ -41,11 +51,11 @@ class Tokenizer(Protocol):
     def files(self) -> Mapping[str, bytes]:
         """Name -> content of the files it was read from; empty for a built-in tokenizer."""
 
-    def template_digest(self, include_steps: bool) -> str:
+    def template_digest(self, config: DataConfig) -> str:
         """Return the sha256 (64 hex) of what decides how an example is rendered."""
 
-    def encode_example(self, example: Example, *, include_steps: bool) -> tuple[Ids, Mask]:
-        """Return the ids [n] of a whole example and the mask [n] of those that are trained on."""
+    def encode_example(self, example: Example, config: DataConfig) -> Encoded:
+        """Return the ids of a whole example, and which are trained on."""
 
     def encode_prompt(self, example: Example) -> Ids:
         """Return the ids of what a model is given: everything before the completion."""

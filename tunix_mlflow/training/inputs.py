@@ -8,13 +8,14 @@ import jax
 
 from tunix_mlflow.config.identity import trajectory_digest
 from tunix_mlflow.config.schema import Config
-from tunix_mlflow.data.examples import Example
+from tunix_mlflow.data import canonical
+from tunix_mlflow.data.examples import Example, canonical_bytes
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import DatasetError
 from tunix_mlflow.evaluation import scoring
 from tunix_mlflow.input.batches import TrainBatches
 from tunix_mlflow.input.packing import TokenRows, lay_out_rows, longest_completion
-from tunix_mlflow.input.tokens import encode_examples, longest
+from tunix_mlflow.input.tokens import Loss, describe_loss, encode_examples, longest
 from tunix_mlflow.models.hub.base import Base
 from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
 from tunix_mlflow.text.tokenizer import Tokenizer
@@ -37,6 +38,9 @@ class TrainingInputs(NamedTuple):
     train_examples: int
     validation_examples: int
     max_new_tokens: int  # of a completion, where nothing is configured
+    losses: list[
+        tuple[Loss, str]
+    ]  # what the tokens lack of what the examples say, and a line on it
     device: jax.Device  # the first of several
 
     @property
@@ -54,17 +58,19 @@ class TrainingInputs(NamedTuple):
         digests = {
             "dataset_digest": self.manifest.digest,
             "tokenizer_digest": self.tokenizer.digest,
-            "template_digest": self.tokenizer.template_digest(self.config.data.include_steps),
+            "template_digest": self.tokenizer.template_digest(self.config.data),
             "trajectory_digest": trajectory_digest(self.config),
         }
         return digests if base_digest is None else digests | {"base_digest": base_digest}
 
     def summary(self) -> str:
         """Return the size of the splits in one line."""
+        has_empty = self.train.empty > 0
         return (
             f"{self.manifest.key}: {self.train_examples:,} examples in {len(self.train.rows):,}"
             f" rows of {self.config.data.sequence_length} tokens ({self.train.fill:.0%} full),"
             f" {self.validation_examples:,} for validation"
+            + (f"; {self.train.empty:,} with no token to train on are left out" * has_empty)
         )
 
 
@@ -96,8 +102,15 @@ def read_inputs(
         tokenizer, config = base.tokenizer, with_base_shape(config, base.config)
     names = [name for name in (train, validation) if name in manifest.splits]
     examples = snapshot.read_splits(manifest.digest, names)
-    include = config.data.include_steps
-    encoded = {name: encode_examples(examples[name], tokenizer, include) for name in names}
+    encoded = {name: encode_examples(examples[name], tokenizer, config.data) for name in names}
+    losses = [
+        (
+            loss,
+            describe_loss(loss, len(examples[name]), _name_of(examples[name][loss.first_example])),
+        )
+        for name in names
+        for loss in encoded[name].losses
+    ]
     config = with_length(config, longest(*encoded.values()))
     config = resolve_auto(config, config.model.vocab_size or tokenizer.vocab_size, device.platform)
     length = config.data.sequence_length or 0
@@ -114,5 +127,10 @@ def read_inputs(
         train_examples=len(examples[train]),
         validation_examples=len(held_out),
         max_new_tokens=config.evaluation.max_new_tokens or longest_completion(rows[train]),
+        losses=losses,
         device=device,
     )
+
+
+def _name_of(example: Example) -> str:
+    return canonical.id_of(canonical.digest(canonical_bytes(example)))

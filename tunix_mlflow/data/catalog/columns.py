@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 _SHAPE = (
-    '{"messages":[{"role":"VARCHAR","content":"VARCHAR","reasoning":"VARCHAR",'
-    '"tool_calls":"VARCHAR"}],"steps":[{"content":"VARCHAR"}],"answer":"VARCHAR",'
+    '{"messages":[{"role":"VARCHAR","content":"VARCHAR","reasoning":"VARCHAR"}],'
+    '"steps":[{"content":"VARCHAR"}],"answer":"VARCHAR","tools":"VARCHAR",'
     '"split":"VARCHAR","meta":"JSON"}'
 )
 PARSED = f"from_json(canonical, '{_SHAPE}')"
@@ -12,26 +12,21 @@ PARSED = f"from_json(canonical, '{_SHAPE}')"
 
 TYPED = {
     # As examples.prompt_digest.
-    "prompt_digest": """sha256(array_to_string(list_transform(
-        CASE WHEN d.answer IS NULL AND len(d.messages) > 1
-            THEN d.messages[:-2] ELSE d.messages END,
-        lambda m: m.role || ':' || strlen(m.content) || ':' || m.content), ''))""",
+    "prompt_digest": """sha256(
+        coalesce('tools:' || strlen(d.tools) || ':' || d.tools, '')
+        || array_to_string(list_transform(
+            CASE WHEN d.answer IS NULL AND len(d.messages) > 1
+                THEN d.messages[:-2] ELSE d.messages END,
+            lambda m: m.role || ':' || strlen(coalesce(m.content, ''))
+                || ':' || coalesce(m.content, '')), ''))""",
     "split": "d.split",
     "meta": "coalesce(d.meta::VARCHAR, '{}')",
     "steps": "coalesce(len(d.steps), 0)::INTEGER",
     "characters": """(
         list_sum(list_transform(d.messages,
-            lambda m: length(m.content) + coalesce(length(m.reasoning), 0)))
+            lambda m: coalesce(length(m.content), 0) + coalesce(length(m.reasoning), 0)))
         + coalesce(list_sum(list_transform(d.steps, lambda s: length(s.content))), 0)
         + coalesce(length(d.answer), 0))::BIGINT""",
-    # As text.byte_template and the byte tokenizer.
-    "tokens": """(
-        1 + list_sum(list_transform(d.messages, lambda m:
-            1 + strlen(m.content) + coalesce(strlen(m.tool_calls), 0)
-            + (m.role = 'assistant')::INTEGER + coalesce(strlen(m.reasoning) + 1, 0)))
-        + CASE WHEN d.answer IS NULL THEN 0 ELSE 3 + strlen(d.answer)
-            + coalesce(list_sum(list_transform(d.steps, lambda s: strlen(s.content) + 1)) - 1, 0)
-          END)::BIGINT""",
 }
 _COLUMNS = ", ".join(f"{sql} AS {name}" for name, sql in TYPED.items())
 

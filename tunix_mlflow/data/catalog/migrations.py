@@ -51,7 +51,10 @@ M001 = Migration(
     """,
 )
 
-MIGRATIONS: tuple[Migration, ...] = (M001,)
+# The number of tokens depends on the tokenizer and the template, and follows from no SQL.
+M002 = Migration("m002_no_tokens", "ALTER TABLE examples DROP COLUMN tokens;")
+
+MIGRATIONS: tuple[Migration, ...] = (M001, M002)
 
 
 def applied(con: duckdb.DuckDBPyConnection) -> list[str]:

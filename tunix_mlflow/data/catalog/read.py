@@ -113,15 +113,3 @@ def texts(path: Path, digests: list[str]) -> dict[str, str]:
             "SELECT digest, canonical FROM examples WHERE digest IN (SELECT unnest(?))", [digests]
         ).fetchall()
     return dict(rows)
-
-
-def longer_than(path: Path, key: str, tokens: int) -> int:
-    """Return how many examples of a dataset have more byte tokens than `tokens`."""
-    with connect(path, write=False) as con:
-        return int(
-            con.execute(
-                """SELECT count(*) FROM examples SEMI JOIN
-                   (SELECT digest FROM members WHERE key = ?) USING (digest) WHERE tokens > ?""",
-                [key, tokens],
-            ).fetchall()[0][0]
-        )

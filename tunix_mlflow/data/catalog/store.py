@@ -97,7 +97,7 @@ def ingest(
         con.execute(
             """CREATE TEMP TABLE chosen AS
                SELECT s.position, e.digest, e.prompt_digest, e.split,
-                    e.steps, e.characters, e.tokens
+                    e.steps, e.characters
                FROM (SELECT digest, min(position) AS position FROM staged GROUP BY digest) s
                JOIN examples e USING (digest)"""
         )
@@ -147,7 +147,7 @@ def build(path: Path, key: str, selection: Selection) -> tuple[Manifest, bool]:
         con.execute(
             f"""CREATE TEMP TABLE chosen AS
                 SELECT row_number() OVER () - 1 AS position, digest, prompt_digest, split,
-                    steps, characters, tokens
+                    steps, characters
                 FROM (SELECT * EXCLUDE (canonical, meta) FROM {source} {where}
                       ORDER BY {order[selection.order]} {limit})""",
             arguments,
@@ -206,7 +206,7 @@ def _manifest_of_chosen(
 def _statistics(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
     """Return figures that describe the chosen examples; flat, as MLflow's profile requires."""
     shares = ", ".join(f"{p / 100}" for p in _PERCENTILES)
-    columns = ("steps", "characters", "tokens")
+    columns = ("steps", "characters")
     parts = ", ".join(f"avg({c}), quantile_disc({c}, [{shares}]), max({c})" for c in columns)
     row = con.execute(
         f"""SELECT count(DISTINCT prompt_digest), count(*) FILTER (steps = 0), {parts}

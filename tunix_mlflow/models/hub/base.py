@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunix_mlflow.config.schema import ModelConfig
+from tunix_mlflow.config.schema import DataConfig, ModelConfig
 from tunix_mlflow.errors import ModelError
 from tunix_mlflow.models import decoder
 from tunix_mlflow.models.decoder import Params
@@ -63,7 +63,7 @@ def describe(base: Base) -> dict[str, object]:
         "positions": model.max_positions,
         "window": model.window,
         "tokenizer": base.tokenizer.digest[:16],
-        "template": base.tokenizer.template_digest(True)[:16],
+        "template": base.tokenizer.template_digest(DataConfig())[:16],
         "ends": list(base.tokenizer.eos_ids),
     }
 

@@ -21,7 +21,7 @@ from tunix_mlflow.files import one_line
 from tunix_mlflow.models.hub import families, names
 from tunix_mlflow.models.hub.names import Array
 from tunix_mlflow.models.hub.pretrained import Source
-from tunix_mlflow.text import chat_template, hub_tokenizer
+from tunix_mlflow.text import chat_template
 
 _BLOCK = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -124,7 +124,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
             settings[theirs] = tokens[int(number)]
     template = _value(reader, "tokenizer.chat_template", path, optional=True)
     files = {
-        hub_tokenizer.TOKENIZER: tokenizer.to_str().encode(),
+        chat_template.TOKENIZER: tokenizer.to_str().encode(),
         chat_template.SETTINGS: json.dumps(
             settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, sort_keys=True
         ).encode(),

@@ -1,0 +1,229 @@
+"""Nothing that a row says is lost between the file and the loss without a word before step 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import run_here
+from tests.templates.small_tokenizers import small_tokenizers
+from tunix_mlflow.config.schema import DataConfig, LimitsConfig, ModelConfig
+from tunix_mlflow.data import datasets, formats, json_text, snapshot
+from tunix_mlflow.data.examples import Example
+from tunix_mlflow.models import decoder
+from tunix_mlflow.models.hub import pretrained
+from tunix_mlflow.text.hub_tokenizer import HubTokenizer
+
+PLAIN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|stop|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|stop|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    '{% for c in m.tool_calls or [] %}<call>{"name": "{{ c.function.name }}", "arguments":'
+    " {{ c.function.arguments | tojson }}}</call>{% endfor %}<|stop|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ENDLESS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} <|stop|>{% endif %}{% endfor %}"
+)
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.thinking %}<think>{{ m.thinking }}</think>{% endif %}{{ m.content }}<|stop|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = {"name": "look", "arguments": {"town": "Oslo", "days": 2}}
+TOOL = {"type": "function", "function": {"name": "look", "description": "the weather", "n": 1.10}}
+
+
+def files(template: str | None, kind: str = "byte-level") -> dict[str, bytes]:
+    settings = {"bos_token": "<s>", "eos_token": "<|stop|>"}
+    if template is not None:
+        settings["chat_template"] = template
+    return {
+        "tokenizer.json": small_tokenizers()[kind].encode(),
+        "tokenizer_config.json": json.dumps(settings).encode(),
+    }
+
+
+def read(row: dict[str, Any] | str, form: str = "messages") -> Example:
+    tree = json_text.parse(row if isinstance(row, str) else json.dumps(row))
+    return formats.reader(form, LimitsConfig(), {}, None, has_columns=False)(tree)
+
+
+def chat(*said: tuple[str, Any], **more: Any) -> dict[str, Any]:
+    turns = [{"role": r, **(c if isinstance(c, dict) else {"content": c})} for r, c in said]
+    return {"messages": turns, **more}
+
+
+def trained(template: str | None, example: Example, kind: str = "byte-level", **data: Any) -> str:
+    """What is trained on, as text."""
+    made = HubTokenizer(files(template, kind), "the model")
+    ids, mask, _ = made.encode_example(example, DataConfig(**data))
+    return made.decode(ids[mask], skip_special_tokens=False)
+
+
+def found(template: str | None, example: Example, **data: Any) -> list[tuple[str, int, bool]]:
+    """Kind, message, and whether it refuses, of all that is missing."""
+    made = HubTokenizer(files(template), "the model")
+    findings = made.encode_example(example, DataConfig(**data)).findings
+    return [(each.kind, each.turn, each.refuses) for each in findings]
+
+
+def test_a_thought_in_the_content_stays_there() -> None:
+    """It is not cut out of the text into a field that most templates do not read."""
+    said = "<think>\nI add one.\n</think>\n\n31"
+    row = read(chat(("user", "30+1?"), ("assistant", said)))
+    assert row.messages[-1].content == said
+    assert trained(PLAIN, row) == f"{said}<|stop|>"
+    assert found(PLAIN, row) == []
+
+
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content", "thinking"])
+def test_a_thought_in_a_field_is_missed(field: str) -> None:
+    """A template that does not read that field loses it, which is told, and can be put right."""
+    row = read(chat(("user", "30+1?"), ("assistant", {"content": "31", field: "I add one."})))
+    assert found(PLAIN, row) == [("thought", 2, True)]
+    assert trained(PLAIN, row, reasoning="inline") == "<think>\nI add one.\n</think>\n\n31<|stop|>"
+    assert found(PLAIN, row, reasoning="inline") == []
+    assert found(PLAIN, row, include_steps=False) == []
+    expected = [] if field == "thinking" else [("thought", 2, True)]
+    assert found(THINKS, row) == expected
+    assert trained(THINKS, row, reasoning="inline") == "<think>I add one.</think>31<|stop|>"
+
+
+def test_calls_and_tools_are_written_as_the_row_says() -> None:
+    """Arguments that are JSON text are an object, keys keep their order, numbers their digits."""
+    text = '{"town": "Oslo", "days": 2.50, "a": [1e2, 12345678901234567890]}'
+    row = chat(
+        ("user", "weather?"),
+        ("assistant", {"content": None, "tool_calls": [{"function": CALL | {"arguments": text}}]}),
+    )
+    row["tools"] = [TOOL]
+    example = read(row)
+    assert example.tools == json.dumps([TOOL], separators=(",", ":"))
+    spelled = '{"town":"Oslo","days":2.50,"a":[1e2,12345678901234567890]}'
+    assert (
+        example.messages[-1].tool_calls
+        == f'[{{"function":{{"name":"look","arguments":{spelled}}}}}]'
+    )
+    written = json.dumps(json.loads(text))
+    wanted = f'<call>{{"name": "look", "arguments": {written}}}</call><|stop|>'
+    assert trained(TOOLS, example) == wanted
+    assert found(TOOLS, example) == []
+    made = HubTokenizer(files(TOOLS), "the model")
+    assert json.dumps(TOOL) in made.decode(made.encode_prompt(example), skip_special_tokens=False)
+    assert read(json.dumps(row).replace("1.1", "1.10")) != example
+
+
+def test_what_a_template_drops_is_named() -> None:
+    """Calls, arguments, definitions, contents; and whether that is trained on."""
+    call = {"content": None, "tool_calls": [{"function": CALL}]}
+    row = read(chat(("user", "w?"), ("assistant", call), tools=[TOOL]))
+    assert set(found(PLAIN, row)) == {("call", 2, True), ("argument", 2, True), ("tool", 0, False)}
+    untrained = call | {"trained": False}
+    row = read(
+        chat(("user", "w?"), ("assistant", untrained), ("tool", "5"), ("assistant", "5 degrees"))
+    )
+    assert set(found(PLAIN, row)) == {("call", 2, False), ("argument", 2, False)}
+    silent = PLAIN.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+    assert ("content", 3, False) in found(silent, row)
+
+
+def test_a_turn_without_an_end() -> None:
+    """It is told, and the tokenizer's end can be appended to each turn."""
+    row = read(chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
+    assert found(ENDLESS, row) == [("end", 2, True), ("end", 4, True)]
+    assert found(ENDLESS, row, end="append") == []
+    assert trained(ENDLESS, row, end="append") == "b\n<|stop|>d\n<|stop|>"
+
+
+def test_a_tokenizer_that_puts_a_space_before_each_text() -> None:
+    """The text is encoded as a whole, so there is one such space."""
+    row = read(
+        chat(("user", "is it"), ("assistant", "the hell"), ("user", "x"), ("assistant", "y"))
+    )
+    made = HubTokenizer(files(INST, "prepended"), "the model")
+    ids = made.encode_example(row, DataConfig()).ids
+    text = "<s>[INST] is it [/INST] the hell <|stop|>[INST] x [/INST] y <|stop|>"
+    assert ids.tolist() == made._tokenizer.encode(text, add_special_tokens=False).ids
+    assert trained(INST, row, "prepended").split() == ["the", "hell", "<|stop|>", "y", "<|stop|>"]
+
+
+@pytest.mark.parametrize("template", [PLAIN, None])
+def test_a_text_is_trained_on_as_text(template: str | None) -> None:
+    """Between the tokens that begin and end one, with no template, even where there is none."""
+    row = read({"text": "Once upon a time."}, "text")
+    made = HubTokenizer(files(template), "the model")
+    ids = made.encode_example(row, DataConfig()).ids
+    assert made.decode(ids, skip_special_tokens=False) == "<s>Once upon a time.<|stop|>"
+    assert trained(template, row) == "Once upon a time.<|stop|>"
+
+
+def test_which_turns_are_trained_on() -> None:
+    """All, the last, or each as an example of its own that ends with it."""
+    forgets = PLAIN.replace(
+        "{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+    )
+    row = read(
+        chat(
+            *(("user", "1?"), ("assistant", "<think>first</think>one")),
+            *(("user", "2?"), ("assistant", "<think>second</think>two")),
+        )
+    )
+    assert found(forgets, row) == [("thought", 2, True)]
+    from tunix_mlflow.data.examples import select_turns
+
+    (last,) = select_turns(row, "last")
+    assert found(forgets, last) == [("thought", 2, False)]
+    assert trained(forgets, last) == "<think>second</think>two<|stop|>"
+    one, two = select_turns(row, "expand")
+    assert trained(forgets, one) == "<think>first</think>one<|stop|>"
+    assert trained(forgets, two) == "<think>second</think>two<|stop|>"
+    assert len(one.messages) == 2
+
+
+def test_a_run_is_refused_before_its_first_step(
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With exit code 3, the row and what is missing; `show --mask` and --plan say it too, and
+    data.fidelity=record trains, with the counts as tags."""
+    call = {"content": None, "tool_calls": [{"function": CALL}]}
+    rows = [
+        chat(("user", f"w{n}?"), ("assistant", call), ("tool", "5"), ("assistant", f"{n} degrees"))
+        for n in range(12)
+    ]
+    path = tmp_path / "calls.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.ingest(path, "calls-v1")
+    shape = ModelConfig(
+        width=16, heads=2, kv_heads=2, mlp_width=24, vocab_size=300, max_positions=256
+    )
+    base = tmp_path / "base"
+    pretrained.save(
+        base,
+        shape,
+        decoder.init(shape, 300, 0),
+        files=files(PLAIN),
+        tokens={"eos_token_id": 0},
+    )
+    words = ["train", "dataset=calls-v1", f"base={base}", "training.steps=2"]
+    first = snapshot.read(datasets.get("calls-v1").digest, "train")[0]
+    assert found(PLAIN, first)[0] == ("call", 2, True)
+    assert run_here(*words) == 3
+    said = capsys.readouterr().err
+    assert "the name of a call is missing in 9 of 9 examples" in said or "call is missing" in said
+    assert run_here(*words, "--plan") == 0
+    assert "the name of a call is missing" in capsys.readouterr().err
+    assert run_here("datasets", "show", "calls-v1", "--mask", "--base", str(base)) == 0
+    assert "warning: the name of a call is missing (message 2): 'look'" in capsys.readouterr().out
+    assert run_here(*words, "data.fidelity=record") == 0
