@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import optax
 import pytest
@@ -544,13 +545,36 @@ def test_muon_takes_the_hidden_matrices_alone() -> None:
 
 
 def test_schedule_warms_up_and_decays() -> None:
-    """From near 0 over the peak to the final fraction."""
+    """From 1/n of the peak over the peak to exactly the final fraction, in a short run too."""
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=10, final_fraction=0.1)
     rates = optimizers.learning_rates(config, 100)
-    assert rates[0] == 0.0
-    assert rates[10] == pytest.approx(0.1)
-    assert rates[-1] == pytest.approx(0.01, rel=0.05)
-    assert np.all(np.diff(rates[10:]) <= 0)
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 100)
+    assert rates[-1] == pytest.approx(0.01)
+    assert np.all(np.diff(rates[9:]) < 0)
+    for steps in (2, 3, 4, 10, 12):
+        rates = optimizers.learning_rates(config, steps)
+        assert rates[0] == pytest.approx(0.1 / min(10, steps // 2))
+        assert rates.max() == pytest.approx(0.1)
+        assert rates[-1] == pytest.approx(0.01)
+    assert optimizers.learning_rates(config, 1) > 0
+    constant = OptimizerConfig(learning_rate=0.1, warmup_steps=0, final_fraction=1.0)
+    assert optimizers.learning_rates(constant, 5) == pytest.approx(0.1)
+
+
+def test_more_steps_stretch_the_schedule() -> None:
+    """That is told, with the key that keeps it; with that, the rate stays where it was."""
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=2)
+    said = optimizers.change_of_rate(config, 20, 20, 100)
+    assert said is not None
+    assert "had a learning rate of 0.01, and update 21 has 0.0919" in said
+    assert "optimizer.schedule_steps=20" in said
+    kept = msgspec.structs.replace(config, schedule_steps=20)
+    assert optimizers.change_of_rate(kept, 20, 20, 100) is None
+    rates = optimizers.learning_rates(kept, 100)
+    assert rates[:20] == pytest.approx(optimizers.learning_rates(config, 20))
+    assert rates[20:] == pytest.approx(0.01)
+    assert optimizers.change_of_rate(config, 20, 20, 20) is None
+    assert optimizers.change_of_rate(config, 0, 20, 100) is None
 
 
 def test_batch_is_a_pytree() -> None:

@@ -129,11 +129,18 @@ def test_from_an_earlier_step(finished: str, monkeypatch: pytest.MonkeyPatch) ->
     assert {p.name for p in (folder / "superseded").iterdir()} == {*("00000006.0", "00000007.0")}
 
 
-def test_more_steps(finished: str) -> None:
-    """A finished run goes on when it is given more steps, and only then."""
+def test_more_steps(finished: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished run goes on when it is given more steps, and only then. That the schedule is
+    stretched is told, and may be chosen otherwise."""
     run_id = finished
     assert run_here("resume", run_id) == 2
-    assert run_here("resume", run_id, "training.steps=12", "training.eval_every_steps=3") == 0
+    capsys.readouterr()
+    words = ("training.eval_every_steps=3", "optimizer.schedule_steps=8")
+    assert run_here("resume", run_id, "training.steps=10", *words) == 0
+    assert "schedule" not in capsys.readouterr().err
+    words = ("training.eval_every_steps=3", "optimizer.schedule_steps=null")
+    assert run_here("resume", run_id, "training.steps=12", *words) == 0
+    assert "training.steps=12 stretches the schedule: update 10 had" in capsys.readouterr().err
     assert [step for step, _ in losses(run_id)] == list(range(1, 13))
     run = MlflowClient().get_run(run_id)
     assert run.info.status == "FINISHED"

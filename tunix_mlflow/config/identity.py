@@ -23,6 +23,7 @@ TRAJECTORY = ("seed", "data", "model", "lora", "optimizer", "training")
 FREE = (
     *("data.evaluation_sets", "data.leakage", "training.steps", "training.eval_every_steps"),
     *("training.save_every_steps", "training.save_every_minutes", "training.microbatch_size"),
+    *("optimizer.schedule_steps", "data.fidelity"),
 )
 """Keys of these sections that may change when a run is resumed."""
 

@@ -203,9 +203,12 @@ class OptimizerConfig(_Section, frozen=True):
     adam_learning_rate: Above0 = 1e-3
     """Muon only: peak learning rate of the parameters that AdamW updates."""
     warmup_steps: NonNegative = 10
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up, which begins at 1/n of the peak; at most half of all steps."""
     final_fraction: Fraction = 0.1
     """The cosine ends at this fraction of the peak."""
+    schedule_steps: Positive | None = None
+    """Steps in which the schedule ends; later ones have its last learning rate. null:
+    training.steps."""
     b1: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.9
     """AdamW's first-moment decay."""
     b2: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.95

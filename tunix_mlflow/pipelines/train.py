@@ -39,6 +39,7 @@ from tunix_mlflow.training.checkpoint import Checkpoints, Retention
 from tunix_mlflow.training.inputs import TrainingInputs, read_inputs
 from tunix_mlflow.training.loop import Callback, Loop, fit
 from tunix_mlflow.training.memory import MemoryReport, check_memory
+from tunix_mlflow.training.optimizer import change_of_rate
 from tunix_mlflow.training.trainer import Trainer
 
 _SHOWN = {
@@ -143,6 +144,12 @@ def train(
                     run.folder, client if run.is_online else None, run.run_id
                 )
                 _restore(run, trainer, checkpoints, resume, is_fork, reporter)
+            if resume is not None and resume.steps is not None:
+                line = change_of_rate(
+                    config.optimizer, trainer.updates, resume.steps, config.training.steps
+                )
+                if line is not None:
+                    reporter.info(line)
             if trainer.updates > config.training.steps:
                 raise ConfigError(
                     f"training.steps={config.training.steps}, but step {trainer.updates} is done:"

@@ -14,7 +14,7 @@ from tunix_mlflow.config.schema import MeshConfig
 from tunix_mlflow.errors import DeviceError
 from tunix_mlflow.runtime import environment
 
-NUMERICS = 1
+NUMERICS = 2
 """Version of our own numerics. Raise it when the learning-rate schedule, the order of batches, how
 an example is rendered, or a kernel changes, so that the same configuration and data give other
 bits. A run of another version is not resumed, only forked."""

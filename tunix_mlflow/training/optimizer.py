@@ -14,13 +14,23 @@ from tunix_mlflow.models.decoder import Params
 
 
 def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
-    """Return a linear warm-up from 0 to `peak`, then a cosine to `final_fraction` of it."""
-    warmup = min(config.warmup_steps, max(steps - 1, 0))
+    """Return the learning rate of each update: a linear warm-up to `peak`, then a cosine.
+
+    The first update has peak / warm-up steps, and the last one `final_fraction` of the peak. A
+    warm-up takes at most half of the updates, so that a short run decays too.
+
+    Args:
+        config: warm-up, final fraction and, if it is not `steps`, the length of the schedule.
+        peak: the highest learning rate.
+        steps: updates of the run.
+    """
+    last = max((config.schedule_steps or steps) - 1, 1)
+    warmup = min(config.warmup_steps, (last + 1) // 2)
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else peak,
+        init_value=peak / warmup if warmup else peak,
         peak_value=peak,
-        warmup_steps=warmup,
-        decay_steps=max(steps, warmup + 1),
+        warmup_steps=max(warmup - 1, 0),
+        decay_steps=last,
         end_value=peak * config.final_fraction,
     )
 
@@ -29,6 +39,33 @@ def learning_rates(config: OptimizerConfig, steps: int) -> npt.NDArray[np.float3
     """Return the main learning rate of every update, [steps]."""
     rates = jax.jit(schedule(config, config.learning_rate, steps))(np.arange(steps))
     return np.asarray(rates, np.float32)
+
+
+def change_of_rate(config: OptimizerConfig, step: int, before: int, after: int) -> str | None:
+    """Return how the learning rate changes when a run gets another number of steps.
+
+    Args:
+        config: of the run.
+        step: updates that are done.
+        before: steps that the run had so far.
+        after: its steps from now on.
+
+    Returns:
+        A line, or None if the rate of the next update stays within a hundredth.
+    """
+    if not 0 < step < after or before == after:
+        return None
+    done, planned = (learning_rates(config, n) for n in (before, after))
+    last, following = float(done[min(step, before) - 1]), float(planned[step])
+    expected = float(done[step]) if step < before else last
+    if abs(following - expected) <= 0.01 * expected:
+        return None
+    return (
+        f"training.steps={after} stretches the schedule: update {step} had a learning rate of"
+        f" {last:.3g}, and update {step + 1} has {following:.3g}."
+        f" optimizer.schedule_steps={before} keeps the schedule of {before} steps, and goes on with"
+        f" its last rate, {config.final_fraction:g} of the peak"
+    )
 
 
 def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -272,4 +272,5 @@ def delete_staged(folder: Path, record: Record) -> None:
     """Delete the copy that was made of a record's artifact, if there is one."""
     path = getattr(record, "path", "")
     if path.startswith(f"{STAGED}/"):
-        shutil.rmtree(folder / STAGED / path.split("/")[1], ignore_errors=True)
+        for _ in range(2):  # a deletion may fail once, and nobody would try it again
+            shutil.rmtree(folder / STAGED / path.split("/")[1], ignore_errors=True)
