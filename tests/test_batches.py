@@ -68,20 +68,26 @@ def test_text_round_trips_and_cannot_imitate_a_marker(text: str) -> None:
     for spelled in (text, f"{text}<eos><answer>"):
         ids, _ = TOKENIZER.encode([byte_template.Segment(spelled, False, True)])
         assert all(int(i) >= 16 for i in ids)
-        assert TOKENIZER.decode(ids) == spelled
+        assert TOKENIZER.decode(ids, skip_special_tokens=False) == spelled
 
 
 def test_rendered_example() -> None:
     """The template, spelled out; what is trained on begins after <assistant>."""
     example = reasoning_trace("2+2?", [("a", "s1"), ("b", "s2")], "4").example()
     ids, trained = TOKENIZER.encode(byte_template.render(example, include_steps=True))
-    assert TOKENIZER.decode(ids) == "<bos><user>2+2?<assistant>s1\ns2<answer>4<eos>"
-    assert TOKENIZER.decode(ids[trained]) == "s1\ns2<answer>4<eos>"
+    assert (
+        TOKENIZER.decode(ids, skip_special_tokens=False)
+        == "<bos><user>2+2?<assistant>s1\ns2<answer>4<eos>"
+    )
+    assert TOKENIZER.decode(ids[trained], skip_special_tokens=False) == "s1\ns2<answer>4<eos>"
     ids, trained = TOKENIZER.encode(byte_template.render(example, include_steps=False))
-    assert TOKENIZER.decode(ids[trained]) == "<answer>4<eos>"
+    assert TOKENIZER.decode(ids[trained], skip_special_tokens=False) == "<answer>4<eos>"
     prompt, mask = TOKENIZER.encode(byte_template.render_prompt(example))
-    assert TOKENIZER.decode(prompt) == "<bos><user>2+2?<assistant>"
+    assert TOKENIZER.decode(prompt, skip_special_tokens=False) == "<bos><user>2+2?<assistant>"
     assert not mask.any()
+    assert TOKENIZER.decode(TOKENIZER.encode_example(example, DataConfig()).ids) == (
+        "2+2?s1\ns2\n#### 4"
+    )
 
 
 def test_conversation_marks() -> None:
@@ -97,8 +103,8 @@ def test_conversation_marks() -> None:
     )
     ids, trained = TOKENIZER.encode(byte_template.render(example, include_steps=True))
     expected = "<bos><system>S<user>U1<assistant>A1<eos><user>U2<assistant>A2<eos>"
-    assert TOKENIZER.decode(ids) == expected
-    assert TOKENIZER.decode(ids[trained]) == "A2<eos>"
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == expected
+    assert TOKENIZER.decode(ids[trained], skip_special_tokens=False) == "A2<eos>"
 
 
 def test_markers_keep_their_ids() -> None:

@@ -142,7 +142,26 @@ PROMPTS = [
 def continued(
     graph: decoder.Graph, params: decoder.Params, eos_ids: tuple[int, ...]
 ) -> list[np.ndarray]:
-    return generation.generate(graph, params, PROMPTS, max_new_tokens=12, eos_ids=eos_ids, pad_id=0)
+    limits = [12] * len(PROMPTS)
+    made = generation.generate(graph, params, PROMPTS, limits=limits, eos_ids=eos_ids, pad_id=0)
+    return [completion.ids for completion in made]
+
+
+def test_a_completion_depends_on_its_own_prompt_and_limit(
+    model: tuple[decoder.Graph, decoder.Params],
+) -> None:
+    """Beside others of other lengths and limits it is what it is alone; one that its limit ended
+    says so."""
+    limits = [3 + 4 * n for n in range(len(PROMPTS))]
+    together = generation.generate(*model, PROMPTS, limits=limits, eos_ids=(0,), pad_id=0)
+    for prompt, limit, found in zip(PROMPTS, limits, together, strict=True):
+        (alone,) = generation.generate(*model, [prompt], limits=[limit], eos_ids=(0,), pad_id=0)
+        assert found.ids.tolist() == alone.ids.tolist()
+        assert found.cut_off == alone.cut_off == (len(found.ids) == limit)
+        ends = (int(found.ids[-1]),)
+        (ended,) = generation.generate(*model, [prompt], limits=[99], eos_ids=ends, pad_id=0)
+        first = found.ids.tolist().index(ends[0])
+        assert (ended.ids.tolist(), ended.cut_off) == (found.ids.tolist()[:first], False)
 
 
 def test_cached_generation_is_greedy_decoding(

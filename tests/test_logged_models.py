@@ -92,7 +92,7 @@ def test_a_logged_model_has_a_name_two_digests_and_its_figures(trained: str) -> 
     assert (figure.dataset_name, figure.run_id) == ("doubles-v1/test", trained)
     assert len(client.get_metric_history(trained, "eval/exact_match")) == 1
     loaded = mlflow.pyfunc.load_model(f"models:/{model.model_id}")
-    assert list(loaded.predict(["Double 2"])) == ["text", "answer"]
+    assert list(loaded.predict(["Double 2"])) == ["text", "answer", "finish_reason", "error"]
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a.b", "it's", "50%"])

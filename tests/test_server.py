@@ -113,7 +113,7 @@ def test_own_data_on_a_teams_server(
     )
     answers = json.loads((tmp_path / "answers.json").read_text())["predictions"]
     assert len(answers) == 2
-    assert set(answers[0]) == {"text", "answer"}
+    assert set(answers[0]) == {"text", "answer", "finish_reason", "error"}
 
     port, log = free_port(), tmp_path / "serve.log"
     serving = launch(

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tunix_mlflow.data.examples import Example, expected_answer
 from tunix_mlflow.evaluation import scorers
 from tunix_mlflow.evaluation.statistics import Proportion, wilson
 from tunix_mlflow.text import answers
+
+
+class Completed(Protocol):
+    """A completion, as :class:`models.bundle.Completion`."""
+
+    @property
+    def text(self) -> str | None:
+        """What was generated."""
+
+    @property
+    def answer(self) -> str | None:
+        """The answer in it."""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """What ended it."""
+
+    @property
+    def error(self) -> str | None:
+        """Why there is none."""
 
 
 class ExampleScore(NamedTuple):
@@ -18,7 +38,9 @@ class ExampleScore(NamedTuple):
     expected: str
     answer: str | None
     correct: bool
-    text: str
+    text: str | None
+    finish_reason: str | None  # stop; length: its limit cut it off, which leaves no answer
+    error: str | None  # why the model could not be asked
 
 
 def scorable(examples: Sequence[Example], limit: int | None) -> list[Example]:
@@ -28,7 +50,7 @@ def scorable(examples: Sequence[Example], limit: int | None) -> list[Example]:
 
 def score(
     examples: Sequence[Example],
-    generate: Callable[[Sequence[Example]], list[tuple[str, str | None]]],
+    generate: Callable[[Sequence[Example]], Sequence[Completed]],
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[ExampleScore]:
@@ -36,17 +58,27 @@ def score(
 
     Args:
         examples: each with an expected answer; see :func:`scorable`.
-        generate: returns text and answer for each of a batch of examples.
+        generate: returns a completion for each of a batch of examples.
         batch_size: examples per call of `generate`.
         progress: called with the number of examples done.
     """
     scores: list[ExampleScore] = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        for example, (text, answer) in zip(batch, generate(batch), strict=True):
+        for example, done in zip(batch, generate(batch), strict=True):
             expected = answers.read_answer(expected_answer(example) or "") or ""
-            correct = scorers.exact_match(answer, expected)
-            scores.append(ExampleScore(example.prompt, expected, answer, correct, text))
+            correct = scorers.exact_match(done.answer, expected)
+            scores.append(
+                ExampleScore(
+                    prompt=example.prompt,
+                    expected=expected,
+                    answer=done.answer,
+                    correct=correct,
+                    text=done.text,
+                    finish_reason=done.finish_reason,
+                    error=done.error,
+                )
+            )
         progress(len(scores))
     return scores
 

@@ -10,21 +10,23 @@ manifest.json    size and sha256 of every file, written last
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import msgspec
 
-from tunix_mlflow.config.schema import DataConfig, LoraConfig, ModelConfig
+from tunix_mlflow.config.schema import DataConfig, LimitsConfig, LoraConfig, ModelConfig
 from tunix_mlflow.data import canonical
+from tunix_mlflow.data import messages as rows
 from tunix_mlflow.data.examples import Example, Message, to_answer
-from tunix_mlflow.errors import DatasetError, IntegrityError
+from tunix_mlflow.errors import DatasetError, IntegrityError, ModelError
 from tunix_mlflow.models import arrays, decoder, generation, lora
 from tunix_mlflow.models.decoder import Graph, Params
+from tunix_mlflow.runtime import memory
 from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
-from tunix_mlflow.text.tokenizer import Tokenizer
+from tunix_mlflow.text.tokenizer import Ids, Tokenizer
 
 _INFO = "bundle.json"
 _PARAMS = "params"
@@ -53,42 +55,107 @@ class Bundle(NamedTuple):
 
     def complete(
         self, examples: Sequence[Example], max_new_tokens: int | None = None
-    ) -> list[tuple[str, str | None]]:
-        """Complete the prompts of `examples` greedily.
+    ) -> list[Completion]:
+        """Complete the prompts of `examples` greedily, each as if it were alone.
 
-        Completions are shorter than the limit where the model's positions allow no more.
+        A prompt that cannot be completed has an error in place of a text.
 
         Args:
             examples: whose prompts are completed.
             max_new_tokens: limit of a completion; None: that of the bundle.
+        """
+        results: list[Completion | None] = [None] * len(examples)
+        pending: list[_Prompt] = []
+        for index, example in enumerate(examples):
+            try:
+                pending.append(self._prompt(index, example, max_new_tokens))
+            except (DatasetError, ModelError) as error:
+                results[index] = Completion(error=str(error))
+        for part in self._parts(pending, results):
+            generated = generation.generate(
+                self.graph,
+                self.params,
+                [prompt.ids for prompt in part],
+                limits=[prompt.limit for prompt in part],
+                eos_ids=self.tokenizer.eos_ids,
+                pad_id=self.tokenizer.pad_id,
+            )
+            for prompt, (ids, cut_off) in zip(part, generated, strict=True):
+                text = self.tokenizer.decode(ids)
+                # What was cut off may not have come to its answer.
+                answer = None if cut_off else self.tokenizer.read_answer(ids)
+                results[prompt.row] = Completion(text, answer, "length" if cut_off else "stop")
+        return [result for result in results if result is not None]
 
-        Returns:
-            The text of each completion, and the answer in it.
+    def _prompt(self, index: int, example: Example, max_new_tokens: int | None) -> _Prompt:
+        """Return the ids of a prompt, and how many tokens its completion may have.
 
         Raises:
-            DatasetError: if a prompt is as long as the model's positions.
+            DatasetError: if the template refuses it, or it leaves no position.
+            ModelError: if there is no template.
         """
-        prompts = [self.tokenizer.encode_prompt(e) for e in examples]
+        ids = self.tokenizer.encode_prompt(example)
         limit = max_new_tokens or self.max_new_tokens
         if self.config.max_positions is not None:
-            longest = max(len(prompt) for prompt in prompts)
-            limit = min(limit, self.config.max_positions - longest)
+            limit = min(limit, self.config.max_positions - len(ids))
             if limit < 1:
                 raise DatasetError(
-                    f"a prompt has {longest} tokens, and the model has"
+                    f"the prompt has {len(ids)} tokens, and the model has"
                     f" {self.config.max_positions} positions"
                 )
-        completions = generation.generate(
-            self.graph,
-            self.params,
-            prompts,
-            max_new_tokens=limit,
-            eos_ids=self.tokenizer.eos_ids,
-            pad_id=self.tokenizer.pad_id,
-        )
-        return [
-            (self.tokenizer.decode(ids), self.tokenizer.read_answer(ids)) for ids in completions
-        ]
+        return _Prompt(index, ids, limit)
+
+    def _parts(
+        self, pending: list[_Prompt], results: list[Completion | None]
+    ) -> Iterator[list[_Prompt]]:
+        """Yield prompts that fit into memory together; one that does not alone gets an error."""
+        leaf = jax.tree.leaves(self.params)[0]
+        allowed = _free_bytes(next(iter(leaf.devices())))
+        part: list[_Prompt] = []
+        for prompt in pending:
+            needed = self._cache_bytes([prompt], leaf.dtype.itemsize)
+            if needed > allowed:
+                results[prompt.row] = Completion(
+                    error=f"a prompt of {len(prompt.ids)} tokens and {prompt.limit} new ones need"
+                    f" {needed / 1e9:.2f} GB, and {allowed / 1e9:.2f} GB are free; lower"
+                    " max_new_tokens"
+                )
+                continue
+            together = self._cache_bytes([*part, prompt], leaf.dtype.itemsize)
+            if part and together > allowed // 2:
+                yield part
+                part = []
+            part.append(prompt)
+        if part:
+            yield part
+
+    def _cache_bytes(self, prompts: list[_Prompt], itemsize: int) -> int:
+        longest = max(len(prompt.ids) for prompt in prompts)
+        limit = max(prompt.limit for prompt in prompts)
+        return len(prompts) * generation.cache_bytes(self.config, longest, limit, itemsize)
+
+
+class Completion(NamedTuple):
+    """What a model answers to a prompt."""
+
+    text: str | None = None
+    answer: str | None = None  # None: the text has none, or was cut off
+    finish_reason: str | None = None  # stop, or length: its limit cut it off
+    error: str | None = None  # why there is none of these
+
+
+class _Prompt(NamedTuple):
+    row: int
+    ids: Ids
+    limit: int
+
+
+def _free_bytes(device: jax.Device) -> int:
+    """Return how much memory a device has left."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    return memory.available().bytes
 
 
 def prompt(text: str) -> Example:
@@ -96,19 +163,24 @@ def prompt(text: str) -> Example:
     return to_answer((Message(role="user", content=text),))
 
 
-def conversation(messages: Sequence[Mapping[str, str]]) -> Example:
-    """Return messages, each with role and content, as an example without a known answer.
+def conversation(messages: object, tools: object = None) -> Example:
+    """Return messages, as training takes them, as an example without a known answer.
+
+    Args:
+        messages: each with role and content, or with other keys that a row may have.
+        tools: definitions of tools, or their JSON text.
 
     Raises:
-        DatasetError: if a message has no role or content, or the last is the assistant's.
+        DatasetError: if they are none, or the last is the assistant's.
     """
     try:
-        turns = msgspec.convert([dict(m) for m in messages], tuple[Message, ...])
-    except (msgspec.ValidationError, TypeError, ValueError) as error:
-        raise DatasetError(f"messages must have role and content: {error}") from error
-    if not turns or turns[-1].role == "assistant":
-        raise DatasetError("the last message must be one to answer")
-    return to_answer(turns)
+        turns = rows.turns(messages, "$.messages", LimitsConfig())
+        defined = rows.tools({"tools": tools})
+    except ValueError as error:
+        raise DatasetError(str(error)) from error
+    if turns[-1].is_assistant:
+        raise DatasetError("the last message must be one to answer - at `$.messages`")
+    return to_answer(turns, defined)
 
 
 def weights_digest(params: Params) -> str:

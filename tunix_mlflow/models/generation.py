@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,20 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 
+from tunix_mlflow.config.schema import ModelConfig
 from tunix_mlflow.models.decoder import Graph, Params, empty_cache
 from tunix_mlflow.models.layers import LayerCache
 
 _ENDED = -1  # in place of a token: the completion has ended
+_EXACT_LIMIT = 64
 _PROMPT_MULTIPLE = 32  # prompt widths are rounded up, so that few shapes are compiled
+
+
+class Generated(NamedTuple):
+    """A completion."""
+
+    ids: npt.NDArray[np.int32]  # [n], without the end of sequence
+    cut_off: bool  # whether its limit ended it
 
 
 def generate(
@@ -23,22 +33,24 @@ def generate(
     params: Params,
     prompts: Sequence[npt.NDArray[np.int32]],
     *,
-    max_new_tokens: int,
+    limits: Sequence[int],
     eos_ids: Sequence[int],
     pad_id: int,
-) -> list[npt.NDArray[np.int32]]:
-    """Continue each prompt with the most likely tokens until the end of sequence.
+) -> list[Generated]:
+    """Continue each prompt with the most likely tokens until the end of sequence, or its limit.
+
+    A completion depends on its own prompt and limit alone.
 
     Args:
         graph: static part of the decoder.
         params: its parameters.
         prompts: token ids, each [n], n at least 1.
-        max_new_tokens: limit of a completion.
+        limits: most tokens of each completion, at least 1.
         eos_ids: tokens that end a completion; they are not returned.
         pad_id: pads prompts on the left.
 
     Returns:
-        The generated ids of each prompt, without the end of sequence.
+        What was generated for each prompt.
     """
     width = max(len(p) for p in prompts)
     width = -(-width // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
@@ -50,15 +62,42 @@ def generate(
         prompt = prompts[min(row, len(prompts) - 1)]
         padding[row] = width - len(prompt)
         tokens[row, padding[row] :] = prompt
-    ends = tuple(sorted(set(eos_ids)))
+    own_limits = np.array([limits[min(row, len(prompts) - 1)] for row in range(rows)], np.int32)
     tokens = np.asarray(
-        _generate(params, tokens, padding, graph=graph, max_new_tokens=max_new_tokens, ends=ends)
+        _generate(
+            params,
+            tokens,
+            padding,
+            own_limits,
+            graph=graph,
+            max_new_tokens=_rounded(max(limits)),
+            ends=tuple(sorted(set(eos_ids))),
+        )
     )
     completions = []
-    for row in tokens[: len(prompts)]:
-        (ended,) = np.nonzero(row == _ENDED)
-        completions.append(row[: ended[0]] if len(ended) else row)
+    for generated, limit in zip(tokens, limits, strict=False):
+        (ended,) = np.nonzero(generated[:limit] == _ENDED)
+        ids = generated[: ended[0]] if len(ended) else generated[:limit]
+        completions.append(Generated(ids, cut_off=not len(ended)))
     return completions
+
+
+def cache_bytes(config: ModelConfig, prompt: int, limit: int, itemsize: int) -> int:
+    """Return the bytes that the key/value cache of one row needs.
+
+    Args:
+        config: of the decoder.
+        prompt: tokens of the longest prompt beside it.
+        limit: most tokens of a completion.
+        itemsize: bytes of a value.
+    """
+    length = -(-prompt // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE + _rounded(limit)
+    return 2 * config.layers * config.kv_heads * config.head_width * length * itemsize
+
+
+def _rounded(limit: int) -> int:
+    """Return the limit that is compiled for: exact if it is small, else one of few."""
+    return limit if limit <= _EXACT_LIMIT else -(-limit // _EXACT_LIMIT) * _EXACT_LIMIT
 
 
 @partial(jax.jit, static_argnames=("graph", "max_new_tokens", "ends"))
@@ -66,6 +105,7 @@ def _generate(
     params: Params,
     tokens: jax.Array,  # [B, P], padded on the left
     padding: jax.Array,  # [B]
+    limits: jax.Array,  # [B]
     *,
     graph: Graph,
     max_new_tokens: int,
@@ -93,7 +133,7 @@ def _generate(
 
     def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array, list[LayerCache]]) -> jax.Array:
         count, last, _, _ = carry
-        return (count < max_new_tokens) & jnp.any(last != _ENDED)
+        return jnp.any((last != _ENDED) & (count < limits))
 
     def extend(
         carry: tuple[jax.Array, jax.Array, jax.Array, list[LayerCache]],

@@ -72,9 +72,10 @@ class ByteTokenizer:
         return answers.read_answer(self.decode(ids if answer is None else answer))
 
     def decode(self, ids: Sequence[int] | Ids, *, skip_special_tokens: bool = True) -> str:
-        """Return the text, with markers spelled out and invalid UTF-8 replaced by U+FFFD.
+        """Return the text, invalid UTF-8 replaced by U+FFFD.
 
-        Markers are never skipped: they tell a reader what a completion did.
+        Without `skip_special_tokens` markers are spelled out. With it, that of an answer is written
+        as pretrained models do (:data:`answers.ANSWER_MARK`), and the others are left out.
         """
         parts: list[str] = []
         pending = bytearray()
@@ -84,6 +85,10 @@ class ByteTokenizer:
                 continue
             parts.append(pending.decode("utf-8", errors="replace"))
             pending.clear()
-            parts.append(MARKERS[token] if token < len(MARKERS) else f"<{token}>")
+            spelled = MARKERS[token] if token < len(MARKERS) else f"<{token}>"
+            if skip_special_tokens and spelled == ANSWER:
+                parts.append(f"\n{answers.ANSWER_MARK} " if any(parts) else "")
+            elif not skip_special_tokens:
+                parts.append(spelled)
         parts.append(pending.decode("utf-8", errors="replace"))
         return "".join(parts)

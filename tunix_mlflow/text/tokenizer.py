@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
         """Return the ids of what a model is given: everything before the completion."""
 
     def decode(self, ids: Sequence[int] | Ids, *, skip_special_tokens: bool = True) -> str:
-        """Return the text of ids. The byte tokenizer spells its markers out in any case."""
+        """Return the text of ids, with or without special tokens."""
 
     def read_answer(self, ids: Sequence[int] | Ids) -> str | None:
         """Return the answer in a completion, or None if there is none."""

@@ -267,7 +267,7 @@ def _activation(keys: _Keys, family: str) -> None:
 
 
 def write(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """Return the config.json of a decoder, for transformers 4.50 and later."""
+    """Return the config.json of a decoder, for transformers 4.51 and later."""
     tree: dict[str, Any] = {
         "architectures": [ARCHITECTURES[model.family]],
         "model_type": model.family,
@@ -290,7 +290,7 @@ def write(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     if model.family in GEMMA:
         tree |= {
             "hidden_activation": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": model.query_scale or model.head_width,
+            "query_pre_attn_scalar": _whole(model.query_scale or model.head_width),
             "attn_logit_softcapping": model.attention_softcap,
             "final_logit_softcapping": model.logit_softcap,
         }
@@ -309,3 +309,8 @@ def write(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     if model.family == "gemma3_text":
         tree["rope_local_base_freq"] = model.window_rope_theta or model.rope_theta
     return tree
+
+
+def _whole(value: float) -> float:
+    """Return a whole number as an int, which transformers 5 insists on."""
+    return int(value) if float(value).is_integer() else value

@@ -23,26 +23,17 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.models.utils import _save_example
-from mlflow.types.schema import (
-    Array,
-    ColSpec,
-    DataType,
-    Object,
-    ParamSchema,
-    ParamSpec,
-    Property,
-    Schema,
-)
+from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from tunix_mlflow import files, paths
 from tunix_mlflow.data import canonical
-from tunix_mlflow.errors import DatasetError, IntegrityError
+from tunix_mlflow.errors import IntegrityError
 from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking.download import download_uri
+from tunix_mlflow.tracking.models import serving
 from tunix_mlflow.version import __version__
 
 if TYPE_CHECKING:
-    from tunix_mlflow.data.examples import Example
     from tunix_mlflow.models.bundle import Bundle
 
 FLAVOR = "tunix_mlflow"
@@ -51,17 +42,10 @@ _DATA = "bundle"
 _LOADER = "tunix_mlflow.tracking.models.flavor"
 _ROWS = 64  # prompts generated at a time
 
-_MESSAGE = Object([Property("role", DataType.string), Property("content", DataType.string)])
+COLUMNS = ("text", "answer", "finish_reason", "error")
+# No schema of inputs: with one, MLflow drops what it does not name, and a row comes back as none.
 SIGNATURE = ModelSignature(
-    inputs=Schema(
-        [
-            ColSpec(DataType.string, "prompt", required=False),
-            ColSpec(Array(_MESSAGE), "messages", required=False),
-        ]
-    ),
-    outputs=Schema(
-        [ColSpec(DataType.string, "text"), ColSpec(DataType.string, "answer", required=False)]
-    ),
+    outputs=Schema([ColSpec(DataType.string, name, required=False) for name in COLUMNS]),
     params=ParamSchema([ParamSpec("max_new_tokens", DataType.long, 0)]),
 )
 
@@ -218,44 +202,29 @@ class _Pyfunc:
         self._bundle = bundle
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Return text and extracted answer for each row's `prompt` or chat `messages`."""
-        examples = _examples(data)
-        if not examples:
-            return pd.DataFrame({"text": [], "answer": []})
+        """Complete each row, which :func:`serving.examples` reads.
+
+        Returns:
+            As many rows: text, answer, finish_reason (stop or length), and an error in place of
+            them for a row that cannot be completed. What is not there is null.
+        """
         limit = int((params or {}).get("max_new_tokens") or 0)
         if not 0 <= limit <= MAX_NEW_TOKENS:
             raise MlflowException.invalid_parameter_value(
                 f"max_new_tokens is {limit}; expected 0 (the model's own) to {MAX_NEW_TOKENS}"
             )
-        results: list[tuple[str, str | None]] = []
-        for start in range(0, len(examples), _ROWS):
-            part = examples[start : start + _ROWS]
-            try:
-                results += self._bundle.complete(part, limit or None)
-            except DatasetError as error:
-                raise MlflowException.invalid_parameter_value(str(error)) from error
-        return pd.DataFrame(results, columns=["text", "answer"])
-
-
-def _examples(data: Any) -> list[Example]:
-    """Return the rows as examples without an answer."""
-    from tunix_mlflow.models import bundle as bundles
-
-    if not isinstance(data, pd.DataFrame):
-        return [bundles.prompt(text) for text in data]
-    found = []
-    for row in data.to_dict("records"):
-        messages, prompt = row.get("messages"), row.get("prompt")
-        try:
-            if messages is not None and not isinstance(messages, float):  # NaN: not given
-                found.append(bundles.conversation(list(messages)))
-            elif isinstance(prompt, str):
-                found.append(bundles.prompt(prompt))
-            else:
-                raise DatasetError("a row needs `prompt` or `messages`")
-        except DatasetError as error:
-            raise MlflowException.invalid_parameter_value(str(error)) from error
-    return found
+        rows = serving.examples(data)
+        results: list[dict[str, str | None]] = [
+            dict.fromkeys(COLUMNS) | {"error": row if isinstance(row, str) else None}
+            for row in rows
+        ]
+        asked = [(n, row) for n, row in enumerate(rows) if not isinstance(row, str)]
+        for start in range(0, len(asked), _ROWS):
+            part = asked[start : start + _ROWS]
+            done = self._bundle.complete([example for _, example in part], limit or None)
+            for (number, _), completion in zip(part, done, strict=True):
+                results[number] = completion._asdict()
+        return pd.DataFrame(results, columns=list(COLUMNS), dtype=object)
 
 
 def _files(folder: Path) -> list[Path]:
