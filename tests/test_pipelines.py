@@ -168,6 +168,14 @@ def test_a_damaged_model_does_not_load(trained: Trained) -> None:
     assert flavor.load_model(f"models:/{trained.model_id}")
 
 
+def test_the_held_out_loss_is_that_of_training(trained: Trained) -> None:
+    """On the same split and rendering, by the logged model: up to rounding."""
+    scored = evaluate(trained.run_id, config=config(evaluation__split="validation"))
+    client = MlflowClient()
+    measured = client.get_run(scored.run_id).data.metrics["eval/loss"]
+    assert measured == pytest.approx(client.get_run(trained.run_id).data.metrics["validation/loss"])
+
+
 def test_evaluation_is_tied_to_model_and_dataset(trained: Trained) -> None:
     """The figure with its interval stands on the logged model, under the dataset's digest."""
     scored = evaluate(trained.run_id, config=config())

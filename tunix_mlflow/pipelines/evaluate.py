@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from mlflow.tracking import MlflowClient
 
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data import datasets, snapshot
-from tunix_mlflow.errors import ConfigError, DatasetError
+from tunix_mlflow.data.examples import Example
+from tunix_mlflow.errors import ConfigError, DatasetError, ModelError
 from tunix_mlflow.evaluation import scoring
+from tunix_mlflow.evaluation.scoring import ExampleScore
 from tunix_mlflow.pipelines import notes, undelivered
 from tunix_mlflow.runtime import devices, environment
 from tunix_mlflow.runtime.report import SILENT, Reporter
@@ -18,6 +21,9 @@ from tunix_mlflow.tracking import store
 from tunix_mlflow.tracking.models import flavor, registry
 from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
 from tunix_mlflow.tracking.run import open_run
+
+if TYPE_CHECKING:
+    from tunix_mlflow.models.bundle import Bundle
 
 _READ_BY_TRAINING = {"training": "trained on", "validation": "chosen by"}
 """MLflow's contexts of the inputs of a training run, and what they say of the model."""
@@ -115,8 +121,10 @@ def evaluate(
         )
         if reason is not None:
             reporter.info(f"{reason}: the figure is on this run only, and counts for no gate")
+        loss = _held_out_loss(bundle, examples, config, reporter)
         run.log_metrics(
             {
+                **({} if loss is None else {"eval/loss": loss}),
                 "eval/exact_match": share.value,
                 "eval/exact_match_low": share.low,
                 "eval/exact_match_high": share.high,
@@ -126,11 +134,40 @@ def evaluate(
             dataset=None if reason else given,
         )
         run.log_table(scoring.table(scores), "examples.json")
+    _report_unanswered(scores, reporter)
+    shown = "" if loss is None else f"held-out loss {loss:.4f}; "
     reporter.info(
-        f"held-out exact match {share.value:.4f}, 95 % interval {share.low:.4f} to"
+        f"{shown}held-out exact match {share.value:.4f}, 95 % interval {share.low:.4f} to"
         f" {share.high:.4f}, {share.examples} examples of {manifest.key}/{split}"
     )
     return EvaluationResult(run.run_id, run.link, logged.model_id, manifest.key, *share)
+
+
+def _held_out_loss(
+    bundle: Bundle, examples: list[Example], config: Config, reporter: Reporter
+) -> float | None:
+    """Return the loss on the examples; None, with a message, if they cannot be rendered."""
+    from tunix_mlflow.training.held_out import held_out_loss  # late: it loads the optimizers
+
+    try:
+        return held_out_loss(bundle, examples, config.data, config.evaluation.batch_size)
+    except (DatasetError, ModelError) as error:
+        reporter.info(f"no held-out loss: {error}")
+        return None
+
+
+def _report_unanswered(scores: Sequence[ExampleScore], reporter: Reporter) -> None:
+    """Name what counts as wrong without an answer: prompts that failed, completions cut off."""
+    failed = [row for row in scores if row.error is not None]
+    cut_off = sum(row.finish_reason == "length" for row in scores)
+    if failed:
+        first = f"{failed[0].prompt[:60]!r}: {failed[0].error}"
+        reporter.info(f"{len(failed)} of {len(scores)} examples were not answered, first {first}")
+    if cut_off:
+        reporter.info(
+            f"{cut_off} of {len(scores)} completions were cut off, and count as wrong; see"
+            " evaluation.max_new_tokens"
+        )
 
 
 def _not_the_whole_split(config: Config, max_new_tokens: int) -> str | None:

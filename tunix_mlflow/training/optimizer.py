@@ -63,8 +63,8 @@ def change_of_rate(config: OptimizerConfig, step: int, before: int, after: int) 
     return (
         f"training.steps={after} stretches the schedule: update {step} had a learning rate of"
         f" {last:.3g}, and update {step + 1} has {following:.3g}."
-        f" optimizer.schedule_steps={before} keeps the schedule of {before} steps, and continues with"
-        f" its last rate, {config.final_fraction:g} of the peak"
+        f" optimizer.schedule_steps={before} keeps the schedule of {before} steps, and continues"
+        f" with its last rate, {config.final_fraction:g} of the peak"
     )
 
 
