@@ -141,6 +141,23 @@ def test_what_a_template_drops_is_named() -> None:
     assert ("content", 3, False) in found(silent, row)
 
 
+def test_two_turns_that_a_template_joins() -> None:
+    """No word of one is trained on for the other."""
+    joins = (
+        "{% set ns = namespace(last='') %}{% for m in messages %}{% if m.role != ns.last %}"
+        "{% if ns.last %}<|stop|>{% endif %}<|im_start|>{{ m.role }}\n{% else %} {% endif %}"
+        "{{ m.content }}{% set ns.last = m.role %}{% endfor %}<|stop|>"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    said = [("user", "q"), ("assistant", "one"), ("assistant", "two"), ("user", "r")]
+    row = read(chat(*said, ("assistant", "three")))
+    assert found(joins, row) == [("end", 2, True)]
+    row = read(
+        chat(*said[:2], ("assistant", {"content": "two", "trained": False}), ("assistant", "three"))
+    )
+    assert "two" not in trained(joins, row)
+
+
 def test_a_turn_without_an_end() -> None:
     """It is told, and the tokenizer's end can be appended to each turn."""
     row = read(chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))

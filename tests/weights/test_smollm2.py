@@ -66,7 +66,7 @@ def test_perplexity_and_greedy_text_are_transformers(
     log_probabilities = jax.nn.log_softmax(logits[:-1].astype(jnp.float32))
     loss = -float(jnp.mean(log_probabilities[jnp.arange(len(ids) - 1), ids[1:]]))
     assert np.exp(loss) == pytest.approx(np.exp(GOLDEN["loss"]), rel=1e-3)
-    prompt = np.asarray(base.tokenizer._encode("The capital of France is"), np.int32)
+    prompt = np.asarray(base.tokenizer._encode("The capital of France is")[1], np.int32)
     (completion,) = generation.generate(
         graph,
         params,

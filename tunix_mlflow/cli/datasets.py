@@ -167,8 +167,8 @@ def ingest(
     \b
     FORMAT is auto, or one of
       trace              {"prompt", "steps": [{"content"}], "answer", "split", "meta"}
-      messages           {"messages": [{"role", "content", "reasoning", "trained"}]}
-      prompt-completion  {"prompt", "completion"}
+      messages           {"messages": [{"role", "content", "tool_calls", "trained"}], "tools"}
+      prompt-completion  {"prompt", "completion", "tools"}
       question-answer    {"question", "answer": "work #### result"}
       text               {"text"}
     In formats other than trace, other columns become meta.
@@ -350,8 +350,8 @@ def check_leakage(
 def export(key: str, file: Path, form: str, as_json: bool) -> None:
     """Write a dataset to FILE.jsonl, FILE.jsonl.gz or FILE.parquet.
 
-    `ingest` reads the formats trace, messages and prompt-completion; gemma is text with Gemma's
-    turn markers.
+    `ingest` reads the formats trace, messages, prompt-completion and text; gemma is text with
+    Gemma's turn markers.
     """
     from tunix_mlflow.cli.terminal import print_json
     from tunix_mlflow.data import datasets as operations

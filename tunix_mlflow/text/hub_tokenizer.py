@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from tunix_mlflow.config.schema import DataConfig
 from tunix_mlflow.data.examples import Example, is_text, prompt_messages
@@ -72,7 +71,7 @@ class HubTokenizer:
         pad_id = self._token_id(self.template.special_tokens.get("pad_token"))
         self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
         known = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = sorted(i for i, token in known.items() if token.special)
+        self._special_ids = {i for i, token in known.items() if token.special}
         self._unknown_id = self._token_id(getattr(self._tokenizer.model, "unk_token", None))
 
     @classmethod
@@ -126,19 +125,17 @@ class HubTokenizer:
             return self._encode_text(example)
         ends = [str(self._tokenizer.id_to_token(i)) for i in self.eos_ids]
         rendered = mask.render(self.template, example, ends, config)
-        encoding = self._encode(rendered.text)
-        ids = np.array(encoding.ids, np.int32)
+        encoding, listed = self._encode(rendered.text)
+        ids = np.array(listed, np.int32)
         trained, findings = np.zeros(len(ids), np.bool_), fidelity.missing(rendered)
-        starts, stops = self._offsets(encoding.offsets, len(rendered.text))
         inserted: list[int] = []  # before which tokens an end is added
         for turn in rendered.turns:
             ended = False
             for start, stop in turn.spans:
-                first = int(np.searchsorted(stops, start, side="right"))
-                last = int(np.searchsorted(starts, stop, side="left"))
-                if rendered.marked:
-                    # As transformers: of several tokens of the last character only the first.
-                    last = min(last, int(np.searchsorted(stops, stop, side="left")) + 1)
+                first, last = self._tokens(encoding, rendered.text, start, stop)
+                if rendered.marked:  # as transformers: of several for one character the first
+                    final = encoding.char_to_token(stop - 1) if stop else None
+                    last = last if final is None else min(last, final + 1)
                 own = np.flatnonzero(np.isin(ids[first:last], self.eos_ids))
                 if len(own):
                     ended = True
@@ -151,7 +148,7 @@ class HubTokenizer:
                 findings.append(Finding(fidelity.END, turn.message + 1, True, ""))
         findings += self._unknown(encoding, rendered.text, trained)
         prompt = self._prompt_text(example)
-        if not self._begins(rendered.text, prompt, ids, starts):
+        if not self._begins(rendered.text, prompt, encoding, listed):
             findings.append(Finding(fidelity.PROMPT, 0, False, prompt[-40:]))
         if inserted:
             ids = np.insert(ids, inserted, self.own_eos_id).astype(np.int32)
@@ -164,25 +161,25 @@ class HubTokenizer:
         Raises:
             DatasetError: if the template refuses the messages, or the model lacks a token.
         """
-        return np.array(self._encode(self._prompt_text(example)).ids, np.int32)
+        return np.array(self._encode(self._prompt_text(example))[1], np.int32)
 
     def _encode_text(self, example: Example) -> Encoded:
         """Encode a text without turns, between the tokens that begin and end one."""
-        encoding = self._encode(example.messages[-1].text)
+        encoding, listed = self._encode(example.messages[-1].text)
         names = self.template.special_tokens
         bos, eos = (self._token_id(names.get(name)) for name in ("bos_token", "eos_token"))
         before, after = ([] if token is None else [token] for token in (bos, eos))
-        ids = np.array([*before, *encoding.ids, *after], np.int32)
+        ids = np.array([*before, *listed, *after], np.int32)
         trained = np.ones(len(ids), np.bool_)
         trained[: len(before)] = False
-        own = trained[len(before) : len(before) + len(encoding.ids)]
+        own = trained[len(before) : len(before) + len(listed)]
         return Encoded(ids, trained, tuple(self._unknown(encoding, example.messages[-1].text, own)))
 
     def _prompt_text(self, example: Example) -> str:
         messages = [self.template.message(m, include_steps=True) for m in prompt_messages(example)]
         return self.template.render(messages, tools_of(example), add_generation_prompt=True)
 
-    def _begins(self, text: str, prompt: str, ids: Ids, starts: npt.NDArray[np.int64]) -> bool:
+    def _begins(self, text: str, prompt: str, encoding: Encoding, ids: list[int]) -> bool:
         """Return whether the ids of a prompt are the first of a text's.
 
         What stands before a special token does not depend on what follows it, so only the rest is
@@ -190,25 +187,31 @@ class HubTokenizer:
         """
         if not text.startswith(prompt):
             return False
-        count = int(np.searchsorted(starts, len(prompt), side="left"))
-        special = np.flatnonzero(np.isin(ids[:count], self._special_ids))
-        first = int(special[-1]) if len(special) else 0
-        tail = self._tokenizer.encode(prompt[starts[first] :], add_special_tokens=False).ids
-        return bool(ids[first:count].tolist() == tail)
+        count = self._tokens(encoding, text, 0, len(prompt))[1]
+        first = next((n for n in range(count - 1, 0, -1) if ids[n] in self._special_ids), 0)
+        start = _first_character(encoding, first) if first else 0
+        tail = self._tokenizer.encode(prompt[start:], add_special_tokens=False).ids
+        return bool(ids[first:count] == tail)
 
-    def _offsets(
-        self, offsets: list[tuple[int, int]], length: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the first character of each token, and the one after its last."""
-        pairs = np.array(offsets, np.int64).reshape(-1, 2)
-        starts, stops = pairs[:, 0], pairs[:, 1]
-        ordered = bool((np.diff(starts) >= 0).all() and (np.diff(stops) >= 0).all())
-        if not ordered or (len(pairs) and (stops[-1] > length or stops[-1] == 0)):
-            raise ModelError(
-                f"{self.where}: {TOKENIZER} does not say which characters its tokens are made of,"
-                " so it is not known which of them to train on"
-            )
-        return starts, stops
+    def _tokens(self, encoding: Encoding, text: str, start: int, stop: int) -> tuple[int, int]:
+        """Return the first of the tokens that have a character of a range, and the one after.
+
+        Raises:
+            ModelError: if the tokenizer does not say which characters its tokens have.
+        """
+        inside = (encoding.char_to_token(place) for place in range(start, stop))
+        first = next((token for token in inside if token is not None), None)
+        if first is None:
+            if text[start:stop].strip():
+                raise ModelError(
+                    f"{self.where}: {TOKENIZER} does not say which characters its tokens are made"
+                    " of, so it is not known which of them to train on"
+                )
+            return 0, 0
+        behind = (encoding.char_to_token(place) for place in range(stop, len(text)))
+        after = next((token for token in behind if token is not None), len(encoding))
+        straddles = after < len(encoding) and _first_character(encoding, after) < stop
+        return first, after + straddles
 
     def _unknown(self, encoding: Encoding, text: str, trained: Mask) -> list[Finding]:
         """Return the first character that became the token for unknown ones."""
@@ -233,14 +236,15 @@ class HubTokenizer:
         """Return the answer in a completion, see :func:`answers.read_answer`."""
         return answers.read_answer(self.decode(ids))
 
-    def _encode(self, text: str) -> Encoding:
+    def _encode(self, text: str) -> tuple[Encoding, list[int]]:
         """Tokenize a text. Special tokens in it, which the template wrote, become their ids; none
         is added."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        if encoding.ids and max(encoding.ids) >= self.table_size:
-            token = self._tokenizer.id_to_token(max(encoding.ids))
+        ids = encoding.ids  # a new list each time it is asked for
+        if ids and max(ids) >= self.table_size:
+            token = self._tokenizer.id_to_token(max(ids))
             raise DatasetError(f"{self.where}: the model does not know the token {token!r}")
-        return encoding
+        return encoding, ids
 
     def _read_eos_ids(self) -> tuple[int, ...]:
         """Return the ids of generation_config.json, the tokenizer and the template."""
@@ -272,3 +276,8 @@ class HubTokenizer:
 
     def _token_id(self, token: str | None) -> int | None:
         return None if token is None else self._tokenizer.token_to_id(token)
+
+
+def _first_character(encoding: Encoding, token: int) -> int:
+    place = encoding.token_to_chars(token)
+    return 0 if place is None else int(place[0])

@@ -17,6 +17,8 @@ from tunix_mlflow.text.chat_template import ChatTemplate, tools_of
 
 _PROBE = "\ue0f2"  # a private character, which no text has
 
+_ASSISTANT = ("assistant", "function_call")
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -92,7 +94,7 @@ def _marked_turns(
 ) -> list[Turn]:
     """Give each turn the generations that the template marks in it: one, several, or one that it
     shares with the next turn."""
-    own = [i for i, m in enumerate(messages) if m["role"] in ("assistant", "function_call")]
+    own = [i for i, m in enumerate(messages) if m["role"] in _ASSISTANT]
     if len(generations) == len(own):
         parts = {i: [span] for i, span in zip(own, generations, strict=True)}
         return [Turn(index, parts[index]) for index in wanted]
@@ -172,8 +174,10 @@ def _turn_stop(
             continue  # a tool's reply without a call
         stop = max(start, len(text) - _common_prefix(text[::-1], other[::-1]))
         ends = [text.find(token, stop) + len(token) for token in end_tokens if token]
-        ends = [end for end in ends if end > stop]
-        return min(ends, default=stop)
+        limit = len(text)
+        if messages[index + 1]["role"] in _ASSISTANT:  # both may be written as one turn
+            limit = _content_start(template, messages, tools, index + 1, text)
+        return min((end for end in ends if stop < end <= limit), default=stop)
     raise ModelError(
         f"{template.where}: the chat template renders message {index + 1} differently when more"
         " messages follow, so it is not known what to train on: mark it in the template with"
