@@ -141,6 +141,20 @@ def test_what_a_template_drops_is_named() -> None:
     assert ("content", 3, False) in found(silent, row)
 
 
+def test_a_model_is_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`models inspect` says what its template keeps, before there is a dataset."""
+    assert HubTokenizer(files(TOOLS), "x").losses() == {
+        "chat": "kept",
+        "system": "kept",
+        "thought": "the thought is missing",
+        "tools": "kept",
+    }
+    assert run_here("models", "inspect", str(base_with(ENDLESS, tmp_path / "base")), "--json") == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["rendered chat"] == "no token ends the turn"
+    assert "the name of a call is missing" in about["rendered tools"]
+
+
 def test_two_turns_that_a_template_joins() -> None:
     """No word of one is trained on for the other."""
     joins = (

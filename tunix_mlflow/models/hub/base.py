@@ -65,6 +65,7 @@ def describe(base: Base) -> dict[str, object]:
         "tokenizer": base.tokenizer.digest[:16],
         "template": base.tokenizer.template_digest(DataConfig())[:16],
         "ends": list(base.tokenizer.eos_ids),
+        **{f"rendered {kind}": found for kind, found in base.tokenizer.losses().items()},
     }
 
 
