@@ -303,4 +303,9 @@ def test_a_run_is_refused_before_its_first_step(
     assert "the name of a call is missing" in capsys.readouterr().err
     assert run_here("datasets", "show", "calls-v1", "--mask", "--base", str(base)) == 0
     assert "warning: the name of a call is missing (message 2): 'look'" in capsys.readouterr().out
+    assert run_here("datasets", "stats", "calls-v1", "--base", str(base)) == 0
+    assert "warning: the name of a call is missing in 12 of 12" in capsys.readouterr().out
     assert run_here(*words, "data.fidelity=record") == 0
+    run_id = json.loads(capsys.readouterr().out.splitlines()[-1])["run_id"]
+    tags = mlflow.MlflowClient().get_run(run_id).data.tags
+    assert int(tags["tunix_mlflow.fidelity.call.trained"]) > 0

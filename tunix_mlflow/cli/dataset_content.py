@@ -113,7 +113,10 @@ def stats(key: str, sequence_length: int | None, base: str | None, as_json: bool
         print_json({"key": key, "count": count, **({"base": base} if base else {}), **figures})
         return
     click.echo(f"{key}: {count:,} examples\n")
+    lines = figures.pop("missing", [])
     _echo_statistics(figures)
+    for line in lines:
+        click.echo(f"\nwarning: {_printable(line)}")
     if figures.get("cut"):
         click.echo(
             f"\nwarning: rows of {sequence_length} tokens would cut {figures['cut']:,} of"
@@ -143,6 +146,7 @@ def _token_statistics(
     from tunix_mlflow.cli.terminal import Terminal
     from tunix_mlflow.config.schema import DataConfig
     from tunix_mlflow.data import datasets, snapshot
+    from tunix_mlflow.data.examples import example_id
     from tunix_mlflow.input import tokens
 
     manifest = datasets.ready(key, Terminal().info)
@@ -153,6 +157,10 @@ def _token_statistics(
         # A row has one token fewer than an example: the last is only ever predicted.
         cut = int((tokenized.lengths - 1 > sequence_length).sum())
         figures |= {"sequence_length": sequence_length, "cut": cut}
+    figures["missing"] = [
+        tokens.describe_loss(loss, len(examples), example_id(examples[loss.first_example]))
+        for loss in tokenized.losses
+    ]
     return manifest.count, figures
 
 

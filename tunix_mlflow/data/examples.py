@@ -139,6 +139,11 @@ def canonical_bytes(example: Example) -> bytes:
     return canonical.encode_struct(example)
 
 
+def example_id(example: Example) -> str:
+    """Return the UUID of an example, which names it in messages."""
+    return canonical.id_of(canonical.digest(canonical_bytes(example)))
+
+
 def canonical_text(example: Example) -> str:
     """Return :func:`canonical_bytes` as text."""
     return canonical_bytes(example).decode("utf-8")

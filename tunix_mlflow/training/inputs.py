@@ -8,8 +8,7 @@ import jax
 
 from tunix_mlflow.config.identity import trajectory_digest
 from tunix_mlflow.config.schema import Config
-from tunix_mlflow.data import canonical
-from tunix_mlflow.data.examples import Example, canonical_bytes
+from tunix_mlflow.data.examples import Example, example_id
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import DatasetError
 from tunix_mlflow.evaluation import scoring
@@ -65,12 +64,17 @@ class TrainingInputs(NamedTuple):
 
     def summary(self) -> str:
         """Return the size of the splits in one line."""
-        has_empty = self.train.empty > 0
+        rows = self.train
+        left = [
+            (rows.truncated, "are cut"),
+            (rows.dropped, "are too long, and left out"),
+            (rows.empty, "have no token to train on, and are left out"),
+        ]
         return (
             f"{self.manifest.key}: {self.train_examples:,} examples in {len(self.train.rows):,}"
             f" rows of {self.config.data.sequence_length} tokens ({self.train.fill:.0%} full),"
             f" {self.validation_examples:,} for validation"
-            + (f"; {self.train.empty:,} with no token to train on are left out" * has_empty)
+            + "".join(f"; {count:,} {what}" for count, what in left if count)
         )
 
 
@@ -104,11 +108,8 @@ def read_inputs(
     examples = snapshot.read_splits(manifest.digest, names)
     encoded = {name: encode_examples(examples[name], tokenizer, config.data) for name in names}
     losses = [
-        (
-            loss,
-            describe_loss(loss, len(examples[name]), _name_of(examples[name][loss.first_example])),
-        )
-        for name in names
+        (loss, describe_loss(loss, len(found), example_id(found[loss.first_example])))
+        for name, found in examples.items()
         for loss in encoded[name].losses
     ]
     config = with_length(config, longest(*encoded.values()))
@@ -130,7 +131,3 @@ def read_inputs(
         losses=losses,
         device=device,
     )
-
-
-def _name_of(example: Example) -> str:
-    return canonical.id_of(canonical.digest(canonical_bytes(example)))

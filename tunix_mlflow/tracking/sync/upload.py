@@ -184,8 +184,9 @@ def end_dead(
     """
     found, end = client.get_run(run_id).data.tags, None
     held = lease.holder(found)
-    if path is not None and held is not None and held.owner == lease.owner_of(path):
-        end = event_log.recorded_end(path)  # else it was resumed on another machine
+    # Another's lease: it was resumed on another machine. None: it was recorded without MLflow.
+    if path is not None and (held is None or held.owner == lease.owner_of(path)):
+        end = event_log.recorded_end(path)
     others = [name for name in LANES if name != "status"]
     if path is not None and end is not None:
         if not any(pending_bytes(path, name) for name in others):
@@ -223,7 +224,8 @@ def _settle(client: MlflowClient, path: Path) -> None:
     run = client.get_run(link.run_id)
     if end is None and run.info.status == "RUNNING":
         end_dead(client, link.run_id)
-    elif end is not None and run.info.status != end.status:
-        store.end_run(client, link.run_id, end.status, end.end_time)
+    elif end is not None:
+        if run.info.status != end.status:
+            store.end_run(client, link.run_id, end.status, end.end_time)
         if tags.ERROR in run.data.tags and tags.ERROR not in event_log.recorded_tags(path):
             client.delete_tag(link.run_id, tags.ERROR)  # of another command, which found it dead
