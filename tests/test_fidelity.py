@@ -141,6 +141,31 @@ def test_what_a_template_drops_is_named() -> None:
     assert ("content", 3, False) in found(silent, row)
 
 
+@pytest.mark.parametrize("place", ["list", "folder"])
+def test_a_template_for_tools_by_name(place: str, tmp_path: Path) -> None:
+    """It is used where there are tools, from the settings or a folder beside them."""
+    given = files(PLAIN)
+    if place == "list":
+        settings = json.loads(given["tokenizer_config.json"])
+        named = {"default": PLAIN, "tool_use": TOOLS, "rag": "{{ 1 / 0 }}"}
+        settings["chat_template"] = [{"name": n, "template": t} for n, t in named.items()]
+        given["tokenizer_config.json"] = json.dumps(settings).encode()
+    else:
+        given["chat_template.jinja"] = PLAIN.encode()
+        given["additional_chat_templates/tool_use.jinja"] = TOOLS.encode()
+    for name, content in given.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    made = HubTokenizer.read(tmp_path)
+    assert made.files == given
+    assert made.losses()["tools"] == "kept"
+    call = {"content": "", "tool_calls": [{"function": CALL}]}
+    example = read(chat(("user", "w?"), ("assistant", call)))
+    assert "call" in {f.kind for f in made.encode_example(example, DataConfig()).findings}
+    other = HubTokenizer(files(PLAIN), "the model")
+    assert made.template_digest(DataConfig()) != other.template_digest(DataConfig())
+
+
 def test_a_model_is_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`models inspect` says what its template keeps, before there is a dataset."""
     assert HubTokenizer(files(TOOLS), "x").losses() == {

@@ -58,6 +58,8 @@ class ChatTemplate:
     def digest_text(self) -> str:
         """Return what decides the rendering, for a digest."""
         parts = [self.source or "", *([self.tool_source] if self.tool_source else [])]
+        if any("strftime_now" in part for part in parts):
+            parts.append(_TODAY.date().isoformat())
         return "\n\x1f".join(parts)
 
     def render(
