@@ -180,6 +180,18 @@ def test_a_model_is_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "the name of a call is missing" in about["rendered tools"]
 
 
+@pytest.mark.parametrize("kind", ["unigram, NFKC", "prepended", "byte-level"])
+def test_text_that_a_tokenizer_does_not_know(kind: str) -> None:
+    """It becomes one token for all that is unknown, unless there are bytes to fall back on."""
+    said = "the Ж hell"
+    made = HubTokenizer(files(PLAIN, kind), "the model")
+    findings = made.encode_example(read(chat(("user", "q"), ("assistant", said))), DataConfig())[2]
+    unknown = [f.text for f in findings if f.kind == "unknown text" and f.refuses]
+    assert unknown == (["Ж"] if kind.startswith("unigram") else [])
+    (finding,) = made.encode_example(read({"text": said}, "text"), DataConfig())[2] or [None]
+    assert (finding is not None) == kind.startswith("unigram")
+
+
 def test_two_turns_that_a_template_joins() -> None:
     """No word of one is trained on for the other."""
     joins = (

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-_OPEN = "<|im_start|>"
-_END = "<|im_end|>\n"
-
 OWN = {
     "turns": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

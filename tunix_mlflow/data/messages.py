@@ -13,6 +13,7 @@ from tunix_mlflow.data import json_text
 from tunix_mlflow.data.examples import REASONING, ROLES, Message
 
 _SYNONYMS = {"human": "user", "gpt": "assistant", "model": "assistant"}
+_CONVERSATIONS = ("messages", "conversations", "prompt", "completion", "answer", "response")
 
 
 def turns(value: Any, path: str, limits: LimitsConfig) -> tuple[Message, ...]:
@@ -55,7 +56,7 @@ def without_added_nulls(field: str, value: Any) -> Any:
     """Return a field of a file with columns without the keys that other rows' calls brought."""
     if field in ("tools", "functions"):
         return json_text.without_nulls(value)
-    if field in ("messages", "conversations", "prompt", "completion") and isinstance(value, list):
+    if field in _CONVERSATIONS and isinstance(value, list):
         return [
             {k: v if k == "content" else json_text.without_nulls(v) for k, v in turn.items()}
             if isinstance(turn, dict)

@@ -17,7 +17,7 @@ from tunix_mlflow.models.decoder import Graph, Params, empty_cache
 from tunix_mlflow.models.layers import LayerCache
 
 _ENDED = -1  # in place of a token: the completion has ended
-_EXACT_LIMIT = 64
+_EXACT_LIMIT = 64  # longer limits are rounded up, for the same reason as prompt widths
 _PROMPT_MULTIPLE = 32  # prompt widths are rounded up, so that few shapes are compiled
 
 

@@ -66,7 +66,7 @@ class HubTokenizer:
             images), and a text that uses one of them is an error. None: all of the tokenizer's.
 
     Raises:
-        ModelError: if a file is missing or damaged, or there is no chat template.
+        ModelError: if a file is missing or damaged, or nothing names an end token.
     """
 
     name = "tokenizer.json"
@@ -95,7 +95,7 @@ class HubTokenizer:
         self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
         known = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {i for i, token in known.items() if token.special}
-        self._unknown_id = self._token_id(getattr(self._tokenizer.model, "unk_token", None))
+        self._unknown_id = self._read_unknown_id()
 
     @classmethod
     def read(cls, folder: Path, table_size: int | None = None) -> HubTokenizer:
@@ -169,7 +169,7 @@ class HubTokenizer:
                 inserted.append(last)
             elif not ended:
                 findings.append(Finding(fidelity.END, turn.message + 1, True, ""))
-        findings += self._unknown(encoding, rendered.text, trained)
+        findings += self._unknown(encoding, listed, rendered.text, trained)
         prompt = self._prompt_text(example)
         if not self._begins(rendered.text, prompt, encoding, listed):
             findings.append(Finding(fidelity.PROMPT, 0, False, prompt[-40:]))
@@ -213,7 +213,8 @@ class HubTokenizer:
         trained = np.ones(len(ids), np.bool_)
         trained[: len(before)] = False
         own = trained[len(before) : len(before) + len(listed)]
-        return Encoded(ids, trained, tuple(self._unknown(encoding, example.messages[-1].text, own)))
+        findings = self._unknown(encoding, listed, example.messages[-1].text, own)
+        return Encoded(ids, trained, tuple(findings))
 
     def _prompt_text(self, example: Example) -> str:
         messages = [self.template.message(m, include_steps=True) for m in prompt_messages(example)]
@@ -253,14 +254,14 @@ class HubTokenizer:
         straddles = after < len(encoding) and _first_character(encoding, after) < stop
         return first, after + straddles
 
-    def _unknown(self, encoding: Encoding, text: str, trained: Mask) -> list[Finding]:
+    def _unknown(
+        self, encoding: Encoding, ids: list[int], text: str, trained: Mask
+    ) -> list[Finding]:
         """Return the first character that became the token for unknown ones."""
-        if self._unknown_id is None or self._unknown_id not in encoding.ids:
+        if self._unknown_id is None or self._unknown_id not in ids:
             return []
         spelled = self._tokenizer.id_to_token(self._unknown_id)
-        for place, (token, (start, stop)) in enumerate(
-            zip(encoding.ids, encoding.offsets, strict=True)
-        ):
+        for place, (token, (start, stop)) in enumerate(zip(ids, encoding.offsets, strict=True)):
             if token == self._unknown_id and text[start:stop] != spelled:
                 return [Finding(fidelity.UNKNOWN, 0, bool(trained[place]), text[start:stop])]
         return []
@@ -299,6 +300,14 @@ class HubTokenizer:
                 f"{self.where}: neither {SETTINGS} nor {GENERATION} names an end-of-sequence token"
             )
         return tuple(eos_ids)
+
+    def _read_unknown_id(self) -> int | None:
+        """Return the id that stands for unknown text, if the tokenizer has one."""
+        model = self._tokenizer.model
+        if type(model).__name__ == "Unigram":  # the library shows its number in the file alone
+            number = json.loads(self._tokenizer.to_str())["model"].get("unk_id")
+            return None if number is None else int(number)
+        return self._token_id(getattr(model, "unk_token", None))
 
     def _template_eos_id(self) -> int | None:
         """Return the special token with which the template ends a turn of the assistant.

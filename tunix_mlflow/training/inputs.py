@@ -37,9 +37,7 @@ class TrainingInputs(NamedTuple):
     train_examples: int
     validation_examples: int
     max_new_tokens: int  # of a completion, where nothing is configured
-    losses: list[
-        tuple[Loss, str]
-    ]  # what the tokens lack of what the examples say, and a line on it
+    losses: list[tuple[Loss, str]]  # what the tokens lack of the examples, and a line on it
     device: jax.Device  # the first of several
 
     @property
