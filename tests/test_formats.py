@@ -212,6 +212,21 @@ def test_columns_by_another_name(tmp_path: Path) -> None:
         datasets.ingest(bad, "two-v1", mapping={"prompt": "instruction", "completion": "output"})
 
 
+def test_messages_and_tools_as_json_text(tmp_path: Path) -> None:
+    """A file with columns may have them as text: they are the same example."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    row = {
+        "messages": [{"role": "user", "content": "q"}, call],
+        "tools": [{"name": "f", "n": 1.50}],
+    }
+    text = {key: json.dumps(value) for key, value in row.items()}
+    whole = only(lines(tmp_path / "a.jsonl", row))
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([text]), path)
+    (found,) = snapshot.read(datasets.ingest(path, "two-v1").manifest.digest)
+    assert found == whole
+
+
 def test_parts_of_text_are_joined(tmp_path: Path) -> None:
     """Content may be a list of texts, as chat services write it."""
     parts = [{"type": "text", "text": "Sun"}, {"type": "text", "text": "ny."}]

@@ -20,13 +20,15 @@ def turns(value: Any, path: str, limits: LimitsConfig) -> tuple[Message, ...]:
     """Return the messages of a row.
 
     Args:
-        value: the list, as it was read.
+        value: the list, as it was read, or its JSON text.
         path: its JSON path, for errors.
         limits: maximum lengths.
 
     Raises:
         ValueError: with a JSON path, if it is no list of messages.
     """
+    if isinstance(value, str):
+        value = _parsed(value)
     if not isinstance(value, list) or not value:
         raise ValueError(f"Expected `array` of messages, got `{_kind(value)}` - at `{path}`")
     return tuple(_turn(each, f"{path}[{i}]", limits) for i, each in enumerate(value))

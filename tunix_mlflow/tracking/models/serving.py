@@ -7,7 +7,6 @@ or says why not.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +75,7 @@ def _example(row: Any) -> Example | str:
     given = {key: value for key, value in row.items() if not _is_missing(value)}
     try:
         if "messages" in given:
-            return bundles.conversation(_parsed(given["messages"]), given.get("tools"))
+            return bundles.conversation(given["messages"], given.get("tools"))
         prompt = next((given[key] for key in _PROMPTS if key in given), None)
         if not isinstance(prompt, str) or not prompt:
             return _EXPECTED
@@ -103,13 +102,3 @@ def _is_missing(value: Any) -> bool:
 
 def _is_conversation(value: Sequence[Any]) -> bool:
     return bool(value) and all(isinstance(item, Mapping) and "role" in item for item in value)
-
-
-def _parsed(messages: Any) -> Any:
-    """Return messages that are JSON text, as a file with columns has them, as a list."""
-    if isinstance(messages, str):
-        try:
-            return json.loads(messages)
-        except ValueError:
-            return messages
-    return messages
