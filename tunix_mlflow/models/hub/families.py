@@ -267,7 +267,7 @@ def _activation(keys: _Keys, family: str) -> None:
 
 
 def write(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """Return the config.json of a decoder, for transformers 4.51 and later."""
+    """Return the config.json of a decoder, for transformers 4.53 and later."""
     tree: dict[str, Any] = {
         "architectures": [ARCHITECTURES[model.family]],
         "model_type": model.family,
