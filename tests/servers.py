@@ -61,6 +61,21 @@ def mlflow_server(
         end(process)
 
 
+@contextmanager
+def model_server(model: Path, folder: Path) -> Iterator[int]:
+    """Run `mlflow models serve` on a model's folder, with its log in another; yields the port."""
+    folder.mkdir(exist_ok=True)
+    port, log = free_port(), folder / "log"
+    command = [str(BIN / "mlflow"), "models", "serve", "--model-uri", str(model)]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    process = launch([*command, "--workers", "1"], log, {})
+    try:
+        wait_for(f"http://127.0.0.1:{port}/ping", process, log)
+        yield port
+    finally:
+        end(process)
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 that nothing listens on."""
     with socket.socket() as it:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import requests
 from mlflow.pyfunc import scoring_server
 
+from tests.servers import model_server
 from tunix_mlflow.config.schema import ModelConfig
 from tunix_mlflow.models import bundle, decoder, generation
 from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
@@ -34,8 +38,8 @@ LONG = "x" * 130
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A small model of 128 positions, as MLflow loads it."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of 128 positions."""
     params = decoder.init(SHAPE, 272, 3)
     made = bundle.Bundle(SHAPE, decoder.shape(SHAPE, 272)[0], params, ByteTokenizer(), 6)
     folder = tmp_path_factory.mktemp("served")
@@ -44,7 +48,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
     flavor.save_model(
         str(folder / "model"), folder / "bundle", bundle.weights_digest(params), frame
     )
-    return mlflow.pyfunc.load_model(str(folder / "model"))
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Any:
+    """The same, as MLflow loads it."""
+    return mlflow.pyfunc.load_model(str(folder))
 
 
 def frame(**columns: list[Any]) -> pd.DataFrame:
@@ -137,6 +147,27 @@ def test_a_row_is_answered_as_if_it_were_alone(served: Any) -> None:
     for number in range(0, 100, 9):
         (alone,) = served.predict([prompts[number]]).to_dict("records")
         assert together.iloc[number].to_dict() == alone
+
+
+def test_requests_at_once(folder: Path, served: Any, tmp_path: Path) -> None:
+    """`mlflow models serve` answers each of 100 requests as if it came alone."""
+    rng = np.random.default_rng(1)
+    prompts = [chr(97 + n) * length for n, length in enumerate((1, 2, 5, 9, 17, 30, 44, 60))]
+    alone = {prompt: served.predict([prompt]).to_dict("records") for prompt in [*prompts, LONG]}
+    asked = [list(rng.choice(list(alone), rng.integers(1, 4))) for _ in range(100)]
+    with model_server(folder, tmp_path / "server") as port:
+
+        def answers(rows: list[str]) -> list[dict[str, Any]]:
+            body = {"dataframe_records": [{"prompt": str(row)} for row in rows]}
+            done = requests.post(f"http://127.0.0.1:{port}/invocations", json=body, timeout=300)
+            assert done.status_code == 200, done.text
+            found: list[dict[str, Any]] = done.json()["predictions"]
+            return found
+
+        with ThreadPoolExecutor(100) as pool:
+            found = list(pool.map(answers, asked))
+    for rows, answered in zip(asked, found, strict=True):
+        assert answered == [alone[row][0] for row in rows]
 
 
 def test_a_request_that_needs_too_much_memory(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
