@@ -82,7 +82,7 @@ def test_rendered_example() -> None:
     assert TOKENIZER.decode(ids[trained], skip_special_tokens=False) == "s1\ns2<answer>4<eos>"
     ids, trained = TOKENIZER.encode(byte_template.render(example, include_steps=False))
     assert TOKENIZER.decode(ids[trained], skip_special_tokens=False) == "<answer>4<eos>"
-    prompt, mask = TOKENIZER.encode(byte_template.render_prompt(example))
+    prompt, mask = TOKENIZER.encode(byte_template.render_prompt(example, include_steps=True))
     assert TOKENIZER.decode(prompt, skip_special_tokens=False) == "<bos><user>2+2?<assistant>"
     assert not mask.any()
     assert TOKENIZER.decode(TOKENIZER.encode_example(example, DataConfig()).ids) == (

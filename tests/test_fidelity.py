@@ -123,7 +123,9 @@ def test_calls_and_tools_are_written_as_the_row_says() -> None:
     assert trained(TOOLS, example) == wanted
     assert found(TOOLS, example) == []
     made = HubTokenizer(files(TOOLS), "the model")
-    assert json.dumps(TOOL) in made.decode(made.encode_prompt(example), skip_special_tokens=False)
+    assert json.dumps(TOOL) in made.decode(
+        made.encode_prompt(example, DataConfig()), skip_special_tokens=False
+    )
     assert read(json.dumps(row).replace("1.1", "1.10")) != example
 
 

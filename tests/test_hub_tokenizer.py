@@ -118,7 +118,7 @@ def test_a_prompt_is_the_beginning_of_its_example(template: str) -> None:
     made = tokenizer(template)
     asked = turns(*((m.role, m.text) for m in CHAT.messages[:1]), ("assistant", "as the"))
     ids, trained, _ = made.encode_example(asked, DataConfig())
-    prompt = made.encode_prompt(asked)
+    prompt = made.encode_prompt(asked, DataConfig())
     assert np.array_equal(ids[: len(prompt)], prompt)
     assert not trained[: len(prompt)].any()
     assert trained[len(prompt)]
@@ -194,7 +194,7 @@ def test_ends_come_from_generation_config_too() -> None:
 def test_a_template_can_only_write_text(template: str, message: str) -> None:
     """It runs in a sandbox, and what it refuses is one line."""
     with pytest.raises(DatasetError, match=message) as caught:
-        tokenizer(template).encode_prompt(CHAT)
+        tokenizer(template).encode_prompt(CHAT, DataConfig())
     assert "\n" not in str(caught.value)
 
 
@@ -210,9 +210,11 @@ def test_a_token_that_the_model_lacks() -> None:
     """A tokenizer may have more tokens than the model, and no text may use them."""
     whole = tokenizer(CHATML)
     made = HubTokenizer(files(CHATML), "the model", whole.vocab_size - 1)  # <start_of_turn>
-    assert np.array_equal(made.encode_prompt(CHAT), whole.encode_prompt(CHAT))
+    assert np.array_equal(
+        made.encode_prompt(CHAT, DataConfig()), whole.encode_prompt(CHAT, DataConfig())
+    )
     with pytest.raises(DatasetError, match="does not know the token '<start_of_turn>'"):
-        made.encode_prompt(turns(("user", "a <start_of_turn>"), ("assistant", "b")))
+        made.encode_prompt(turns(("user", "a <start_of_turn>"), ("assistant", "b")), DataConfig())
 
 
 def test_what_is_missing_or_damaged_is_named() -> None:
@@ -229,6 +231,6 @@ def test_what_is_missing_or_damaged_is_named() -> None:
         with pytest.raises(ModelError, match=message):
             HubTokenizer(broken, "the model")
     with pytest.raises(ModelError, match="the chat template is damaged"):
-        tokenizer("{% for %}").encode_prompt(CHAT)
+        tokenizer("{% for %}").encode_prompt(CHAT, DataConfig())
     with pytest.raises(ModelError, match="no chat template"):
-        tokenizer(None).encode_prompt(CHAT)
+        tokenizer(None).encode_prompt(CHAT, DataConfig())

@@ -8,16 +8,21 @@ from typing import Any
 
 import jax
 import mlflow
+import msgspec
 import pytest
 from mlflow.tracking import MlflowClient
 
 from tests.conftest import write_traces
-from tunix_mlflow.config.schema import ModelConfig, TrackingConfig
+from tests.test_hub_tokenizer import files
+from tunix_mlflow.config.load import load_config
+from tunix_mlflow.config.schema import DataConfig, ModelConfig, TrackingConfig
 from tunix_mlflow.data import datasets
+from tunix_mlflow.data.examples import Example, Message, to_answer
 from tunix_mlflow.errors import IntegrityError, Refused, TrackingError
 from tunix_mlflow.models import bundle as bundles
 from tunix_mlflow.models import decoder
 from tunix_mlflow.text.byte_tokenizer import ByteTokenizer
+from tunix_mlflow.text.hub_tokenizer import HubTokenizer
 from tunix_mlflow.tracking import tags
 from tunix_mlflow.tracking.models import flavor, gate, registry
 from tunix_mlflow.tracking.plugins.dataset import TunixMlflowDataset
@@ -42,6 +47,45 @@ def make_bundle(folder: Path, seed: int = 0) -> str:
     params = jax.tree.map(lambda a: jax.random.normal(next(keys), a.shape, a.dtype), target)
     bundles.save(bundles.Bundle(config, graph, params, tokenizer, 4), folder)
     return bundles.weights_digest(params)
+
+
+def test_a_model_is_asked_as_it_was_trained(tmp_path: Path) -> None:
+    """What decided the rendering of its training decides that of its prompts: day and thoughts."""
+    template = (
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = HubTokenizer(files(template), "the model")
+    data = load_config(
+        None, {"data.today": "2031-02-03", "data.reasoning": "inline", "data.packing": "false"}
+    ).data
+    config = ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mlp_width=32, vocab_size=280)
+    params = decoder.init(config, 280, 0)
+    made = bundles.Bundle(config, decoder.shape(config, 280)[0], params, tokenizer, 4, data=data)
+    bundles.save(made, tmp_path / "bundle")
+    again = bundles.load(tmp_path / "bundle")
+    rendering = {"today": "2031-02-03", "reasoning": "inline"}
+    assert bundles.describe(again)["rendering"] == rendering
+    assert bundles.content_digest(again) == bundles.content_digest(made)
+    assert bundles.content_digest(made) != bundles.content_digest(made._replace(data=DataConfig()))
+    asked = (
+        Message(role="user", content="30+1?"),
+        Message(role="assistant", content="31", reasoning="one more"),
+        Message(role="user", content="and 1?"),
+    )
+    ids = again._prompt(0, to_answer(asked), None).ids
+    trained = tokenizer.encode_example(
+        Example(messages=(*asked, Message(role="assistant", content="32"))), data
+    )
+    assert trained.findings == ()
+    assert ids.tolist() == trained.ids[: len(ids)].tolist()
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    assert text.startswith("03 Feb 2031<|im_start|>user")
+    assert "<think>\none more\n</think>\n\n31" in text
+    assert tokenizer.template_digest(data) != tokenizer.template_digest(
+        msgspec.structs.replace(data, today=DataConfig().today)
+    )
 
 
 def log(run: Run, seed: int = 0, **more: Any) -> None:

@@ -108,5 +108,6 @@ def test_where_turns_begin_is_not_decided_by_characters_that_merge() -> None:
     assert tokenizer.decode(ids[trained], skip_special_tokens=False) == "\n\n\nx<|im_end|>"
     assert [finding.kind for finding in findings] == ["prompt"]
     assert not np.array_equal(
-        ids[: len(tokenizer.encode_prompt(row))], tokenizer.encode_prompt(row)
+        ids[: len(tokenizer.encode_prompt(row, DataConfig()))],
+        tokenizer.encode_prompt(row, DataConfig()),
     )

@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 from tests.conftest import ROOT
+from tunix_mlflow.config.schema import DataConfig
 from tunix_mlflow.data.examples import Example, Message
 from tunix_mlflow.models import decoder, generation
 from tunix_mlflow.models.bundle import Bundle
@@ -51,7 +52,7 @@ def folder(
 def test_the_tokenizer_is_transformers(base: bases.Base) -> None:
     """Text, and a conversation by the model's own template."""
     asked = Example(messages=(Message(role="user", content="What is 12 + 30?"),), answer="42")
-    assert base.tokenizer.encode_prompt(asked).tolist() == GOLDEN["chat_ids"]
+    assert base.tokenizer.encode_prompt(asked, DataConfig()).tolist() == GOLDEN["chat_ids"]
 
 
 def test_perplexity_and_greedy_text_are_transformers(
@@ -87,7 +88,10 @@ def test_export_and_import_is_the_same(
     assert again.config == base.config
     assert again.tokenizer.template == base.tokenizer.template
     asked = Example(messages=(Message(role="user", content="Hi 2024!"),), answer="")
-    assert np.array_equal(again.tokenizer.encode_prompt(asked), base.tokenizer.encode_prompt(asked))
+    assert np.array_equal(
+        again.tokenizer.encode_prompt(asked, DataConfig()),
+        base.tokenizer.encode_prompt(asked, DataConfig()),
+    )
     back, _ = bases.load(again, lambda array, _: array)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

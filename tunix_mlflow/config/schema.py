@@ -6,6 +6,7 @@ existing digest means, so it needs a new SCHEMA_VERSION; tests/golden/ has each 
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Literal
 
 import msgspec
@@ -26,6 +27,10 @@ class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
 
 
+TODAY = datetime.date(2024, 7, 26)
+"""The default of `data.today`: the day on which Llama 3's templates fall back."""
+
+
 class DataConfig(_Section, frozen=True):
     """How examples become rows of tokens."""
 
@@ -40,6 +45,9 @@ class DataConfig(_Section, frozen=True):
     end: Literal["template", "append"] = "template"
     """What ends a turn that is trained on: what the chat template writes; or the tokenizer's end
     token too, where the template writes none."""
+    today: datetime.date = TODAY
+    """The day that a chat template is told if it asks for it (strftime_now), in training and, of
+    the trained model, in answers; as YYYY-MM-DD."""
     fidelity: Literal["refuse", "record"] = "refuse"
     """When a text is missing from a turn that is trained on, or nothing ends the turn: refuse to
     train, or record it on the run."""
@@ -59,6 +67,10 @@ class DataConfig(_Section, frozen=True):
     evaluation_sets: tuple[str, ...] = ()
     """Keys of datasets to look for in the training split, by prompts and by 8-grams; see
     `tunix-mlflow datasets check-leakage`."""
+
+
+RENDERING = ("include_steps", "turns", "reasoning", "end", "today")
+"""Keys of `data` that decide how an example is rendered: a model keeps those of its training."""
 
 
 class LimitsConfig(_Section, frozen=True):

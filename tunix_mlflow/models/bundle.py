@@ -1,6 +1,6 @@
 """A model with its tokenizer and limits, as a folder of Orbax arrays and JSON: never code.
 
-bundle.json      model configuration, tokenizer, template, limits, digests
+bundle.json      model configuration, tokenizer, template, rendering, limits, digests
 params/          Orbax
 tokenizer/       of a pretrained model: tokenizer.json, template and settings
 adapter/         Orbax, if the model was trained with LoRA; `params` has it merged already
@@ -17,7 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import msgspec
 
-from tunix_mlflow.config.schema import DataConfig, LimitsConfig, LoraConfig, ModelConfig
+from tunix_mlflow.config.schema import (
+    RENDERING,
+    DataConfig,
+    LimitsConfig,
+    LoraConfig,
+    ModelConfig,
+)
 from tunix_mlflow.data import canonical
 from tunix_mlflow.data import messages as rows
 from tunix_mlflow.data.examples import Example, Message, to_answer
@@ -52,6 +58,7 @@ class Bundle(NamedTuple):
     tokenizer: Tokenizer
     max_new_tokens: int  # default limit of a completion
     adapter: Adapter | None = None  # merged into `params` already
+    data: DataConfig = DataConfig()  # of its training: RENDERING of it is kept
 
     def complete(
         self, examples: Sequence[Example], max_new_tokens: int | None = None
@@ -94,7 +101,7 @@ class Bundle(NamedTuple):
             DatasetError: if the template refuses it, or it leaves no position.
             ModelError: if there is no template.
         """
-        ids = self.tokenizer.encode_prompt(example)
+        ids = self.tokenizer.encode_prompt(example, self.data)
         limit = max_new_tokens or self.max_new_tokens
         if self.config.max_positions is not None:
             limit = min(limit, self.config.max_positions - len(ids))
@@ -200,8 +207,9 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "tokenizer": {
             "name": tokenizer.name,
             "digest": tokenizer.digest,
-            "template_digest": tokenizer.template_digest(DataConfig()),
+            "template_digest": tokenizer.template_digest(bundle.data),
         },
+        "rendering": _rendering(bundle.data),
         "max_new_tokens": bundle.max_new_tokens,
         "parameters": decoder.parameter_count(bundle.params),
         "weights_digest": weights_digest(bundle.params),
@@ -213,6 +221,12 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             "base_digest": bundle.adapter.base_digest,
         }
     return result
+
+
+def _rendering(data: DataConfig) -> dict[str, Any]:
+    """Return the keys that decide how prompts are rendered, and are not the default."""
+    own, default = msgspec.to_builtins(data), msgspec.to_builtins(DataConfig())
+    return {key: own[key] for key in RENDERING if own[key] != default[key]}
 
 
 def content_digest(bundle: Bundle) -> str:
@@ -256,8 +270,8 @@ def load(folder: Path) -> Bundle:
         adapter_params = arrays.read(folder / _ADAPTER, target)
         base, base_digest = described["base"], described["base_digest"]
         adapter = Adapter(lora_config, adapter_params, base, base_digest)
-    limit = info["max_new_tokens"]
-    return Bundle(config, graph, jax.device_put(params), tokenizer, limit, adapter)
+    limit, data = info["max_new_tokens"], msgspec.convert(info["rendering"], DataConfig)
+    return Bundle(config, graph, jax.device_put(params), tokenizer, limit, adapter, data)
 
 
 def _tokenizer(folder: Path, info: dict[str, Any]) -> Tokenizer:

@@ -121,7 +121,7 @@ def evaluate(
         )
         if reason is not None:
             reporter.info(f"{reason}: the figure is on this run only, and counts for no gate")
-        loss = _held_out_loss(bundle, examples, config, reporter)
+        loss = _held_out_loss(bundle, examples, chosen.batch_size, reporter)
         run.log_metrics(
             {
                 **({} if loss is None else {"eval/loss": loss}),
@@ -144,13 +144,13 @@ def evaluate(
 
 
 def _held_out_loss(
-    bundle: Bundle, examples: list[Example], config: Config, reporter: Reporter
+    bundle: Bundle, examples: list[Example], batch_size: int, reporter: Reporter
 ) -> float | None:
     """Return the loss on the examples; None, with a message, if they cannot be rendered."""
     from tunix_mlflow.training.held_out import held_out_loss  # late: it loads the optimizers
 
     try:
-        return held_out_loss(bundle, examples, config.data, config.evaluation.batch_size)
+        return held_out_loss(bundle, examples, batch_size)
     except (DatasetError, ModelError) as error:
         reporter.info(f"no held-out loss: {error}")
         return None

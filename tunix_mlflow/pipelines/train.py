@@ -397,8 +397,9 @@ def _bundle(inputs: TrainingInputs, trainer: Trainer) -> bundles.Bundle:
         adapter = bundles.Adapter(
             config.lora, trainer.state.params, config.base or "", trainer.base_digest or ""
         )
+    limit = inputs.max_new_tokens
     return bundles.Bundle(
-        config.model, trainer.graph, params, inputs.tokenizer, inputs.max_new_tokens, adapter
+        config.model, trainer.graph, params, inputs.tokenizer, limit, adapter, config.data
     )
 
 

@@ -52,7 +52,7 @@ def template_digest(include_steps: bool) -> str:
     return hashlib.sha256(f"{_NAME}:{markers}:steps={include_steps}".encode()).hexdigest()
 
 
-def render_prompt(example: Example, *, include_steps: bool = True) -> list[Segment]:
+def render_prompt(example: Example, *, include_steps: bool) -> list[Segment]:
     """Render what a model is given: everything before the completion."""
     segments = [Segment(BOS, True, False)]
     if is_text(example):

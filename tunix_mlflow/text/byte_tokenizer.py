@@ -46,9 +46,11 @@ class ByteTokenizer:
             *self.encode(byte_template.render(example, include_steps=config.include_steps))
         )
 
-    def encode_prompt(self, example: Example) -> Ids:
+    def encode_prompt(self, example: Example, config: DataConfig) -> Ids:
         """Return the ids of everything before the completion."""
-        return self.encode(byte_template.render_prompt(example))[0]
+        return self.encode(
+            byte_template.render_prompt(example, include_steps=config.include_steps)
+        )[0]
 
     def encode(self, segments: Iterable[Segment]) -> tuple[Ids, Mask]:
         """Return the ids [n] of segments and the mask [n] of those that are trained on."""

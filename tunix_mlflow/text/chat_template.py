@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tunix_mlflow.config.schema import TODAY
 from tunix_mlflow.data import json_text
 from tunix_mlflow.data.examples import REASONING, Example, Message
 from tunix_mlflow.errors import DatasetError, ModelError
@@ -24,7 +25,6 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private characters around what a template marks
-_TODAY = datetime.datetime(2024, 7, 26)  # on which Llama 3's templates fall back
 FILES = (TEMPLATE, TOOL_TEMPLATE)
 
 
@@ -43,6 +43,8 @@ class ChatTemplate:
         special_tokens: `bos_token` and the like, by the names that templates use.
         where: the model's folder or name, for error messages.
         tool_source: the template for conversations with tools, where the model has one of its own.
+        today: what `strftime_now` tells the template: always the same day, since what is trained
+            on depends on it.
     """
 
     def __init__(
@@ -51,15 +53,22 @@ class ChatTemplate:
         special_tokens: Mapping[str, str],
         where: str,
         tool_source: str | None = None,
+        today: datetime.date = TODAY,
     ) -> None:
         self.source, self.tool_source = source, tool_source
-        self.special_tokens, self.where = special_tokens, where
+        self.special_tokens, self.where, self.today = special_tokens, where, today
+
+    def on(self, today: datetime.date) -> ChatTemplate:
+        """Return the template on another day."""
+        if today == self.today:
+            return self
+        return ChatTemplate(self.source, self.special_tokens, self.where, self.tool_source, today)
 
     def digest_text(self) -> str:
         """Return what decides the rendering, for a digest."""
         parts = [self.source or "", *([self.tool_source] if self.tool_source else [])]
         if any("strftime_now" in part for part in parts):
-            parts.append(_TODAY.date().isoformat())
+            parts.append(self.today.isoformat())
         return "\n\x1f".join(parts)
 
     def render(
@@ -160,6 +169,7 @@ class ChatTemplate:
                 tools=tools or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
+                strftime_now=self.today.strftime,
                 **self.special_tokens,
             )
         except jinja2.TemplateSyntaxError as error:
@@ -300,6 +310,4 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    # Always the same day: what is trained on would depend on it.
-    environment.globals["strftime_now"] = _TODAY.strftime
     return environment

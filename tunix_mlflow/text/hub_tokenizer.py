@@ -130,7 +130,7 @@ class HubTokenizer:
             decides += f"|reasoning={config.reasoning}"
         if config.end != "template":
             decides += f"|end={config.end}"
-        text = f"{answers.ANSWER_MARK}|{decides}|{self.template.digest_text()}"
+        text = f"{answers.ANSWER_MARK}|{decides}|{self.template.on(config.today).digest_text()}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def encode_example(self, example: Example, config: DataConfig) -> Encoded:
@@ -147,7 +147,7 @@ class HubTokenizer:
         if is_text(example):
             return self._encode_text(example)
         ends = [str(self._tokenizer.id_to_token(i)) for i in self.eos_ids]
-        rendered = mask.render(self.template, example, ends, config)
+        rendered = mask.render(self.template.on(config.today), example, ends, config)
         encoding, listed = self._encode(rendered.text)
         ids = np.array(listed, np.int32)
         trained, findings = np.zeros(len(ids), np.bool_), fidelity.missing(rendered)
@@ -170,7 +170,7 @@ class HubTokenizer:
             elif not ended:
                 findings.append(Finding(fidelity.END, turn.message + 1, True, ""))
         findings += self._unknown(encoding, listed, rendered.text, trained)
-        prompt = self._prompt_text(example)
+        prompt = self._prompt_text(example, config)
         if not self._begins(rendered.text, prompt, encoding, listed):
             findings.append(Finding(fidelity.PROMPT, 0, False, prompt[-40:]))
         if inserted:
@@ -178,13 +178,13 @@ class HubTokenizer:
             trained = np.insert(trained, inserted, True)
         return Encoded(ids, trained, tuple(findings))
 
-    def encode_prompt(self, example: Example) -> Ids:
-        """Return the ids of everything before the completion.
+    def encode_prompt(self, example: Example, config: DataConfig) -> Ids:
+        """Return the ids of everything before the completion, rendered as an example would be.
 
         Raises:
             DatasetError: if the template refuses the messages, or the model lacks a token.
         """
-        return np.array(self._encode(self._prompt_text(example))[1], np.int32)
+        return np.array(self._encode(self._prompt_text(example, config))[1], np.int32)
 
     def losses(self) -> dict[str, str]:
         """Return what becomes of a plain chat, a thought, a call with tools, and a system message.
@@ -216,9 +216,10 @@ class HubTokenizer:
         findings = self._unknown(encoding, listed, example.messages[-1].text, own)
         return Encoded(ids, trained, tuple(findings))
 
-    def _prompt_text(self, example: Example) -> str:
-        messages = [self.template.message(m, include_steps=True) for m in prompt_messages(example)]
-        return self.template.render(messages, tools_of(example), add_generation_prompt=True)
+    def _prompt_text(self, example: Example, config: DataConfig) -> str:
+        template = self.template.on(config.today)
+        messages = mask.rendered_messages(template, prompt_messages(example), config)
+        return template.render(messages, tools_of(example), add_generation_prompt=True)
 
     def _begins(self, text: str, prompt: str, encoding: Encoding, ids: list[int]) -> bool:
         """Return whether the ids of a prompt are the first of a text's.

@@ -60,11 +60,7 @@ def render(
         ModelError: if the template does not say where a turn begins and ends.
     """
     tools = tools_of(example)
-    inline = config.reasoning == "inline"
-    messages = [
-        template.message(m, include_steps=config.include_steps, inline=inline)
-        for m in example.messages
-    ]
+    messages = rendered_messages(template, example.messages, config)
     trained = [is_trained(m) for m in example.messages]
     if example.answer is not None:
         content = answers.write_completion(completion(example), include_steps=config.include_steps)
@@ -82,6 +78,16 @@ def render(
         stop = _turn_stop(template, messages, tools, index, text, start, end_tokens)
         turns.append(Turn(index, [(start, stop)]))
     return Rendered(text, messages, tools, turns, False)
+
+
+def rendered_messages(
+    template: ChatTemplate, messages: Sequence[Message], config: DataConfig
+) -> list[dict[str, Any]]:
+    """Return messages as a template takes them, with their reasoning where `config` wants it."""
+    inline = config.reasoning == "inline"
+    return [
+        template.message(m, include_steps=config.include_steps, inline=inline) for m in messages
+    ]
 
 
 def _marked_turns(

@@ -57,7 +57,7 @@ class Tokenizer(Protocol):
     def encode_example(self, example: Example, config: DataConfig) -> Encoded:
         """Return the ids of a whole example, and which are trained on."""
 
-    def encode_prompt(self, example: Example) -> Ids:
+    def encode_prompt(self, example: Example, config: DataConfig) -> Ids:
         """Return the ids of what a model is given: everything before the completion."""
 
     def decode(self, ids: Sequence[int] | Ids, *, skip_special_tokens: bool = True) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
-import msgspec
 import numpy as np
 
 from tunix_mlflow.config.schema import DataConfig
@@ -19,25 +18,21 @@ from tunix_mlflow.models.decoder import Graph, Params
 from tunix_mlflow.training.losses import token_losses
 
 
-def held_out_loss(
-    bundle: Bundle, examples: Sequence[Example], config: DataConfig, batch_size: int
-) -> float:
+def held_out_loss(bundle: Bundle, examples: Sequence[Example], batch_size: int) -> float:
     """Return the mean loss of what would be trained on of some examples, in nats per token.
 
     Args:
-        bundle: the model.
-        examples: at least one.
-        config: which turns are trained on, and how they are rendered. Examples that are longer
-            than the model's positions are cut.
+        bundle: the model; its examples are rendered, and their turns chosen, as in its training.
+        examples: at least one. What is longer than the model's positions is cut.
         batch_size: rows at a time.
 
     Raises:
         DatasetError: if the template refuses an example, or none has a token to train on.
         ModelError: if it is not known what would be trained on.
     """
-    tokenized = encode_examples(examples, bundle.tokenizer, config)
+    tokenized = encode_examples(examples, bundle.tokenizer, bundle.data)
     length = min(fit_length(longest(tokenized)), bundle.config.max_positions or LONGEST_FIT)
-    rows = lay_out_rows(tokenized, msgspec.structs.replace(config, overlong="truncate"), length)
+    rows = lay_out_rows(tokenized, DataConfig(overlong="truncate"), length)
     sums = [_sums(bundle.params, batch, bundle.graph) for batch in eval_batches(rows, batch_size)]
     losses, counts = jax.device_get(tuple(zip(*sums, strict=True)))
     return float(np.sum(losses, dtype=np.float64) / np.sum(counts))
