@@ -196,6 +196,38 @@ def test_what_is_exported_can_be_read(tmp_path: Path, name: str, form: str) -> N
             assert again.messages[-1].content == expected.answer
 
 
+def test_columns_that_only_later_rows_have(tmp_path: Path) -> None:
+    """Parquet holds the tools and meta of every row, whatever the first one has."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    turn = {"role": "user", "content": "q"}
+    rows = [
+        {"messages": [turn, {"role": "assistant", "content": "a"}], "split": "train"},
+        {"messages": [turn, call], "tools": [{"name": "f"}], "meta": {"n": 1}, "split": "train"},
+    ]
+    datasets.ingest(lines(tmp_path / "data.jsonl", *rows), "two-v1")
+    datasets.export("two-v1", tmp_path / "out.parquet", "messages")
+    again = datasets.ingest(tmp_path / "out.parquet", "two-v2", form="messages")
+    assert again.manifest.digest == datasets.get("two-v1").digest
+
+
+def test_arguments_in_a_map(tmp_path: Path) -> None:
+    """A column of maps holds objects."""
+    made = {"role": pa.string(), "content": pa.string()}
+    arguments = pa.map_(pa.string(), pa.string())
+    function = pa.struct({"name": pa.string(), "arguments": arguments})
+    calls = pa.list_(pa.struct({"function": function}))
+    kind = pa.list_(pa.struct(made | {"tool_calls": calls}))
+    said = {"name": "f", "arguments": [("b", "1"), ("a", "2")]}
+    turns = [
+        {"role": "user", "content": "q", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": said}]},
+    ]
+    pq.write_table(pa.table({"messages": pa.array([turns], kind)}), tmp_path / "a.parquet")
+    calls_text = only(tmp_path / "a.parquet").messages[-1].tool_calls
+    assert calls_text is not None
+    assert json.loads(calls_text)[0]["function"]["arguments"] == {"b": "1", "a": "2"}
+
+
 def test_columns_by_another_name(tmp_path: Path) -> None:
     """--map says where a field stands; errors name the column that the file has."""
     path = lines(tmp_path / "a.jsonl", {"instruction": "p", "output": "c", "lang": "en"})

@@ -131,7 +131,9 @@ def test_a_template_that_forgets() -> None:
     assert spelled(made, CHAT) == wanted
     unsaid = tokenizer(FORGETS.replace("{{ m.content }}", "{% if loop.last %}z{% endif %}"))
     found = unsaid.encode_example(CHAT, DataConfig()).findings
-    assert [(f.kind, f.turn) for f in found if f.refuses] == [("content", 2), ("content", 4)]
+    assert [(f.kind, f.turn) for f in found if f.refuses] == [
+        *(("content", 2), ("content", 4), ("end", 2), ("end", 4))
+    ]
     last = turns(*((m.role, m.text) for m in CHAT.messages), m1=False)
     assert spelled(made, last) == ["<think>\n\n</think>\n\nit is<|im_end|>"]
 

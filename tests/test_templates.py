@@ -17,10 +17,11 @@ import pytest
 from tests.templates.compare import example
 from tests.templates.conversations import CONVERSATIONS
 from tests.templates.own import OWN
+from tests.templates.settings import MESSAGES, folders
 from tests.templates.small_tokenizers import nasty_texts, small_tokenizers
 from tunix_mlflow.config.schema import DataConfig
 from tunix_mlflow.data.examples import Example, Message
-from tunix_mlflow.errors import DatasetError
+from tunix_mlflow.errors import DatasetError, ModelError
 from tunix_mlflow.text.hub_tokenizer import HubTokenizer
 from tunix_mlflow.text.mask import is_trained
 
@@ -74,6 +75,31 @@ def test_ids_and_masks(template: str, kind: str) -> None:
             elif said and kind == "byte-level":
                 assert said in rest
                 assert said not in text
+
+
+@pytest.mark.parametrize("way", folders(small_tokenizers()["byte-level"]))
+def test_settings_that_change_ids(way: str) -> None:
+    """Tokens and flags that stand beside tokenizer.json count, as for transformers."""
+    files = folders(golden()["tokenizers"]["byte-level"])[way]
+    tokenizer = HubTokenizer({name: text.encode() for name, text in files.items()}, "the model")
+    row = Example(messages=tuple(Message(**message) for message in MESSAGES))
+    ids = tokenizer.encode_example(row, DataConfig()).ids
+    assert ids.tolist() == golden()["settings"][way]
+
+
+def test_settings_that_are_refused() -> None:
+    """Special tokens that are split, and a token that has another id in tokenizer.json."""
+    files = folders(small_tokenizers()["byte-level"])["a new token"]
+    settings = json.loads(files["tokenizer_config.json"])
+    other = {str(int(i) + 2): t for i, t in settings["added_tokens_decoder"].items()}
+    for change, message in (
+        ({"split_special_tokens": True}, "split_special_tokens in tokenizer_config.json"),
+        ({"added_tokens_decoder": other}, "the token '<s>' the id"),
+        ({"added_tokens_decoder": {"x": {}}}, "is damaged"),
+    ):
+        changed = files | {"tokenizer_config.json": json.dumps(settings | change)}
+        with pytest.raises(ModelError, match=message):
+            HubTokenizer({name: text.encode() for name, text in changed.items()}, "the model")
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.templates.conversations import CONVERSATIONS
+from tests.templates.words import REFUSED, conversation, wrong
 from tunix_mlflow.config.schema import DataConfig, LimitsConfig
 from tunix_mlflow.data import formats
 from tunix_mlflow.data.examples import Example, canonical_text, from_canonical
 from tunix_mlflow.errors import TunixMlflowError
 from tunix_mlflow.text.hub_tokenizer import HubTokenizer
 
+_CHATS = 100
 EQUAL, MISSING, DIFFERS = "equal", "refused", "DIFFERS"
 NEITHER, ONLY_HERE, ONLY_THERE = "neither", "only here", "only there"
 _HEAD = """# Chat templates
@@ -27,6 +29,10 @@ What training makes of the chat templates that trl {trl} ships, against transfor
 null content, thoughts in the content and in a field, two turns of the assistant in a row, non-
 ASCII, leading newlines. Of the {pairs} pairs that transformers renders, the ids differ in
 {differ}; where a template marks generations, so does the mask. `make templates` writes this page.
+
+Of {chats} random conversations in which no word occurs twice, times the templates, {trained} can be
+trained on. In {wrong} of them a word of the assistant is left out, or one of anybody else is trained
+on.
 
 A pair is refused, unless `data.fidelity=record`, when the text of a turn that is trained on is
 not in what the template wrote, or no end token follows it. The tokenizers are small ones with
@@ -64,6 +70,7 @@ def outcome(tokenizer: HubTokenizer, name: str, theirs: dict[str, Any]) -> tuple
 def main(folder: Path, page: Path) -> int:
     """Compare all, write the page, and return the number of pairs that differ."""
     counts: collections.Counter[str] = collections.Counter()
+    chats: collections.Counter[str] = collections.Counter()
     rows = []
     versions = json.loads((folder / "versions.json").read_text())
     for path in sorted(folder.glob("*.json")):
@@ -80,6 +87,11 @@ def main(folder: Path, page: Path) -> int:
         for name, (kind, text) in found.items():
             if kind not in (EQUAL, NEITHER, MISSING):
                 print(peer["template"], name, kind, text, sep=" | ")
+        for number in range(_CHATS):
+            verdict = wrong(tokenizer, conversation(number), DataConfig())
+            if verdict not in (None, REFUSED):
+                print(peer["template"], "conversation", number, verdict, sep=" | ")
+            chats[EQUAL if verdict is None else verdict if verdict == REFUSED else DIFFERS] += 1
         shown = ", ".join(f"{part} ({count})" for part, count in why.most_common())
         rendered = own[EQUAL] + own[MISSING] + own[DIFFERS] + own[ONLY_THERE]
         rows.append(
@@ -88,10 +100,18 @@ def main(folder: Path, page: Path) -> int:
         counts += own
     differ = counts[DIFFERS] + counts[ONLY_HERE] + counts[ONLY_THERE]
     pairs = counts.total() - counts[NEITHER] - counts[ONLY_HERE]
-    head = _HEAD.format(count=len(CONVERSATIONS), pairs=f"{pairs:,}", differ=differ, **versions)
+    head = _HEAD.format(
+        count=len(CONVERSATIONS),
+        pairs=f"{pairs:,}",
+        differ=differ,
+        chats=_CHATS,
+        trained=f"{chats[EQUAL] + chats[DIFFERS]:,}",
+        wrong=chats[DIFFERS] or "none",
+        **versions,
+    )
     page.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
     print(dict(counts))
-    return differ
+    return differ + chats[DIFFERS]
 
 
 if __name__ == "__main__":

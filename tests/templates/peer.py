@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tests.templates.conversations import CONVERSATIONS, TODAY
 from tests.templates.own import OWN
+from tests.templates.settings import MESSAGES, folders
 from tests.templates.small_tokenizers import nasty_texts, small_tokenizers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "templates.json.gz"
@@ -106,7 +107,23 @@ def golden() -> dict[str, Any]:
     for name, backend in backends.items():
         theirs = loaded(backend, "<s>", "<|im_end|>")
         made["texts"][name] = [theirs.encode(t, add_special_tokens=False) for t in nasty_texts()]
+    made["settings"] = {
+        way: by_settings(files) for way, files in folders(backends["byte-level"]).items()
+    }
     return made
+
+
+def by_settings(files: dict[str, str]) -> list[int]:
+    """Ids of a conversation, by the tokenizer that transformers reads from a folder."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, content in files.items():
+            (Path(scratch) / name).write_text(content)
+        found = AutoTokenizer.from_pretrained(scratch).apply_chat_template(
+            MESSAGES, return_dict=True
+        )
+    return list(found["input_ids"])
 
 
 def main(folder: Path) -> None:

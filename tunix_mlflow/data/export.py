@@ -78,7 +78,10 @@ def _writer(part: Path, name: str) -> Iterator[Callable[[list[Any]], None]]:
         rows: list[Any] = []
         yield rows.extend
         try:
-            table = pa.Table.from_pylist([_columns(row) for row in rows])
+            columns = [_columns(row) for row in rows]
+            # A table takes its columns from the first row.
+            names = dict.fromkeys(key for row in columns for key in row)
+            table = pa.Table.from_pylist([dict.fromkeys(names) | row for row in columns])
         except pa.ArrowException as error:
             raise DatasetError(f"the meta of these examples has no columns: {error}") from error
         pq.write_table(table, part, compression="zstd")

@@ -130,7 +130,7 @@ def records(source: Source, longest: int) -> Iterator[tuple[int, dict[str, Any]]
                         yield number, {"text": line.decode("utf-8").rstrip("\r\n")}
         else:
             for batch in _batches(source):
-                for record in batch.to_pylist():
+                for record in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
                     yield number, record
     except UnicodeDecodeError as error:

@@ -24,6 +24,8 @@ SETTINGS = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
+ADDED = "added_tokens_decoder"
+"""Key of the settings: id -> token, for each that was added to the tokenizer."""
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private characters around what a template marks
 FILES = (TEMPLATE, TOOL_TEMPLATE)
 
@@ -81,10 +83,13 @@ class ChatTemplate:
         """Return the text of messages, which are as :meth:`message` makes them.
 
         Raises:
-            DatasetError: if the template refuses the messages.
+            DatasetError: if the template refuses the messages, or marks generations and they have
+                the private characters that stand for its marks.
             ModelError: if the template is damaged, or there is none.
         """
         text = self._render(messages, tools, add_generation_prompt)
+        if not self.marks_generations(tools):
+            return text
         return text.replace(_OPEN, "").replace(_CLOSE, "")
 
     def render_marked(
@@ -96,9 +101,6 @@ class ChatTemplate:
             DatasetError: if the template refuses the messages, or they have private characters.
             ModelError: if the template is damaged, or there is none.
         """
-        said = repr((messages, tools))
-        if _OPEN in said or _CLOSE in said:
-            raise DatasetError("a message has the private characters U+E0F0 or U+E0F1")
         before, *parts = self._render(messages, tools, False).split(_OPEN)
         text, generations = before, []
         for part in parts:
@@ -147,7 +149,7 @@ class ChatTemplate:
         return [k for k in REASONING if re.search(rf"\.{k}\b|['\"]{k}['\"]", source)]
 
     def _source(self, tools: Sequence[Any] | None) -> str:
-        source = self.tool_source if tools and self.tool_source else self.source
+        source = self.tool_source if tools is not None and self.tool_source else self.source
         if source is None:
             raise ModelError(
                 f"{self.where} has no chat template: put {TEMPLATE} beside {TOKENIZER}; without"
@@ -163,10 +165,15 @@ class ChatTemplate:
     ) -> str:
         import jinja2
 
+        source = self._source(tools)
+        if _marks_generations(source):
+            said = json.dumps([messages, tools], ensure_ascii=False)
+            if _OPEN in said or _CLOSE in said:
+                raise DatasetError("a message has the private characters U+E0F0 or U+E0F1")
         try:
-            return _compiled(self._source(tools)).render(
+            return _compiled(source).render(
                 messages=messages,
-                tools=tools or None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=self.today.strftime,
@@ -198,7 +205,10 @@ def read_template(files: Mapping[str, bytes], where: str) -> ChatTemplate:
         ModelError: if a file is damaged.
     """
     settings = read_object(files, SETTINGS, where)
-    special_tokens = _special_tokens(settings, read_object(files, SPECIAL_TOKENS, where))
+    older = read_object(files, SPECIAL_TOKENS, where)
+    # As transformers: where the settings list the added tokens, they have all that counts.
+    both = (settings, older) if ADDED in settings else (older, settings)
+    special_tokens = _special_tokens(*both)
     source, tool_source = _sources(files, settings, where)
     return ChatTemplate(source, special_tokens, where, tool_source)
 
@@ -222,9 +232,11 @@ def _special_tokens(*settings: Mapping[str, Any]) -> dict[str, str]:
     """Return `bos_token` and the like; the first of the settings wins."""
     tokens: dict[str, str] = {}
     for each in reversed(settings):
-        for key, value in each.items():
+        own = {key: value for key, value in each.items() if key.endswith("_token")}
+        extra = each.get("extra_special_tokens")
+        for key, value in (own | (extra if isinstance(extra, dict) else {})).items():
             text = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(text, str):
+            if isinstance(text, str):
                 tokens[key] = text
     return tokens
 
@@ -233,7 +245,7 @@ def _sources(
     files: Mapping[str, bytes], settings: Mapping[str, Any], where: str
 ) -> tuple[str | None, str | None]:
     """Return the template, and that for conversations with tools, if they have one of their own."""
-    if TEMPLATE in files:
+    if any(name in files for name in FILES):  # in place of those in the settings
         both = [_text(files, name, where) if name in files else None for name in FILES]
         return both[0], both[1]
     template = settings.get("chat_template")

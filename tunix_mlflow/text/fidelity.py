@@ -6,6 +6,7 @@ compared without white space around them, as they stand or as JSON writes them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,30 +54,41 @@ def missing(rendered: Rendered) -> list[Finding]:
     inside = {turn.message: _inside(rendered, turn.spans) for turn in rendered.turns}
     outside = _outside(rendered)
     for index, message in enumerate(rendered.messages):
-        region = inside.get(index)
-        for kind, text in _said(message):
-            where = outside if region is None else region
-            if text in where:
+        is_trained = index in inside
+        where = inside.get(index, outside)
+        # The longest first: each place in a turn stands for one thing that it says.
+        for kind, text in sorted(_said(message), key=lambda each: -len(each[1])):
+            spelling = next((s for s in _spellings(text) if s in where), None)
+            if spelling is None:
+                # A template may mark only what follows the thought.
+                if kind == THOUGHT and is_trained and _before(rendered, index, text):
+                    continue
+                found.append(Finding(kind, index + 1, is_trained, _cut(text)))
                 continue
-            if kind == THOUGHT and region is not None and _before(rendered, index, text):
-                continue  # the template marks what follows the thought
-            what = SPACE if holds(where, text) else kind
-            if what == SPACE and text == text.strip():
-                continue  # as JSON writes it
-            found.append(Finding(what, index + 1, region is not None, _cut(text)))
+            if is_trained:
+                where = where.replace(spelling, "\0", 1)
+            if spelling != text and text != text.strip():
+                found.append(Finding(SPACE, index + 1, is_trained, _cut(text)))
     for tool in rendered.tools or ():
         if json.dumps(tool, ensure_ascii=False) not in outside:
-            texts = [text for text in _definition(tool) if not holds(outside, text)]
-            found += [Finding(TOOL, 0, False, _cut(text)) for text in texts[:1]]
+            texts = (text for text in _definition(tool) if not _holds(outside, text))
+            found += [Finding(TOOL, 0, False, _cut(text)) for text in itertools.islice(texts, 1)]
     return found
 
 
-def holds(text: str, piece: str) -> bool:
-    """Return whether a text has a piece, as it stands or as JSON writes it."""
-    piece = piece.strip()
-    if piece in text:
-        return True
-    return any(json.dumps(piece, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+def _spellings(text: str) -> Iterator[str]:
+    """Yield a text as it stands, without white space around it, and as JSON and Python write it."""
+    yield text
+    text = text.strip()
+    yield text
+    for ascii in (False, True):
+        yield json.dumps(text, ensure_ascii=ascii)[1:-1]
+    yield repr(text)[1:-1]
+    yield text.replace("\\", "\\\\").replace("'", "\\'")
+
+
+def _holds(text: str, piece: str) -> bool:
+    return any(spelling in text for spelling in _spellings(piece))
 
 
 def _said(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ from tunix_mlflow.errors import DatasetError, ModelError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.text import answers, chat_template, fidelity, mask
 from tunix_mlflow.text.chat_template import (
+    ADDED,
     SETTINGS,
     SPECIAL_TOKENS,
     TOKENIZER,
@@ -85,6 +86,7 @@ class HubTokenizer:
             raise ModelError(f"{where}: {TOKENIZER} is damaged: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._apply_settings()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.table_size = table_size or self.vocab_size
         self.template = read_template(self.files, where)
@@ -96,6 +98,8 @@ class HubTokenizer:
         known = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {i for i, token in known.items() if token.special}
         self._unknown_id = self._read_unknown_id()
+        # Whether a character that the vocabulary lacks gets no token at all.
+        self._drops = not self._tokenizer.encode("\ue0f4", add_special_tokens=False).ids
 
     @classmethod
     def read(cls, folder: Path, table_size: int | None = None) -> HubTokenizer:
@@ -160,10 +164,10 @@ class HubTokenizer:
                     final = encoding.char_to_token(stop - 1) if stop else None
                     last = last if final is None else min(last, final + 1)
                 own = np.flatnonzero(np.isin(ids[first:last], self.eos_ids))
-                if len(own):
-                    ended = True
-                    if not rendered.marked:  # a line break after the end is not the model's
-                        last = first + int(own[-1]) + 1
+                end = first + int(own[-1]) if len(own) else None
+                ended = end is not None and not _text_after(encoding, end, rendered.text, stop)
+                if ended and not rendered.marked:  # a line break after the end is not the model's
+                    last = first + int(own[-1]) + 1
                 trained[first:last] = True
             if not ended and config.end == "append" and turn.spans:
                 inserted.append(last)
@@ -258,14 +262,23 @@ class HubTokenizer:
     def _unknown(
         self, encoding: Encoding, ids: list[int], text: str, trained: Mask
     ) -> list[Finding]:
-        """Return the first character that became the token for unknown ones."""
-        if self._unknown_id is None or self._unknown_id not in ids:
-            return []
-        spelled = self._tokenizer.id_to_token(self._unknown_id)
-        for place, (token, (start, stop)) in enumerate(zip(ids, encoding.offsets, strict=True)):
-            if token == self._unknown_id and text[start:stop] != spelled:
-                return [Finding(fidelity.UNKNOWN, 0, bool(trained[place]), text[start:stop])]
-        return []
+        """Return the first text that became the token for unknown ones, or none at all: of what is
+        trained on, and of the rest."""
+        found: dict[bool, str] = {}
+        if self._unknown_id is not None and self._unknown_id in ids:
+            spelled = self._tokenizer.id_to_token(self._unknown_id)
+            for place, (token, (start, stop)) in enumerate(zip(ids, encoding.offsets, strict=True)):
+                if token == self._unknown_id and text[start:stop] != spelled:
+                    found.setdefault(bool(trained[place]), text[start:stop])
+        if self._drops:
+            before = False  # whether the last character that has a token is trained on
+            for place, character in enumerate(text):
+                own = encoding.char_to_token(place)
+                if own is not None:
+                    before = bool(trained[own])
+                elif not character.isspace():
+                    found.setdefault(before, character)
+        return [Finding(fidelity.UNKNOWN, 0, is_trained, t) for is_trained, t in found.items()]
 
     def decode(self, ids: Sequence[int] | Ids, *, skip_special_tokens: bool = True) -> str:
         """Return the text of ids."""
@@ -287,6 +300,37 @@ class HubTokenizer:
             token = self._tokenizer.id_to_token(max(ids))
             raise DatasetError(f"{self.where}: the model does not know the token {token!r}")
         return encoding, ids
+
+    def _apply_settings(self) -> None:
+        """Add the tokens that the settings have beside tokenizer.json, as transformers does.
+
+        Raises:
+            ModelError: if a token gets another id than the settings say, or special tokens in a
+                text would be split.
+        """
+        from tokenizers import AddedToken
+
+        settings = read_object(self.files, SETTINGS, self.where)
+        if settings.get("split_special_tokens"):
+            raise ModelError(f"{self.where}: split_special_tokens in {SETTINGS} is not supported")
+        listed = settings.get(ADDED) or {}
+        try:
+            tokens = {int(i): AddedToken(**t) for i, t in listed.items() if isinstance(t, dict)}
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{self.where}: {ADDED} in {SETTINGS} is damaged: {error}") from error
+        for number, token in sorted(tokens.items()):
+            if token != self._tokenizer.get_added_tokens_decoder().get(number):
+                self._tokenizer.add_tokens([token])
+            if self._token_id(token.content) != number:
+                raise ModelError(
+                    f"{self.where}: {SETTINGS} gives the token {token.content!r} the id {number},"
+                    f" and {TOKENIZER} has another"
+                )
+        extra = settings.get("extra_special_tokens", settings.get("additional_special_tokens"))
+        for item in extra if isinstance(extra, list) else ():
+            content = item.get("content") if isinstance(item, dict) else item
+            if isinstance(content, str) and self._token_id(content) is None:
+                self._tokenizer.add_tokens([AddedToken(content, special=True)])
 
     def _read_eos_ids(self) -> tuple[int, ...]:
         """Return the ids of generation_config.json, the tokenizer and the template."""
@@ -331,3 +375,9 @@ class HubTokenizer:
 def _first_character(encoding: Encoding, token: int) -> int:
     place = encoding.token_to_chars(token)
     return 0 if place is None else int(place[0])
+
+
+def _text_after(encoding: Encoding, token: int, text: str, stop: int) -> str:
+    """Return what follows a token in a text up to a place, without white space around it."""
+    characters = encoding.token_to_chars(token)
+    return "" if characters is None else text[characters[1] : stop].strip()
