@@ -30,9 +30,9 @@ null content, thoughts in the content and in a field, two turns of the assistant
 ASCII, leading newlines. Of the {pairs} pairs that transformers renders, the ids differ in
 {differ}; where a template marks generations, so does the mask. `make templates` writes this page.
 
-Of {chats} random conversations in which no word occurs twice, times the templates, {trained} can be
-trained on. In {wrong} of them a word of the assistant is left out, or one of anybody else is trained
-on.
+Of {chats} random conversations in which no word occurs twice, times the templates, {trained} can
+be trained on. In {wrong} of them a word of the assistant is left out, or one of anybody else is
+trained on.
 
 A pair is refused, unless `data.fidelity=record`, when the text of a turn that is trained on is
 not in what the template wrote, or no end token follows it. The tokenizers are small ones with
