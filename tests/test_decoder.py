@@ -583,17 +583,22 @@ def test_schedule_warms_up_and_decays() -> None:
 def test_more_steps_stretch_the_schedule() -> None:
     """That is told, with the key that keeps it; with that, the rate stays where it was."""
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=2)
-    said = optimizers.change_of_rate(config, 20, 20, 100)
+    said = optimizers.change_of_rate(20, (config, 20), (config, 100))
     assert said is not None
     assert "had a learning rate of 0.01, and update 21 has 0.0919" in said
     assert "optimizer.schedule_steps=20" in said
     kept = msgspec.structs.replace(config, schedule_steps=20)
-    assert optimizers.change_of_rate(kept, 20, 20, 100) is None
+    assert optimizers.change_of_rate(20, (config, 20), (kept, 100)) is None
     rates = optimizers.learning_rates(kept, 100)
     assert rates[:20] == pytest.approx(optimizers.learning_rates(config, 20))
     assert rates[20:] == pytest.approx(0.01)
-    assert optimizers.change_of_rate(config, 20, 20, 20) is None
-    assert optimizers.change_of_rate(config, 0, 20, 100) is None
+    other = msgspec.structs.replace(config, schedule_steps=400)
+    said = optimizers.change_of_rate(20, (config, 20), (other, 40))
+    assert said is not None
+    assert "optimizer.schedule_steps=400 changes the schedule" in said
+    assert "optimizer.schedule_steps=20 keeps" in said
+    assert optimizers.change_of_rate(20, (config, 20), (config, 20)) is None
+    assert optimizers.change_of_rate(0, (config, 20), (config, 100)) is None
 
 
 def test_batch_is_a_pytree() -> None:

@@ -14,10 +14,13 @@ from tests.conftest import run_here
 from tests.templates.small_tokenizers import small_tokenizers
 from tunix_mlflow.config.schema import DataConfig, LimitsConfig, ModelConfig
 from tunix_mlflow.data import datasets, formats, json_text, snapshot
-from tunix_mlflow.data.examples import Example
+from tunix_mlflow.data.examples import Example, example_id
+from tunix_mlflow.evaluation import scoring
+from tunix_mlflow.models import bundle as bundles
 from tunix_mlflow.models import decoder
 from tunix_mlflow.models.hub import pretrained
 from tunix_mlflow.text.hub_tokenizer import HubTokenizer
+from tunix_mlflow.tracking.models import flavor
 
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|stop|>\n{% endfor %}"
@@ -174,6 +177,7 @@ def test_a_model_is_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "chat": "kept",
         "system": "kept",
         "thought": "the thought is missing",
+        "earlier thought": "the thought is missing",
         "tools": "kept",
     }
     assert run_here("models", "inspect", str(base_with(ENDLESS, tmp_path / "base")), "--json") == 0
@@ -315,6 +319,160 @@ def test_tool_calls_go_the_whole_way(
     (row,) = served.predict(frame).to_dict("records")
     assert row["error"] is None
     assert row["finish_reason"] in ("stop", "length")
+    # MLflow wrote a file of its own beside the model's when it loaded it.
+    capsys.readouterr()
+    assert run_here("promote", run_id, "calls", "promotion.thresholds={exact_match: 0.0}") == 0
+    assert "was champion already" in capsys.readouterr().out
+
+
+def test_a_dataset_without_answers_has_a_loss(
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts and calls of tools have nothing to compare with; a model of texts continues one."""
+    rows = [{"text": f"{n} and {n} is {2 * n}."} for n in range(30)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.ingest(path, "texts-v1")
+    base = base_with(PLAIN, tmp_path / "base")
+    (base / "tokenizer_config.json").write_bytes(files(None)["tokenizer_config.json"])
+    words = ["dataset=texts-v1", f"base={base}", "training.steps=3", "training.batch_size=2"]
+    assert run_here("train", *words) == 0
+    run_id = json.loads(capsys.readouterr().out.splitlines()[-1])["run_id"]
+    assert run_here("evaluate", run_id, "--dataset", "texts-v1") == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out.splitlines()[-1])
+    assert (result["exact_match"], result["examples"]) == (None, 0)
+    assert result["without_answer"] == datasets.get("texts-v1").splits["test"].count
+    assert result["loss"] > 0
+    assert "count in the loss alone" in said.err
+    assert run_here("promote", run_id, "texts") == 3
+    assert "eval/exact_match was not measured on texts-v1/test" in capsys.readouterr().err
+    bundle = flavor.load_model(f"models:/{result['model_id']}")
+    ids = bundle._prompt(0, bundles.prompt("5 and"), None).ids
+    text = bundle.tokenizer.decode(ids, skip_special_tokens=False)
+    assert text == "<s>5 and"
+    model = mlflow.pyfunc.load_model(f"models:/{result['model_id']}")
+    for request in (["5 and"], pd.DataFrame({"text": ["5 and"]}), model.input_example):
+        found = model.predict(request).to_dict("records")
+        assert {row["error"] for row in found} == {None}
+
+
+def test_a_call_with_a_text_is_not_compared() -> None:
+    """Its text alone is not its answer, whether it is empty, null or more."""
+    for content in ("", None, "Let me see."):
+        call = {"content": content, "tool_calls": [{"function": CALL}]}
+        assert scoring.expected(read(chat(("user", "w?"), ("assistant", call)))) is None
+    for content, answer in (("  ", None), ("<think>x</think>", None), ("5 ", "5")):
+        assert scoring.expected(read(chat(("user", "w?"), ("assistant", content)))) == answer
+
+
+def test_a_heading_is_no_mark_of_an_answer() -> None:
+    """`####` separates an answer where a single line follows it, or the form has steps."""
+    said = "Do.\n#### Notes\nsee docs"
+    assert scoring.expected(read(chat(("user", "q"), ("assistant", said)))) == said
+    solved = read(chat(("user", "q"), ("assistant", "2+2\n#### 4")))
+    assert scoring.expected(solved) == "4"
+    row = read({"question": "q", "answer": "2+2\n#### 4"}, "question-answer")
+    assert ([step.content for step in row.steps], row.answer) == (["2+2"], "4")
+    code = "def f():\n    return 1\n\nf()"
+    row = read({"question": "q", "answer": f"{code}\n#### 1"}, "question-answer")
+    assert ([step.content for step in row.steps], row.answer) == ([code], "1")
+    row = read({"question": "q", "answer": "Intro\n##### H"}, "question-answer")
+    assert (row.steps, row.answer) == ((), "Intro\n##### H")
+
+
+def test_a_column_of_reasoning_is_a_thought() -> None:
+    """Of the last turn, in every form; two of them are refused."""
+    prompt = [{"role": "user", "content": "q"}]
+    row: dict[str, Any] = {"prompt": prompt, "completion": "a", "reasoning": "because"}
+    assert read(row, "prompt-completion").messages[-1].reasoning == "because"
+    row = chat(("user", "q"), ("assistant", "a")) | {"reasoning": "because"}
+    assert read(row).messages[-1].reasoning == "because"
+    row["messages"][-1]["reasoning"] = "so"
+    with pytest.raises(ValueError, match="a reasoning of its own"):
+        read(row)
+    with pytest.raises(ValueError, match="`tools` too"):
+        read(chat(("user", "q"), ("assistant", "a"), tools=[TOOL], functions=[TOOL]))
+
+
+def test_a_prompt_is_not_learned() -> None:
+    """Of a prompt and a completion the completion is, unless a turn of the prompt says so."""
+    prompt: list[dict[str, Any]] = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "earlier"},
+        {"role": "user", "content": "r"},
+    ]
+    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "last"}]}
+    assert trained(PLAIN, read(row, "prompt-completion")) == "last<|stop|>"
+    prompt[1]["trained"] = True
+    example = read(row | {"system": "s"}, "prompt-completion")
+    assert trained(PLAIN, example) == "earlier<|stop|>last<|stop|>"
+
+
+def test_keys_that_are_escaped(tmp_path: Path) -> None:
+    """A call's spelling is kept however its key is written in the file."""
+    call = '{"function": {"name": "f", "arguments": {"n": 1.10}}}'
+    line = (
+        '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": null,'
+        f' "\\u0074ool_calls": [{call}]}}]}}'
+    )
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    (example,) = snapshot.read(datasets.ingest(tmp_path / "a.jsonl", "one-v1").manifest.digest)
+    assert "1.10" in (example.messages[-1].tool_calls or "")
+
+
+def test_an_end_after_a_space() -> None:
+    """What the template writes behind a turn ends a completion, whatever the settings name."""
+    settings = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": INST}
+    for kind in ("byte-level", "prepended"):
+        given = files(INST, kind) | {"tokenizer_config.json": json.dumps(settings).encode()}
+        made = HubTokenizer(given, "the model")
+        assert made._token_id("<|stop|>") in made.eos_ids
+        example = read(chat(("user", "a"), ("assistant", "b")))
+        assert made.encode_example(example, DataConfig()).findings == ()
+
+
+def test_how_examples_would_be_rendered_is_shown(
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the keys that a refusal recommends; and a row that is refused is named."""
+    rows = [
+        chat(("user", f"a{n}"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+        for n in range(12)
+    ]
+    rows.append(chat(("system", "s"), ("user", "a"), ("assistant", "b")) | {"split": "train"})
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:12]))
+    datasets.ingest(path, "chats-v1")
+    base = str(base_with(ENDLESS, tmp_path / "base"))
+    show = ["datasets", "show", "chats-v1", "--mask", "--base", base, "--limit", "1"]
+    assert run_here(*show) == 0
+    assert "no token ends the turn" in capsys.readouterr().out
+    assert run_here(*show, "data.end=append", "data.turns=expand") == 0
+    shown = capsys.readouterr().out
+    assert "<|stop|>" in shown
+    assert "no token" not in shown
+    assert shown.count("trained ") == 2
+    assert run_here(*show, "training.steps=3") == 2
+    assert "only keys of data are read here" in capsys.readouterr().err
+    assert run_here("train", "dataset=chats-v1", f"base={base}", "--plan") == 0
+    said = capsys.readouterr()
+    assert "training would be refused: dataset chats-v1: no token ends the turn" in said.err
+    assert "examples of train, first in message 2" in said.err
+    assert "data.end=append adds" in json.loads(said.out)["refused"]
+    strict = PLAIN.replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}",
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[-1:]))
+    datasets.ingest(path, "strict-v1")
+    other = str(base_with(strict, tmp_path / "strict"))
+    assert run_here("datasets", "show", "strict-v1", "--mask", "--base", other) == 0
+    assert "the chat template refuses: no system" in capsys.readouterr().out
+    assert run_here("datasets", "stats", "strict-v1", "--base", other) == 2
+    name = example_id(snapshot.read(datasets.get("strict-v1").digest)[0])
+    assert f"example {name}: {other}: the chat template refuses" in capsys.readouterr().err
 
 
 def test_a_run_is_refused_before_its_first_step(

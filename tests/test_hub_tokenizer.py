@@ -148,14 +148,19 @@ def test_reasoning_and_answer() -> None:
     )
     assert spelled(made, trace) == ["2 and 2\nis 4\n#### 4<|im_end|>"]
     assert spelled(made, trace, steps=False) == ["4<|im_end|>"]
-    for text, answer in {
-        "2 and 2\nis 4\n#### 4": "4",
-        " 4 ": "4",
-        "<think>\n#### 5\n</think>\n4": "4",
-        "": None,
-        "####": None,
-    }.items():
-        assert made.read_answer(made._tokenizer.encode(text).ids) == answer
+    for text, marked, unmarked in (
+        ("2 and 2\nis 4\n#### 4", "4", "4"),
+        (" 4 ", "4", "4"),
+        ("<think>\n#### 5\n</think>\n4", "4", "4"),
+        ("", None, None),
+        ("####", None, None),
+        ("so #### 4", "4", "4"),
+        ("##### 4 a####4", "##### 4 a####4", "##### 4 a####4"),
+        ("Do.\n#### Notes\nsee docs", "Notes\nsee docs", "Do.\n#### Notes\nsee docs"),
+    ):
+        ids = made._tokenizer.encode(text).ids
+        assert made.read_answer(ids, marked=True) == marked
+        assert made.read_answer(ids, marked=False) == unmarked
 
 
 def test_nobody_can_say_special_tokens_for_the_template() -> None:

@@ -180,6 +180,9 @@ def test_evaluation_is_tied_to_model_and_dataset(trained: Trained) -> None:
     """The figure with its interval stands on the logged model, under the dataset's digest."""
     scored = evaluate(trained.run_id, config=config())
     assert scored.model_id == trained.model_id
+    assert scored.low is not None
+    assert scored.high is not None
+    assert scored.exact_match is not None
     assert scored.low <= scored.exact_match <= scored.high
     client = MlflowClient()
     metrics = client.get_logged_model(trained.model_id).metrics or []
@@ -192,7 +195,7 @@ def test_evaluation_is_tied_to_model_and_dataset(trained: Trained) -> None:
     assert [m.model_id for m in run.inputs.model_inputs] == [trained.model_id]
     table = client.download_artifacts(scored.run_id, "examples.json")
     assert len(json.loads(Path(table).read_text())["data"]) == scored.examples
-    with pytest.raises(DatasetError, match="no example with an answer in split 'dev'"):
+    with pytest.raises(DatasetError, match="no example in split 'dev'"):
         evaluate(trained.run_id, config=config(evaluation__split="dev"))
 
 
@@ -329,7 +332,7 @@ def test_no_validation_split_is_said(store: str, tmp_path: Path) -> None:
     trained = train(alone, reporter=messages)
     assert "no examples in split 'none': there is no validation loss" in messages.text
     assert not any(key.startswith("validation/") for key in trained.figures)
-    with pytest.raises(DatasetError, match="no example with an answer in split 'test'"):
+    with pytest.raises(DatasetError, match="no example in split 'test'"):
         evaluate(trained.run_id, config=alone)
 
 

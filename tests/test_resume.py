@@ -140,7 +140,7 @@ def test_more_steps(finished: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "schedule" not in capsys.readouterr().err
     words = ("training.eval_every_steps=3", "optimizer.schedule_steps=null")
     assert run_here("resume", run_id, "training.steps=12", *words) == 0
-    assert "training.steps=12 stretches the schedule: update 10 had" in capsys.readouterr().err
+    assert "training.steps=12 changes the schedule: update 10 had" in capsys.readouterr().err
     assert [step for step, _ in losses(run_id)] == list(range(1, 13))
     run = MlflowClient().get_run(run_id)
     assert run.info.status == "FINISHED"

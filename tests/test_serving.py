@@ -85,6 +85,16 @@ DIRECT: dict[str, tuple[Any, list[bool]]] = {
     "objects": ([{"prompt": "ab"}, {"messages": CHAT}, {"x": 1}, 5], [True, True, False, False]),
     "an object": ({"prompt": "ab"}, [True]),
     "an object of columns": ({"prompt": ["ab", "c", ""]}, [True, True, False]),
+    "an object of columns with tools": (
+        {"messages": [CHAT, CALLED], "tools": [None, TOOLS]},
+        [True, True],
+    ),
+    "a prompt and messages": (frame(prompt=["ab"], messages=[CHAT]), [False]),
+    "a prompt and a text": ({"prompt": "ab", "text": "c"}, [False]),
+    "ShareGPT's keys": ([{"from": "human", "value": "ab"}], [True]),
+    "a system text": (frame(prompt=["ab"], system=["be brief"]), [True]),
+    "a system that is none": (frame(prompt=["ab"], system=[5]), [False]),
+    "no messages": ({"messages": []}, []),
     "no rows": (frame(prompt=[]), []),
 }
 REQUESTS: dict[str, tuple[dict[str, Any], list[bool]]] = {
@@ -93,6 +103,14 @@ REQUESTS: dict[str, tuple[dict[str, Any], list[bool]]] = {
     "inputs, objects": ({"inputs": [{"prompt": "ab"}, {"text": "c"}]}, [True, True]),
     "inputs, conversations": ({"inputs": [CHAT, NOBODY]}, [True, False]),
     "instances, texts": ({"instances": ["ab", "c"]}, [True, True]),
+    "instances with tools": (
+        {"instances": [{"prompt": "ab", "tools": TOOLS}, {"prompt": "c", "tools": TOOLS}]},
+        [True, True],
+    ),
+    "inputs, a conversation of ShareGPT": (
+        {"inputs": {"messages": [{"from": "human", "value": "ab"}]}},
+        [True],
+    ),
     "instances, objects": ({"instances": [{"prompt": "ab"}, {"prompt": "c"}]}, [True, True]),
     "split": (
         {"dataframe_split": {"columns": ["prompt"], "data": [["ab"], [None]]}},
@@ -182,6 +200,14 @@ def test_a_request_that_needs_too_much_memory(served: Any, monkeypatch: pytest.M
 
     monkeypatch.setattr(generation, "generate", counted)
     one = generation.cache_bytes(SHAPE, 9, 6, 4)
+    # Two prompts are padded to eight rows, whose caches half of what is free has to hold.
+    monkeypatch.setattr(bundle, "_free_bytes", lambda _: 2 * 8 * one - 1)
+    assert served.predict(["ab", "c", "def"]).equals(whole)
+    assert calls == [1, 1, 1]
+    monkeypatch.setattr(bundle, "_free_bytes", lambda _: 2 * 8 * one)
+    assert served.predict(["ab", "c", "def"]).equals(whole)
+    assert calls == [1, 1, 1, 3]
+    calls.clear()
     monkeypatch.setattr(bundle, "_free_bytes", lambda _: one)
     assert served.predict(["ab", "c", "def"]).equals(whole)
     assert calls == [1, 1, 1]
@@ -189,6 +215,20 @@ def test_a_request_that_needs_too_much_memory(served: Any, monkeypatch: pytest.M
     (row,) = served.predict(["ab"]).to_dict("records")
     assert "GB are free; lower max_new_tokens" in row["error"]
     assert calls == [1, 1, 1]
+
+
+def test_a_system_text_is_read(served: Any) -> None:
+    """It is the first message, as in training."""
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "ab"}]
+    asked = served.predict(frame(prompt=["ab"], system=["be brief"]))
+    assert asked.equals(served.predict(frame(messages=[turns])))
+    assert not asked.equals(served.predict(["ab"]))
+
+
+def test_a_long_text(served: Any) -> None:
+    """The positions of the model limit a request, not what ingest takes."""
+    (row,) = served.predict(["x" * 60_000]).to_dict("records")
+    assert "60003 tokens, and the model has 128 positions" in row["error"]
 
 
 def test_the_signature(served: Any) -> None:

@@ -12,6 +12,7 @@ from tests.templates.small_tokenizers import small_tokenizers
 from tests.templates.words import REFUSED, conversation, wrong
 from tests.test_fidelity import chat, files, read
 from tunix_mlflow.config.schema import DataConfig
+from tunix_mlflow.data.examples import select_turns
 from tunix_mlflow.errors import DatasetError, ModelError
 from tunix_mlflow.text.hub_tokenizer import HubTokenizer
 
@@ -104,6 +105,36 @@ def test_a_turn_is_trained_on_and_nothing_else(template: str, data: dict[str, An
     )
     found = [wrong(made, conversation(number), DataConfig(**data)) for number in range(40)]
     assert {f for f in found if f not in (None, REFUSED)} == set()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        *({"end": "append"}, {"reasoning": "inline"}, {"include_steps": False}),
+        {"end": "append", "reasoning": "inline", "turns": "last"},
+    ],
+    ids=str,
+)
+def test_a_prompt_begins_what_was_trained_on(data: dict[str, Any]) -> None:
+    """Of every example of which nothing else is said, whatever decides its rendering."""
+    config, compared = DataConfig(**data), 0
+    for template, source in (OWN | ODD).items():
+        settings = {"eos_token": "<|im_end|>" if template in OWN else "<|stop|>"}
+        settings |= {"bos_token": "<s>", "chat_template": source}
+        given = files(None) | {"tokenizer_config.json": json.dumps(settings).encode()}
+        made = HubTokenizer(given, "the model")
+        for number in range(15):
+            for part in select_turns(read(conversation(number)), config.turns):
+                try:
+                    ids, _, findings = made.encode_example(part, config)
+                except (DatasetError, ModelError):
+                    continue
+                if all(finding.kind != "prompt" for finding in findings):
+                    prompt = made.encode_prompt(part, config)
+                    assert prompt.tolist() == ids[: len(prompt)].tolist(), (template, number)
+                    compared += 1
+    assert compared > 50
 
 
 def test_a_thought_that_is_opened_for_the_last_turn() -> None:

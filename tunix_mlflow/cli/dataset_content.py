@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tunix_mlflow.cli.arguments import Number
+from tunix_mlflow.cli.arguments import ConfigurableCommand, Number
 
 if TYPE_CHECKING:
+    from tunix_mlflow.config.schema import DataConfig
     from tunix_mlflow.data.examples import Example
     from tunix_mlflow.text.tokenizer import Tokenizer
 
@@ -18,7 +19,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _STATISTICS = ("mean", "p50", "p90", "p99", "max")
 
 
-@click.command()
+@click.command(cls=ConfigurableCommand)
 @click.argument("key")
 @click.option(
     "--limit",
@@ -28,19 +29,22 @@ _STATISTICS = ("mean", "p50", "p90", "p99", "max")
     help="Examples to show.",
 )
 @click.option("--mask", is_flag=True, help="Show the tokens, and which are trained on.")
-@click.option("--answer-only", is_flag=True, help="With --mask: as with data.include_steps=false.")
 @click.option("--base", help="With --mask: use the tokenizer and template of this model.")
 @_json
 def show(
-    key: str, limit: int, mask: bool, answer_only: bool, base: str | None, as_json: bool
+    key: str, limit: int, mask: bool, base: str | None, as_json: bool, overrides: dict[str, str]
 ) -> None:
-    """Show a dataset's manifest, statistics and first examples."""
+    """Show a dataset's manifest, statistics and first examples.
+
+    With --mask, keys of `data` say how they are rendered, such as data.turns=last.
+    """
     import msgspec
 
     from tunix_mlflow.cli.terminal import Terminal, print_json
     from tunix_mlflow.data import datasets, snapshot
     from tunix_mlflow.data.examples import canonical_text
 
+    config = _data(overrides)
     manifest = datasets.ready(key, Terminal().info)
     examples = snapshot.read(manifest.digest)[:limit]
     if as_json:
@@ -59,7 +63,7 @@ def show(
         click.echo(f"  from {file}: {source['rows']} rows, sha256 {source['sha256']}")
     tokenizer = _tokenizer(base) if mask else None
     for example in examples:
-        text = readable(example) if tokenizer is None else masked(example, answer_only, tokenizer)
+        text = readable(example) if tokenizer is None else masked(example, config, tokenizer)
         click.echo(f"\n{text}")
 
 
@@ -90,22 +94,30 @@ def sample(key: str, count: int, seed: int, split: str | None, as_json: bool) ->
         click.echo("\n\n".join(readable(example) for example in examples))
 
 
-@click.command()
+@click.command(cls=ConfigurableCommand)
 @click.argument("key")
 @click.option("--sequence-length", type=Number(1), help="Tokens in a row.")
 @click.option("--base", help="Count tokens with the tokenizer and template of this model.")
 @_json
-def stats(key: str, sequence_length: int | None, base: str | None, as_json: bool) -> None:
+def stats(
+    key: str,
+    sequence_length: int | None,
+    base: str | None,
+    as_json: bool,
+    overrides: dict[str, str],
+) -> None:
     """Show steps and characters of a dataset, or its tokens, with percentiles.
 
     With --sequence-length, also how many examples are longer than a row of that length, in tokens
-    of --base or, without it, in bytes and markers.
+    of --base or, without it, in bytes and markers. Keys of `data` say how examples are rendered,
+    such as data.turns=last.
     """
     from tunix_mlflow.cli.terminal import print_json
     from tunix_mlflow.data import datasets
 
+    config = _data(overrides)
     if base is not None or sequence_length is not None:
-        count, figures = _token_statistics(key, base, sequence_length)
+        count, figures = _token_statistics(key, base, sequence_length, config)
     else:
         manifest = datasets.get(key)
         count, figures = manifest.count, dict(manifest.stats)
@@ -140,18 +152,17 @@ def _echo_statistics(figures: Mapping[str, Any]) -> None:
 
 
 def _token_statistics(
-    key: str, base: str | None, sequence_length: int | None
+    key: str, base: str | None, sequence_length: int | None, config: DataConfig
 ) -> tuple[int, dict[str, Any]]:
     """Count the tokens of a dataset's examples, and those that a row would cut."""
     from tunix_mlflow.cli.terminal import Terminal
-    from tunix_mlflow.config.schema import DataConfig
     from tunix_mlflow.data import datasets, snapshot
     from tunix_mlflow.data.examples import example_id
     from tunix_mlflow.input import tokens
 
     manifest = datasets.ready(key, Terminal().info)
     examples = snapshot.read(manifest.digest)
-    tokenized = tokens.encode_examples(examples, _tokenizer(base), DataConfig())
+    tokenized = tokens.encode_examples(examples, _tokenizer(base), config)
     figures: dict[str, Any] = tokens.statistics(tokenized)
     if sequence_length is not None:
         # A row has one token fewer than an example: the last is only ever predicted.
@@ -181,14 +192,28 @@ def readable(example: Example) -> str:
     return "\n".join(_printable(line) for text in lines for line in text.split("\n"))
 
 
-def masked(example: Example, answer_only: bool, tokenizer: Tokenizer) -> str:
-    """Return the parts of an example that are trained on and ignored, one a line."""
+def masked(example: Example, config: DataConfig, tokenizer: Tokenizer) -> str:
+    """Return the parts of an example that are trained on and ignored, one a line.
+
+    With data.turns=expand an example is several, with an empty line between them.
+    """
+    from tunix_mlflow.data.examples import select_turns
+    from tunix_mlflow.errors import DatasetError, ModelError
+
+    parts = []
+    for part in select_turns(example, config.turns):
+        try:
+            parts.append(_masked(part, config, tokenizer))
+        except (DatasetError, ModelError) as error:
+            parts.append(f"{readable(part)}\nwarning: {_printable(str(error))}")
+    return "\n\n".join(parts)
+
+
+def _masked(example: Example, config: DataConfig, tokenizer: Tokenizer) -> str:
     from itertools import groupby
 
-    from tunix_mlflow.config.schema import DataConfig
     from tunix_mlflow.text import fidelity
 
-    config = DataConfig(include_steps=not answer_only)
     ids, trained, findings = tokenizer.encode_example(example, config)
     lines = []
     for is_trained, part in groupby(zip(ids, trained, strict=True), key=lambda pair: bool(pair[1])):
@@ -201,6 +226,20 @@ def masked(example: Example, answer_only: bool, tokenizer: Tokenizer) -> str:
         quoted = f": {finding.text!r}" if finding.text else ""
         lines.append(f"warning: {fidelity.KINDS[finding.kind]}{where}{quoted}")
     return "\n".join(lines)
+
+
+def _data(overrides: Mapping[str, str]) -> DataConfig:
+    """Return the keys of `data` that a command was given.
+
+    Raises:
+        ConfigError: for a key of another section, or a wrong value.
+    """
+    from tunix_mlflow.config.load import load_config
+    from tunix_mlflow.errors import ConfigError
+
+    if other := next((key for key in overrides if not key.startswith("data.")), None):
+        raise ConfigError(f"{other}: only keys of data are read here")
+    return load_config(None, overrides).data
 
 
 def _tokenizer(base: str | None) -> Tokenizer:

@@ -315,13 +315,16 @@ def _report_training(result: TrainResult, reporter: Any) -> None:
 
 
 def _report_main(result: MainResult, reporter: Any) -> None:
-    low, high = result.exact_match_interval
+    measured = None
+    if result.exact_match_interval is not None:
+        low, high = result.exact_match_interval
+        measured = f"{result.exact_match:.4f} (95 % interval {low:.4f} to {high:.4f})"
     lines = {
         "dataset": f"{result.dataset}, {result.examples:,} examples",
         "steps": f"{result.steps:,}",
         "tokens/s": f"{result.tokens_per_sec:,.0f}",
         "final loss": f"{result.final_loss:.4f}",
-        "test exact match": f"{result.exact_match:.4f} (95 % interval {low:.4f} to {high:.4f})",
+        "test exact match": measured,
         "model": f"{result.model} version {result.version}: {result.verdict}",
         "MLflow UI": result.ui or "",
         "experiment": result.link,

@@ -172,12 +172,21 @@ def is_text(example: Example) -> bool:
 def expected_answer(example: Example) -> str | None:
     """Return the answer that a completion is compared with; None if the example has none.
 
-    Nothing else decides it: the answer after the steps, or the content of the last turn.
+    Nothing else decides it: the answer after the steps, or the content of the last turn, unless
+    that calls a tool.
     """
     if example.answer is not None:
         return example.answer
     last = example.messages[-1]
-    return last.content if last.role == "assistant" and len(example.messages) > 1 else None
+    is_answer = last.role == "assistant" and last.tool_calls is None and len(example.messages) > 1
+    return last.content if is_answer else None
+
+
+def form_of(example: Example) -> str:
+    """Return what an example ends with: `answer` (after its steps), `turn` or `text`."""
+    if example.answer is not None:
+        return "answer"
+    return "text" if is_text(example) else "turn"
 
 
 def prompt_messages(example: Example) -> tuple[Message, ...]:
@@ -219,7 +228,7 @@ def select_turns(example: Example, turns: str) -> list[Example]:
 
 
 def to_answer(messages: tuple[Message, ...], tools: str | None = None) -> Example:
-    """Return an example that is a prompt only, for a model to answer."""
+    """Return an example that is a prompt only, for a model to answer, or a text to continue."""
     return Example(messages=messages, answer="", tools=tools)
 
 

@@ -31,6 +31,7 @@ FIELDS = (
     *("system", "reasoning", "split", "tools"),
 )
 
+_ANSWER_MARK = re.compile(r"^####(?!#)", re.MULTILINE)
 _SPLIT = msgspec.json.Decoder(SplitName)
 
 
@@ -242,6 +243,11 @@ def _from_messages(known: dict[str, Any], limits: LimitsConfig) -> Example:
         turns = (Message(role="system", content=content), *turns)
     if not turns[-1].is_assistant:
         raise ValueError(f"the last message must be the assistant's - at `$.{field}`")
+    if (reasoning := known.pop("reasoning", None)) is not None:
+        if turns[-1].reasoning is not None:
+            raise ValueError("the last message has a reasoning of its own - at `$.reasoning`")
+        said = messages.checked(reasoning, "$.reasoning", limits.step_characters)
+        turns = (*turns[:-1], msgspec.structs.replace(turns[-1], reasoning=said))
     return Example(messages=turns)
 
 
@@ -250,8 +256,15 @@ def _from_prompt_completion(known: dict[str, Any], limits: LimitsConfig) -> Exam
     if isinstance(known.get("prompt"), list):
         turns = [*known.pop("prompt")]
         reply = known.pop(field, None)
-        turns += reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}]
-        return _from_messages({"messages": turns, **_take(known, "system")}, limits)
+        given = reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}]
+        taken = {"messages": [*turns, *given]}
+        for column in ("system", "reasoning"):
+            taken |= _take(known, column)
+        whole = _from_messages(taken, limits)
+        # The prompt is not learned, unless it says so.
+        first = len(whole.messages) - len(given)
+        prompt_turns = (_unlearned(message) for message in whole.messages[:first])
+        return Example(messages=(*prompt_turns, *whole.messages[first:]))
     prompt = _text(known, "prompt", limits.prompt_characters)
     answer = _text(known, field, limits.answer_characters)
     return _single_turn(known, prompt, answer, limits)
@@ -260,10 +273,13 @@ def _from_prompt_completion(known: dict[str, Any], limits: LimitsConfig) -> Exam
 def _from_question_answer(known: dict[str, Any], limits: LimitsConfig) -> Example:
     prompt = _text(known, "question", limits.prompt_characters)
     full = _text(known, "answer", limits.answer_characters)
-    work, mark, result = full.rpartition("####")
-    if not mark:
+    marks = list(_ANSWER_MARK.finditer(full))
+    if not marks:
         return _single_turn(known, prompt, full, limits)
-    lines = [line.strip() for line in work.splitlines() if line.strip()]
+    work, result = full[: marks[-1].start()].rstrip("\n"), full[marks[-1].end() :]
+    lines = work.split("\n") if work.strip() else []
+    if any(line != line.strip() or not line for line in lines):
+        lines = [work]  # its lines are not steps: code, paragraphs
     if len(lines) > limits.steps:
         raise ValueError(f"{len(lines)} steps, at most {limits.steps} - at `$.answer`")
     steps = tuple(
@@ -284,6 +300,11 @@ def _single_turn(known: dict[str, Any], prompt: str, answer: str, limits: Limits
         steps=_as_steps(known.pop("reasoning", None), limits, "$.reasoning"),
         answer=answer,
     )
+
+
+def _unlearned(message: Message) -> Message:
+    is_open = message.is_assistant and message.trained is None
+    return msgspec.structs.replace(message, trained=False) if is_open else message
 
 
 def _from_text(known: dict[str, Any], limits: LimitsConfig) -> Example:

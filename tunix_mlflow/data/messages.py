@@ -30,7 +30,8 @@ def turns(value: Any, path: str, limits: LimitsConfig) -> tuple[Message, ...]:
     if isinstance(value, str):
         value = _parsed(value)
     if not isinstance(value, list) or not value:
-        raise ValueError(f"Expected `array` of messages, got `{_kind(value)}` - at `{path}`")
+        got = "an empty one" if value == [] else f"`{_kind(value)}`"
+        raise ValueError(f"Expected `array` of messages, got {got} - at `{path}`")
     return tuple(_turn(each, f"{path}[{i}]", limits) for i, each in enumerate(value))
 
 
@@ -40,6 +41,8 @@ def tools(known: dict[str, Any]) -> str | None:
     Raises:
         ValueError: if they are no list of objects.
     """
+    if known.get("tools") and known.get("functions"):
+        raise ValueError("tools are given as `tools` too - at `$.functions`")
     field = "tools" if known.get("tools") or "functions" not in known else "functions"
     found = known.pop(field, None)
     known.pop("tools", None)
@@ -88,6 +91,8 @@ def _turn(value: Any, path: str, limits: LimitsConfig) -> Message:
         raise ValueError(f"Expected `object`, got `{_kind(value)}` - at `{path}`")
     if "from" in value and "role" not in value:
         value = _from_value(value)
+    if "content" not in value and value.get("role") == "user":
+        raise ValueError(f"missing required field `content` - at `{path}`")
     content = value.get("content", "")
     turn = {k: v for k, v in value.items() if v is not None and k != "content"}
     role = turn.pop("role", None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -278,6 +279,9 @@ def _record_parser(span: _Span) -> Callable[[dict[str, Any]], Example]:
     return parse
 
 
+_ESCAPED_LETTER = re.compile(rb"\\u00[4-7]")
+
+
 def _line_parser(span: _Span) -> Callable[[bytes], Example]:
     limits, split, most = span.limits, span.split, span.limits.body_bytes
     read = formats.reader(span.form, limits, span.mapping, split, has_columns=False)
@@ -304,10 +308,9 @@ def _line_parser(span: _Span) -> Callable[[bytes], Example]:
             raise ValueError("starts with a byte-order mark; save the file without it")
         if not line.strip():
             raise ValueError("empty line; remove it")
-        if keeps_spelling or b"tool" in line or b"function" in line:
-            tree = json_text.parse(line)
-        else:
-            tree = canonical.parse(line)
+        may_call = b"tool" in line or b"function" in line or _ESCAPED_LETTER.search(line)
+        read_tree = json_text.parse if keeps_spelling or may_call else canonical.parse
+        tree = read_tree(line)
         if not isinstance(tree, dict):
             raise ValueError(f"Expected `object`, got {type(tree).__name__}")
         return read(tree)

@@ -45,7 +45,15 @@ class ExampleScore(NamedTuple):
 
 def scorable(examples: Sequence[Example], limit: int | None) -> list[Example]:
     """Return the first `limit` examples that have an expected answer; None: all of them."""
-    return [e for e in examples if expected_answer(e) is not None][:limit]
+    return [e for e in examples if expected(e) is not None][:limit]
+
+
+def expected(example: Example) -> str | None:
+    """Return the answer that a completion has to have; None: there is none to compare with."""
+    text = expected_answer(example)
+    if text is None or example.answer is not None:
+        return text and text.strip()
+    return answers.read_answer(text, marked=False)
 
 
 def score(
@@ -66,12 +74,12 @@ def score(
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         for example, done in zip(batch, generate(batch), strict=True):
-            expected = answers.read_answer(expected_answer(example) or "") or ""
-            correct = scorers.exact_match(done.answer, expected)
+            answer = expected(example) or ""
+            correct = scorers.exact_match(done.answer, answer)
             scores.append(
                 ExampleScore(
                     prompt=example.prompt,
-                    expected=expected,
+                    expected=answer,
                     answer=done.answer,
                     correct=correct,
                     text=done.text,

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tunix_mlflow.config.schema import DataConfig
-from tunix_mlflow.data.examples import Example, select_turns
+from tunix_mlflow.data.examples import Example, example_id, select_turns
+from tunix_mlflow.errors import DatasetError, ModelError
 from tunix_mlflow.text import fidelity
 from tunix_mlflow.text.fidelity import Finding
 from tunix_mlflow.text.tokenizer import Ids, Mask, Tokenizer
@@ -64,8 +65,8 @@ def encode_examples(
         config: which turns are trained on, and how they are rendered.
 
     Raises:
-        DatasetError: if the template refuses an example, or the model lacks a token.
-        ModelError: if it is not known what to train on.
+        DatasetError: naming an example that the template refuses, or whose tokens the model lacks.
+        ModelError: naming one of which it is not known what to train on.
     """
     losses: dict[tuple[str, bool], Loss] = {}
 
@@ -73,7 +74,10 @@ def encode_examples(
         for index, example in enumerate(examples):
             met: set[tuple[str, bool]] = set()
             for part in select_turns(example, config.turns):
-                ids, trained, findings = tokenizer.encode_example(part, config)
+                try:
+                    ids, trained, findings = tokenizer.encode_example(part, config)
+                except (DatasetError, ModelError) as error:
+                    raise type(error)(f"example {example_id(example)}: {error}") from error
                 yield ids, trained
                 for finding in findings:
                     key = finding.kind, finding.refuses
@@ -87,18 +91,19 @@ def encode_examples(
     return dataclasses.replace(tokenized, losses=tuple(ordered))
 
 
-def describe_loss(loss: Loss, count: int, example: str) -> str:
+def describe_loss(loss: Loss, count: int, example: str, split: str | None = None) -> str:
     """Return a line on what examples lack.
 
     Args:
         loss: what they lack.
         count: the examples in all.
         example: the name of the first of them.
+        split: that they are in.
     """
     finding = loss.first
     where = f"message {finding.turn} of example {example}" if finding.turn else f"example {example}"
     quoted = f": {finding.text!r}" if finding.text else ""
-    share = f"{loss.examples:,} of {count:,} examples"
+    share = f"{loss.examples:,} of {count:,} examples" + (f" of {split}" if split else "")
     return f"{fidelity.KINDS[loss.kind]} in {share}, first in {where}{quoted}"
 
 

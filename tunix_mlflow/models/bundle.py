@@ -10,6 +10,7 @@ manifest.json    size and sha256 of every file, written last
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from tunix_mlflow.config.schema import (
 )
 from tunix_mlflow.data import canonical
 from tunix_mlflow.data import messages as rows
-from tunix_mlflow.data.examples import Example, Message, to_answer
+from tunix_mlflow.data.examples import TEXT, Example, Message, to_answer
 from tunix_mlflow.errors import DatasetError, IntegrityError, ModelError
 from tunix_mlflow.models import arrays, decoder, generation, lora
 from tunix_mlflow.models.decoder import Graph, Params
@@ -38,6 +39,12 @@ _INFO = "bundle.json"
 _PARAMS = "params"
 _ADAPTER = "adapter"
 _TOKENIZER = "tokenizer"
+
+
+# The positions of the model limit a request.
+_NO_LIMITS = LimitsConfig(
+    prompt_characters=sys.maxsize, answer_characters=sys.maxsize, step_characters=sys.maxsize
+)
 
 
 class Adapter(NamedTuple):
@@ -59,6 +66,7 @@ class Bundle(NamedTuple):
     max_new_tokens: int  # default limit of a completion
     adapter: Adapter | None = None  # merged into `params` already
     data: DataConfig = DataConfig()  # of its training: RENDERING of it is kept
+    forms: tuple[str, ...] = ()  # what the examples of its training end with; see form_of
 
     def complete(
         self, examples: Sequence[Example], max_new_tokens: int | None = None
@@ -90,7 +98,8 @@ class Bundle(NamedTuple):
             for prompt, (ids, cut_off) in zip(part, generated, strict=True):
                 text = self.tokenizer.decode(ids)
                 # What was cut off may not have come to its answer.
-                answer = None if cut_off else self.tokenizer.read_answer(ids)
+                marked = "answer" in self.forms
+                answer = None if cut_off else self.tokenizer.read_answer(ids, marked=marked)
                 results[prompt.row] = Completion(text, answer, "length" if cut_off else "stop")
         return [result for result in results if result is not None]
 
@@ -101,6 +110,8 @@ class Bundle(NamedTuple):
             DatasetError: if the template refuses it, or it leaves no position.
             ModelError: if there is no template.
         """
+        if self.forms == ("text",) and example.tools is None and len(example.messages) == 1:
+            example = to_answer((Message(role=TEXT, content=example.messages[0].content),))
         ids = self.tokenizer.encode_prompt(example, self.data)
         limit = max_new_tokens or self.max_new_tokens
         if self.config.max_positions is not None:
@@ -139,7 +150,8 @@ class Bundle(NamedTuple):
     def _cache_bytes(self, prompts: list[_Prompt], itemsize: int) -> int:
         longest = max(len(prompt.ids) for prompt in prompts)
         limit = max(prompt.limit for prompt in prompts)
-        return len(prompts) * generation.cache_bytes(self.config, longest, limit, itemsize)
+        rows = generation.padded_rows(len(prompts))
+        return rows * generation.cache_bytes(self.config, longest, limit, itemsize)
 
 
 class Completion(NamedTuple):
@@ -166,23 +178,27 @@ def _free_bytes(device: jax.Device) -> int:
 
 
 def prompt(text: str) -> Example:
-    """Return a prompt as an example without a known answer."""
+    """Return a prompt as an example without a known answer; a model of texts continues it."""
     return to_answer((Message(role="user", content=text),))
 
 
-def conversation(messages: object, tools: object = None) -> Example:
+def conversation(messages: object, tools: object = None, system: object = None) -> Example:
     """Return messages, as training takes them, as an example without a known answer.
 
     Args:
         messages: each with role and content, or with other keys that a row may have.
         tools: definitions of tools, or their JSON text.
+        system: a text that comes before them.
 
     Raises:
         DatasetError: if they are none, or the last is the assistant's.
     """
     try:
-        turns = rows.turns(messages, "$.messages", LimitsConfig())
+        turns = rows.turns(messages, "$.messages", _NO_LIMITS)
         defined = rows.tools({"tools": tools})
+        if system is not None:
+            content = rows.checked(system, "$.system", sys.maxsize)
+            turns = (Message(role="system", content=content), *turns)
     except ValueError as error:
         raise DatasetError(str(error)) from error
     if turns[-1].is_assistant:
@@ -210,6 +226,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             "template_digest": tokenizer.template_digest(bundle.data),
         },
         "rendering": _rendering(bundle.data),
+        "forms": list(bundle.forms),
         "max_new_tokens": bundle.max_new_tokens,
         "parameters": decoder.parameter_count(bundle.params),
         "weights_digest": weights_digest(bundle.params),
@@ -271,7 +288,8 @@ def load(folder: Path) -> Bundle:
         base, base_digest = described["base"], described["base_digest"]
         adapter = Adapter(lora_config, adapter_params, base, base_digest)
     limit, data = info["max_new_tokens"], msgspec.convert(info["rendering"], DataConfig)
-    return Bundle(config, graph, jax.device_put(params), tokenizer, limit, adapter, data)
+    forms = tuple(info["forms"])
+    return Bundle(config, graph, jax.device_put(params), tokenizer, limit, adapter, data, forms)
 
 
 def _tokenizer(folder: Path, info: dict[str, Any]) -> Tokenizer:

@@ -54,8 +54,7 @@ def generate(
     """
     width = max(len(p) for p in prompts)
     width = -(-width // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
-    # One row or a multiple of 8, for the same reason; rows beyond the prompts are copies, dropped.
-    rows = 1 if len(prompts) == 1 else -(-len(prompts) // 8) * 8
+    rows = padded_rows(len(prompts))  # those beyond the prompts are copies, dropped
     tokens = np.full((rows, width), pad_id, np.int32)
     padding = np.zeros((rows,), np.int32)
     for row in range(rows):
@@ -80,6 +79,11 @@ def generate(
         ids = generated[: ended[0]] if len(ended) else generated[:limit]
         completions.append(Generated(ids, cut_off=not len(ended)))
     return completions
+
+
+def padded_rows(prompts: int) -> int:
+    """Return the rows that are computed for some prompts: one or a multiple of 8, as few shapes."""
+    return 1 if prompts == 1 else -(-prompts // 8) * 8
 
 
 def cache_bytes(config: ModelConfig, prompt: int, limit: int, itemsize: int) -> int:

@@ -7,7 +7,17 @@ from tunix_mlflow.data import datasets
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import Refused
 from tunix_mlflow.runtime.report import Reporter
+from tunix_mlflow.text import fidelity
 from tunix_mlflow.training.inputs import TrainingInputs
+
+_REMEDIES = {
+    fidelity.CONTENT: "data.turns=last or expand, and data.reasoning=inline, render otherwise",
+    fidelity.THOUGHT: "data.turns=last or expand, and data.reasoning=inline, render otherwise",
+    fidelity.END: "data.end=append adds the tokenizer's end token",
+    fidelity.CALL: "the template has no place for calls: give the base another one",
+    fidelity.ARGUMENT: "the template has no place for calls: give the base another one",
+    fidelity.UNKNOWN: "the base needs another tokenizer",
+}
 
 
 def check_fidelity(inputs: TrainingInputs, reporter: Reporter) -> dict[str, float]:
@@ -17,23 +27,27 @@ def check_fidelity(inputs: TrainingInputs, reporter: Reporter) -> dict[str, floa
         Refused: if a text is missing from a turn that is trained on, or nothing ends the turn,
             unless data.fidelity is record.
     """
+    if (reason := reason_to_refuse(inputs)) is not None:
+        raise Refused(reason)
     figures: dict[str, float] = {}
-    refused = []
     for loss, line in inputs.losses:
         kind = f"fidelity.{loss.kind.replace(' ', '_')}" + (".trained" if loss.refuses else "")
         figures[kind] = figures.get(kind, 0) + loss.examples
-        if loss.refuses and inputs.config.data.fidelity == "refuse":
-            refused.append(line)
-        else:
-            reporter.info(f"warning: {line}")
-    if refused:
-        key = inputs.manifest.key
-        raise Refused(
-            f"dataset {key}: {'; '.join(refused)}. See `tunix-mlflow datasets show {key} --mask"
-            " --base MODEL`; data.turns, data.reasoning and data.end offer other renderings, and"
-            " data.fidelity=record trains anyway"
-        )
+        reporter.info(f"warning: {line}")
     return figures
+
+
+def reason_to_refuse(inputs: TrainingInputs) -> str | None:
+    """Return what is missing from turns that are trained on, with remedies; None: nothing is."""
+    missing = [(loss.kind, line) for loss, line in inputs.losses if loss.refuses]
+    if not missing or inputs.config.data.fidelity == "record":
+        return None
+    key = inputs.manifest.key
+    remedies = dict.fromkeys(_REMEDIES[kind] for kind, _ in missing)
+    return (
+        f"dataset {key}: {'; '.join(line for _, line in missing)}. See `tunix-mlflow datasets show"
+        f" {key} --mask --base MODEL`; {'; '.join(remedies)}; data.fidelity=record trains anyway"
+    )
 
 
 def check_leakage(config: Config, manifest: Manifest, reporter: Reporter) -> dict[str, float]:

@@ -10,10 +10,12 @@ from mlflow.tracking import MlflowClient
 
 from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data import datasets, snapshot
-from tunix_mlflow.data.examples import Example
+from tunix_mlflow.data.examples import Example, example_id
 from tunix_mlflow.errors import ConfigError, DatasetError, ModelError
 from tunix_mlflow.evaluation import scoring
 from tunix_mlflow.evaluation.scoring import ExampleScore
+from tunix_mlflow.evaluation.statistics import Proportion
+from tunix_mlflow.input.tokens import describe_loss
 from tunix_mlflow.pipelines import notes, undelivered
 from tunix_mlflow.runtime import devices, environment
 from tunix_mlflow.runtime.report import SILENT, Reporter
@@ -36,10 +38,12 @@ class EvaluationResult(NamedTuple):
     link: str
     model_id: str
     dataset: str
-    exact_match: float  # 0..1
-    low: float  # of the 95 % interval
-    high: float
-    examples: int
+    loss: float | None  # nats per token; None: the examples cannot be rendered
+    exact_match: float | None  # 0..1; None: no example has an answer to compare with
+    low: float | None  # of the 95 % interval
+    high: float | None
+    examples: int  # with an answer
+    without_answer: int  # that count in the loss alone: texts, calls of tools
 
 
 @store.restored()
@@ -50,7 +54,9 @@ def evaluate(
     config: Config | None = None,
     reporter: Reporter = SILENT,
 ) -> EvaluationResult:
-    """Generate an answer for every example of a split, and compare it with the expected one.
+    """Measure the loss on a split, and compare generated answers with the expected ones.
+
+    An example without an expected answer, such as a text or a call of a tool, counts in the loss.
 
     Args:
         model: a run id, a model id or a models:/ URI.
@@ -72,12 +78,14 @@ def evaluate(
     client = store.connect(config.tracking)
     manifest = datasets.ready(key, reporter.info)
     chosen, split = config.evaluation, config.evaluation.split
-    examples = scoring.scorable(snapshot.read(manifest.digest, split), chosen.limit)
-    if not examples:
+    read = snapshot.read(manifest.digest, split)[: chosen.limit]
+    if not read:
         raise DatasetError(
-            f"dataset {manifest.key} has no example with an answer in split {split!r};"
+            f"dataset {manifest.key} has no example in split {split!r};"
             f" its splits: {', '.join(manifest.splits)}. Set evaluation.split"
         )
+    examples = scoring.scorable(read, None)
+    without_answer = len(read) - len(examples)
     devices.use(config.device)
     undelivered.deliver(client, model, reporter.info)
     undelivered.check_model(model)
@@ -115,32 +123,63 @@ def evaluate(
             chosen.batch_size,
             progress=lambda done: reporter.progress("evaluate", done, len(examples), {}),
         )
-        share = scoring.exact_match(scores)
+        share = scoring.exact_match(scores) if scores else None
         reason = _not_the_whole_split(config, bundle.max_new_tokens) or _read_by_training(
             client, logged.source_run_id, given
         )
         if reason is not None:
             reporter.info(f"{reason}: the figure is on this run only, and counts for no gate")
-        loss = _held_out_loss(bundle, examples, chosen.batch_size, reporter)
+        loss = _held_out_loss(bundle, read, chosen.batch_size, reporter)
         run.log_metrics(
             {
                 **({} if loss is None else {"eval/loss": loss}),
-                "eval/exact_match": share.value,
-                "eval/exact_match_low": share.low,
-                "eval/exact_match_high": share.high,
-                "eval/examples": float(share.examples),
+                **_figures(share),
+                "eval/examples": float(len(examples)),
+                "eval/without_answer": float(without_answer),
             },
             model_id=None if reason else logged.model_id,
             dataset=None if reason else given,
         )
         run.log_table(scoring.table(scores), "examples.json")
     _report_unanswered(scores, reporter)
-    shown = "" if loss is None else f"held-out loss {loss:.4f}; "
-    reporter.info(
-        f"{shown}held-out exact match {share.value:.4f}, 95 % interval {share.low:.4f} to"
-        f" {share.high:.4f}, {share.examples} examples of {manifest.key}/{split}"
+    if without_answer:
+        reporter.info(
+            f"{without_answer} of {len(read)} examples have no answer to compare with, as texts and"
+            " calls of tools have not, and count in the loss alone"
+        )
+    reporter.info(f"{_summary(loss, share)}, {len(read)} examples of {manifest.key}/{split}")
+    return EvaluationResult(
+        run_id=run.run_id,
+        link=run.link,
+        model_id=logged.model_id,
+        dataset=manifest.key,
+        loss=loss,
+        exact_match=share.value if share else None,
+        low=share.low if share else None,
+        high=share.high if share else None,
+        examples=len(examples),
+        without_answer=without_answer,
     )
-    return EvaluationResult(run.run_id, run.link, logged.model_id, manifest.key, *share)
+
+
+def _figures(share: Proportion | None) -> dict[str, float]:
+    if share is None:
+        return {}
+    return {
+        "eval/exact_match": share.value,
+        "eval/exact_match_low": share.low,
+        "eval/exact_match_high": share.high,
+    }
+
+
+def _summary(loss: float | None, share: Proportion | None) -> str:
+    parts = [] if loss is None else [f"held-out loss {loss:.4f}"]
+    if share is not None:
+        parts.append(
+            f"held-out exact match {share.value:.4f}, 95 % interval {share.low:.4f} to"
+            f" {share.high:.4f}"
+        )
+    return "; ".join(parts) or "nothing was measured"
 
 
 def _held_out_loss(
@@ -150,10 +189,17 @@ def _held_out_loss(
     from tunix_mlflow.training.held_out import held_out_loss  # late: it loads the optimizers
 
     try:
-        return held_out_loss(bundle, examples, batch_size)
+        found = held_out_loss(bundle, examples, batch_size)
     except (DatasetError, ModelError) as error:
         reporter.info(f"no held-out loss: {error}")
         return None
+    for loss in found.losses:
+        line = describe_loss(loss, len(examples), example_id(examples[loss.first_example]))
+        reporter.info(f"held-out loss: {line}")
+    for count, what in ((found.truncated, "cut"), (found.empty, "left out")):
+        if count:
+            reporter.info(f"held-out loss: {count} of {len(examples)} examples are {what}")
+    return found.loss
 
 
 def _report_unanswered(scores: Sequence[ExampleScore], reporter: Reporter) -> None:

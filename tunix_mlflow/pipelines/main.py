@@ -9,7 +9,7 @@ from tunix_mlflow.config.schema import Config
 from tunix_mlflow.data import seeds
 from tunix_mlflow.errors import UnavailableError
 from tunix_mlflow.pipelines import notes, undelivered
-from tunix_mlflow.pipelines.evaluate import evaluate
+from tunix_mlflow.pipelines.evaluate import EvaluationResult, evaluate
 from tunix_mlflow.pipelines.promote import promote
 from tunix_mlflow.pipelines.seed import seed
 from tunix_mlflow.pipelines.train import train
@@ -27,8 +27,8 @@ class MainResult(NamedTuple):
     steps: int
     tokens_per_sec: float
     final_loss: float
-    exact_match: float
-    exact_match_interval: tuple[float, float]
+    exact_match: float | None  # None: the dataset has no answers to compare with
+    exact_match_interval: tuple[float, float] | None
     model: str
     version: str
     verdict: str
@@ -61,11 +61,13 @@ def run_all(config: Config, *, reporter: Reporter = SILENT) -> MainResult:
                 f"MLflow does not have the model of run {trained.run_id}; train it again"
             )
         scored = evaluate(trained.model_id, config=config, reporter=reporter)
-        figures = {
+        measured = {
+            "eval/loss": scored.loss,
             "eval/exact_match": scored.exact_match,
             "eval/exact_match_low": scored.low,
             "eval/exact_match_high": scored.high,
         }
+        figures = {name: value for name, value in measured.items() if value is not None}
         for name in ("final_loss", "best_loss", "best_eval_loss", "avg_throughput"):
             if name in trained.figures:
                 figures[name] = trained.figures[name]
@@ -88,7 +90,7 @@ def run_all(config: Config, *, reporter: Reporter = SILENT) -> MainResult:
         tokens_per_sec=round(trained.figures["avg_throughput"]),
         final_loss=trained.figures["final_loss"],
         exact_match=scored.exact_match,
-        exact_match_interval=(scored.low, scored.high),
+        exact_match_interval=_interval(scored),
         model=promotion.name,
         version=promotion.version,
         verdict=promotion.verdict,
@@ -97,6 +99,10 @@ def run_all(config: Config, *, reporter: Reporter = SILENT) -> MainResult:
         link=link,
         ui=store.ui_command(),
     )
+
+
+def _interval(scored: EvaluationResult) -> tuple[float, float] | None:
+    return None if scored.low is None or scored.high is None else (scored.low, scored.high)
 
 
 def _note(run: Run, figures: Mapping[str, str]) -> None:

@@ -24,7 +24,7 @@ class ResumePoint(NamedTuple):
     fork: bool = False  # a new run begins there
     take_over: str | None = None  # why another process's lease on the run is not waited for
     is_recorded: bool = True  # False: its process died before it recorded a configuration
-    steps: int | None = None  # that it was to have so far; None: not known
+    before: Config | None = None  # its configuration so far; None: not known
 
 
 class Resumption(NamedTuple):
@@ -67,11 +67,11 @@ def resume_run(
     if step is not None and step < 0:
         raise ConfigError(f"step: expected a number of updates, got {step}")
 
-    steps = None
+    recorded = None
 
     def change(before: Config) -> Config:
-        nonlocal steps
-        steps = before.training.steps
+        nonlocal recorded
+        recorded = before
         return apply_overrides(before, overrides)
 
     if not fork and undelivered.is_incomplete(run_id):
@@ -80,7 +80,7 @@ def resume_run(
             undelivered.complete(finished.client, finished.run_id, reporter.info)
             return _nothing_left(finished)
     run = resuming.to_resume(run_id, reporter.info, change, fork=fork)
-    point = ResumePoint(run.run_id, step, fork, take_over, steps=steps)
+    point = ResumePoint(run.run_id, step, fork, take_over, before=recorded)
     return Resumption(run.config, run.environment, point)
 
 
@@ -108,7 +108,7 @@ def resume_by_key(config: Config, *, reporter: Reporter = SILENT) -> Resumption:
     config = inherit_auto(config, run.config)
     resuming.check_changes(run, config)
     if not resuming.is_done(run, config):
-        point = ResumePoint(run.run_id, steps=run.config.training.steps)
+        point = ResumePoint(run.run_id, before=run.config)
         return Resumption(config, run.environment, point)
     launched = os.environ.get("MLFLOW_RUN_ID")
     if launched is not None:

@@ -69,6 +69,7 @@ class PlanResult(NamedTuple):
     bytes: dict[str, int]  # by kind, with their total
     available_bytes: int
     fits: bool
+    refused: str | None  # why the run would be, whatever it needs
 
 
 @store.restored()
@@ -144,9 +145,11 @@ def train(
                     run.folder, client if run.is_online else None, run.run_id
                 )
                 _restore(run, trainer, checkpoints, resume, is_fork, reporter)
-            if resume is not None and resume.steps is not None:
+            if resume is not None and resume.before is not None:
                 line = change_of_rate(
-                    config.optimizer, trainer.updates, resume.steps, config.training.steps
+                    trainer.updates,
+                    (resume.before.optimizer, resume.before.training.steps),
+                    (config.optimizer, config.training.steps),
                 )
                 if line is not None:
                     reporter.info(line)
@@ -178,8 +181,12 @@ def plan(config: Config, *, reporter: Reporter = SILENT) -> PlanResult:
     environment.require(config)
     with _open_inputs(config, reporter) as (inputs, _):
         memory = check_memory(inputs.config, inputs.vocab_size, inputs.device)
-    for _, line in inputs.losses:
-        reporter.info(line)
+    refusal = checks.reason_to_refuse(inputs)
+    if refusal is not None:
+        reporter.info(f"training would be refused: {refusal}")
+    for loss, line in inputs.losses:
+        if refusal is None or not loss.refuses:
+            reporter.info(f"warning: {line}")
     reporter.info(inputs.summary())
     reporter.info(f"it {memory.text()}")
     return PlanResult(
@@ -188,6 +195,7 @@ def plan(config: Config, *, reporter: Reporter = SILENT) -> PlanResult:
         memory.needs._asdict() | {"total": memory.needs.total},
         memory.available_bytes,
         memory.fits,
+        refusal,
     )
 
 
@@ -397,9 +405,15 @@ def _bundle(inputs: TrainingInputs, trainer: Trainer) -> bundles.Bundle:
         adapter = bundles.Adapter(
             config.lora, trainer.state.params, config.base or "", trainer.base_digest or ""
         )
-    limit = inputs.max_new_tokens
     return bundles.Bundle(
-        config.model, trainer.graph, params, inputs.tokenizer, limit, adapter, config.data
+        config=config.model,
+        graph=trainer.graph,
+        params=params,
+        tokenizer=inputs.tokenizer,
+        max_new_tokens=inputs.max_new_tokens,
+        adapter=adapter,
+        data=config.data,
+        forms=inputs.forms,
     )
 
 

@@ -55,8 +55,9 @@ def template_digest(include_steps: bool) -> str:
 def render_prompt(example: Example, *, include_steps: bool) -> list[Segment]:
     """Render what a model is given: everything before the completion."""
     segments = [Segment(BOS, True, False)]
-    if is_text(example):
-        return segments
+    if is_text(example):  # one that has an answer is continued
+        begun = [Segment(example.messages[-1].text, False, False)]
+        return segments if example.answer is None else segments + begun
     if example.tools is not None:
         segments.append(Segment(ROLE_MARKERS["system"], True, False))
         segments.append(Segment(example.tools, False, False))

@@ -65,13 +65,15 @@ class ByteTokenizer:
             trained.extend([segment.trained] * len(part))
         return np.array(ids, np.int32), np.array(trained, np.bool_)
 
-    def read_answer(self, ids: Sequence[int] | Ids) -> str | None:
-        """Return what follows the last answer marker; without a marker, all of the text.
+    def read_answer(self, ids: Sequence[int] | Ids, *, marked: bool = False) -> str | None:
+        """Return what follows the last answer marker; without one see :func:`answers.read_answer`.
 
-        A thought that is part of the text is left out, see :func:`answers.read_answer`.
+        The marker is a token, so `marked` is of no matter.
         """
         answer = answers.answer_ids([int(i) for i in ids], self._ids[ANSWER], self.eos_id)
-        return answers.read_answer(self.decode(ids if answer is None else answer))
+        if answer is not None:
+            return self.decode(answer).strip() or None
+        return answers.read_answer(self.decode(ids), marked=False)
 
     def decode(self, ids: Sequence[int] | Ids, *, skip_special_tokens: bool = True) -> str:
         """Return the text, invalid UTF-8 replaced by U+FFFD.

@@ -51,6 +51,14 @@ _PROBES = {
             Message(role="assistant", content="probe-answer", reasoning="probe-thought"),
         )
     ),
+    "earlier thought": Example(
+        messages=(
+            _ASKED,
+            Message(role="assistant", content="probe-answer", reasoning="probe-thought"),
+            Message(role="user", content="probe-more"),
+            Message(role="assistant", content="probe-last"),
+        )
+    ),
     "tools": Example(
         messages=(_ASKED, Message(role="assistant", content="", tool_calls=_CALL)), tools=_TOOL
     ),
@@ -150,8 +158,7 @@ class HubTokenizer:
         """
         if is_text(example):
             return self._encode_text(example)
-        ends = [str(self._tokenizer.id_to_token(i)) for i in self.eos_ids]
-        rendered = mask.render(self.template.on(config.today), example, ends, config)
+        rendered = mask.render(self.template.on(config.today), example, self._ends(), config)
         encoding, listed = self._encode(rendered.text)
         ids = np.array(listed, np.int32)
         trained, findings = np.zeros(len(ids), np.bool_), fidelity.missing(rendered)
@@ -163,11 +170,10 @@ class HubTokenizer:
                 if rendered.marked:  # as transformers: of several for one character the first
                     final = encoding.char_to_token(stop - 1) if stop else None
                     last = last if final is None else min(last, final + 1)
-                own = np.flatnonzero(np.isin(ids[first:last], self.eos_ids))
-                end = first + int(own[-1]) if len(own) else None
-                ended = end is not None and not _text_after(encoding, end, rendered.text, stop)
-                if ended and not rendered.marked:  # a line break after the end is not the model's
-                    last = first + int(own[-1]) + 1
+                end = self._end(encoding, ids, first, last, rendered.text, stop)
+                ended = end is not None
+                if end is not None and not rendered.marked:  # a line break behind is not its own
+                    last = end + 1
                 trained[first:last] = True
             if not ended and config.end == "append" and turn.spans:
                 inserted.append(last)
@@ -188,7 +194,26 @@ class HubTokenizer:
         Raises:
             DatasetError: if the template refuses the messages, or the model lacks a token.
         """
-        return np.array(self._encode(self._prompt_text(example, config))[1], np.int32)
+        if is_text(example):
+            begun = example.messages[-1].text if example.answer is not None else ""
+            bos = self._token_id(self.template.special_tokens.get("bos_token"))
+            before = [] if bos is None else [bos]
+            return np.array([*before, *self._encode(begun)[1]], np.int32)
+        text = self._prompt_text(example, config)
+        encoding, listed = self._encode(text)
+        ids, inserted = np.array(listed, np.int32), []
+        if config.end == "append" and config.turns == "all":
+            # Earlier turns have the ends that training gave them.
+            earlier = Example(messages=prompt_messages(example), tools=example.tools)
+            template = self.template.on(config.today)
+            rendered = mask.render(template, earlier, self._ends(), config)
+            for turn in rendered.turns:
+                for start, stop in turn.spans[-1:]:
+                    if text.startswith(rendered.text[:stop]):
+                        first, last = self._tokens(encoding, text, start, stop)
+                        if self._end(encoding, ids, first, last, text, stop) is None:
+                            inserted.append(last)
+        return np.insert(ids, inserted, self.own_eos_id).astype(np.int32)
 
     def losses(self) -> dict[str, str]:
         """Return what becomes of a plain chat, a thought, a call with tools, and a system message.
@@ -219,6 +244,19 @@ class HubTokenizer:
         own = trained[len(before) : len(before) + len(listed)]
         findings = self._unknown(encoding, listed, example.messages[-1].text, own)
         return Encoded(ids, trained, tuple(findings))
+
+    def _ends(self) -> list[str]:
+        return [str(self._tokenizer.id_to_token(i)) for i in self.eos_ids]
+
+    def _end(
+        self, encoding: Encoding, ids: Ids, first: int, last: int, text: str, stop: int
+    ) -> int | None:
+        """Return the place of the token that ends a turn: nothing but white space follows it."""
+        own = np.flatnonzero(np.isin(ids[first:last], self.eos_ids))
+        if not len(own):
+            return None
+        place = first + int(own[-1])
+        return None if _text_after(encoding, place, text, stop) else place
 
     def _prompt_text(self, example: Example, config: DataConfig) -> str:
         template = self.template.on(config.today)
@@ -287,9 +325,9 @@ class HubTokenizer:
         )
         return text
 
-    def read_answer(self, ids: Sequence[int] | Ids) -> str | None:
+    def read_answer(self, ids: Sequence[int] | Ids, *, marked: bool) -> str | None:
         """Return the answer in a completion, see :func:`answers.read_answer`."""
-        return answers.read_answer(self.decode(ids))
+        return answers.read_answer(self.decode(ids), marked=marked)
 
     def _encode(self, text: str) -> tuple[Encoding, list[int]]:
         """Tokenize a text. Special tokens in it, which the template wrote, become their ids; none
@@ -364,9 +402,13 @@ class HubTokenizer:
             tail = self.template.render(messages).rpartition("@y@")[2]
         except (DatasetError, ModelError):
             return None
-        ids = self._tokenizer.encode(tail, add_special_tokens=False).ids
         known = self._tokenizer.get_added_tokens_decoder()
-        return int(ids[0]) if ids and ids[0] in known and known[ids[0]].special else None
+        for token in self._tokenizer.encode(tail, add_special_tokens=False).ids:
+            if token in known and known[token].special:
+                return int(token)
+            if self.decode([token]).strip():
+                return None
+        return None
 
     def _token_id(self, token: str | None) -> int | None:
         return None if token is None else self._tokenizer.token_to_id(token)

@@ -63,5 +63,10 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | Ids, *, skip_special_tokens: bool = True) -> str:
         """Return the text of ids, with or without special tokens."""
 
-    def read_answer(self, ids: Sequence[int] | Ids) -> str | None:
-        """Return the answer in a completion, or None if there is none."""
+    def read_answer(self, ids: Sequence[int] | Ids, *, marked: bool) -> str | None:
+        """Return the answer in a completion, or None if there is none.
+
+        Args:
+            ids: of the completion.
+            marked: whether completions are known to mark their answer.
+        """

@@ -8,7 +8,7 @@ import jax
 
 from tunix_mlflow.config.identity import trajectory_digest
 from tunix_mlflow.config.schema import Config
-from tunix_mlflow.data.examples import Example, example_id
+from tunix_mlflow.data.examples import Example, example_id, form_of, is_text
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import DatasetError
 from tunix_mlflow.evaluation import scoring
@@ -22,6 +22,7 @@ from tunix_mlflow.training.resolve import resolve_auto, with_base_shape, with_le
 
 _PROMPTS = 3
 """Prompts that a logged model keeps as its input example."""
+_BEGINNING = 80  # characters of a text
 
 
 class TrainingInputs(NamedTuple):
@@ -34,6 +35,7 @@ class TrainingInputs(NamedTuple):
     validation: TokenRows | None  # None: the dataset has no such split
     samples: list[Example]  # of the validation split, with an expected answer
     prompts: list[str]  # an input example for the logged model
+    forms: tuple[str, ...]  # what the train examples end with; see form_of
     train_examples: int
     validation_examples: int
     max_new_tokens: int  # of a completion, where nothing is configured
@@ -106,7 +108,7 @@ def read_inputs(
     examples = snapshot.read_splits(manifest.digest, names)
     encoded = {name: encode_examples(examples[name], tokenizer, config.data) for name in names}
     losses = [
-        (loss, describe_loss(loss, len(found), example_id(found[loss.first_example])))
+        (loss, describe_loss(loss, len(found), example_id(found[loss.first_example]), name))
         for name, found in examples.items()
         for loss in encoded[name].losses
     ]
@@ -122,10 +124,16 @@ def read_inputs(
         train=rows[train],
         validation=rows.get(validation),
         samples=scoring.scorable(held_out, config.evaluation.samples),
-        prompts=[example.prompt for example in (held_out or examples[train])[:_PROMPTS]],
+        prompts=[_asked(example) for example in (held_out or examples[train])[:_PROMPTS]],
+        forms=tuple(sorted({form_of(example) for example in examples[train]})),
         train_examples=len(examples[train]),
         validation_examples=len(held_out),
         max_new_tokens=config.evaluation.max_new_tokens or longest_completion(rows[train]),
         losses=losses,
         device=device,
     )
+
+
+def _asked(example: Example) -> str:
+    """Return a prompt as a user would give it: of a text without turns its beginning."""
+    return example.messages[-1].text[:_BEGINNING] if is_text(example) else example.prompt

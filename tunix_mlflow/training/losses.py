@@ -21,6 +21,12 @@ class PrecisionPolicy(NamedTuple):
 
 
 FLOAT32 = PrecisionPolicy()
+_LOGITS_BYTES = 256 * 2**20
+
+
+def logits_chunk(vocab_size: int) -> int:
+    """Return how many tokens have 256 MB of float32 logits, at least 1."""
+    return max(1, _LOGITS_BYTES // (4 * vocab_size))
 
 
 def token_losses(

@@ -41,30 +41,35 @@ def learning_rates(config: OptimizerConfig, steps: int) -> npt.NDArray[np.float3
     return np.asarray(rates, np.float32)
 
 
-def change_of_rate(config: OptimizerConfig, step: int, before: int, after: int) -> str | None:
-    """Return how the learning rate changes when a run gets another number of steps.
+def change_of_rate(
+    step: int, before: tuple[OptimizerConfig, int], after: tuple[OptimizerConfig, int]
+) -> str | None:
+    """Return how the learning rate changes when a run gets another schedule or number of steps.
 
     Args:
-        config: of the run.
         step: updates that are done.
-        before: steps that the run had so far.
-        after: its steps from now on.
+        before: configuration and steps that the run had so far.
+        after: those that it has from now on.
 
     Returns:
         A line, or None if the rate of the next update stays within a hundredth.
     """
-    if not 0 < step < after or before == after:
+    (_, had), (config, has) = before, after
+    if not 0 < step < has or before == after:
         return None
-    done, planned = (learning_rates(config, n) for n in (before, after))
-    last, following = float(done[min(step, before) - 1]), float(planned[step])
-    expected = float(done[step]) if step < before else last
+    done, planned = learning_rates(*before), learning_rates(*after)
+    last, following = float(done[min(step, had) - 1]), float(planned[step])
+    expected = float(done[step]) if step < had else last
     if abs(following - expected) <= 0.01 * expected:
         return None
+    length = before[0].schedule_steps or had
+    what = f"training.steps={has}"
+    if config.schedule_steps is not None:
+        what = f"optimizer.schedule_steps={config.schedule_steps}"
     return (
-        f"training.steps={after} stretches the schedule: update {step} had a learning rate of"
-        f" {last:.3g}, and update {step + 1} has {following:.3g}."
-        f" optimizer.schedule_steps={before} keeps the schedule of {before} steps, and continues"
-        f" with its last rate, {config.final_fraction:g} of the peak"
+        f"{what} changes the schedule: update {step} had a learning rate of {last:.3g}, and update"
+        f" {step + 1} has {following:.3g}. optimizer.schedule_steps={length} keeps the schedule of"
+        f" {length} steps, and continues with its last rate, {config.final_fraction:g} of the peak"
     )
 
 

@@ -11,6 +11,7 @@ import msgspec
 from tunix_mlflow.config.schema import Config, ModelConfig
 from tunix_mlflow.errors import ConfigError, DatasetError
 from tunix_mlflow.input import packing
+from tunix_mlflow.training.losses import logits_chunk
 
 _CPU_TOKENS, _CPU_LORA_TOKENS = 512, 256
 """Tokens of a microbatch on a CPU: its activations stay in the cache. With LoRA, activations are
@@ -19,8 +20,6 @@ _FUSED_TOKENS = 2048
 """Tokens of an update on a CPU from which on fused projections are faster."""
 _UNROLLED_LAYERS = 16
 """Blocks that are compiled one by one off a CPU; more are scanned."""
-_LOGITS_BYTES = 256 * 2**20
-"""Logits that are held at a time, where nothing is configured."""
 
 
 def with_base_shape(config: Config, shape: ModelConfig) -> Config:
@@ -80,7 +79,7 @@ def resolve_auto(config: Config, vocab_size: int, platform: str) -> Config:
     limit = _CPU_LORA_TOKENS if config.lora.rank else _CPU_TOKENS
     chunk = training.loss_chunk
     if chunk is None:
-        chunk = max(1, _LOGITS_BYTES // (4 * vocab_size))
+        chunk = logits_chunk(vocab_size)
     fused = training.fused
     if fused is None:
         fused = platform == "cpu" and device_rows * length >= _FUSED_TOKENS

@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.models.utils import _save_example
+from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
 from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from tunix_mlflow import files, paths
@@ -127,7 +128,8 @@ def save_package(
 def package_digest(folder: Path) -> str:
     """Return the sha256 (64 hex) over the sorted relative paths and sha256 of every file.
 
-    MLmodel and requirements are among them: equal packages, equal digest.
+    MLmodel and requirements are among them: equal packages, equal digest. The file that MLflow
+    writes beside them when it loads a model by its registered name is not.
     """
     hasher = hashlib.sha256()
     for path in sorted(path.relative_to(folder).as_posix() for path in _files(folder)):
@@ -228,7 +230,8 @@ class _Pyfunc:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+    written_by_loading = folder / REGISTERED_MODEL_META_FILE_NAME
+    return [path for path in folder.rglob("*") if path.is_file() and path != written_by_loading]
 
 
 def _link(source: str, target: str) -> None:

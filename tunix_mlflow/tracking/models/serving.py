@@ -1,8 +1,8 @@
 """The rows of a request to a served model, in any form that MLflow passes on.
 
-A row is a prompt, messages, or an object with `prompt`, `text` or `messages`, and `tools`. Requests
-are frames, series, arrays, lists, texts, and objects of columns; each row of one gives an example,
-or says why not.
+A row is a prompt, messages, or an object with one of `prompt`, `text` and `messages`, and with
+`system` and `tools`; other keys are not read. Requests are frames, series, arrays, lists, texts,
+and objects of columns; each row of one gives an example, or says why not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tunix_mlflow.data.examples import Example
 
 _PROMPTS = ("prompt", "text")
-_EXPECTED = "a row is a prompt, or has `prompt`, `text` or `messages`"
+_EXPECTED = "a row is a prompt, or has one of `prompt`, `text` and `messages`"
 
 
 def examples(data: Any) -> list[Example | str]:
@@ -48,7 +48,7 @@ def _of_columns(columns: dict[str, Any]) -> list[Any]:
     lists = {
         key: value
         for key, value in columns.items()
-        if isinstance(value, list) and not _is_conversation(value) and key != "tools"
+        if isinstance(value, list) and not _is_conversation(value) and not _are_tools(key, value)
     }
     if not lists:
         return [columns]
@@ -73,14 +73,16 @@ def _example(row: Any) -> Example | str:
     if not isinstance(row, dict):
         return _EXPECTED
     given = {key: value for key, value in row.items() if not _is_missing(value)}
-    try:
-        if "messages" in given:
-            return bundles.conversation(given["messages"], given.get("tools"))
-        prompt = next((given[key] for key in _PROMPTS if key in given), None)
-        if not isinstance(prompt, str) or not prompt:
+    asked = [key for key in (*_PROMPTS, "messages") if key in given]
+    if len(asked) != 1:
+        return _EXPECTED if not asked else f"a row has {' and '.join(asked)}; give one of them"
+    turns = given[asked[0]]
+    if asked[0] != "messages":
+        if not isinstance(turns, str) or not turns:
             return _EXPECTED
-        turn = [{"role": "user", "content": prompt}]
-        return bundles.conversation(turn, given.get("tools"))
+        turns = [{"role": "user", "content": turns}]
+    try:
+        return bundles.conversation(turns, given.get("tools"), given.get("system"))
     except DatasetError as error:
         return str(error)
 
@@ -101,4 +103,11 @@ def _is_missing(value: Any) -> bool:
 
 
 def _is_conversation(value: Sequence[Any]) -> bool:
-    return bool(value) and all(isinstance(item, Mapping) and "role" in item for item in value)
+    return bool(value) and all(
+        isinstance(item, Mapping) and ("role" in item or "from" in item) for item in value
+    )
+
+
+def _are_tools(key: str, value: Sequence[Any]) -> bool:
+    """Whether a value is the definitions of one row, not a column of them."""
+    return key == "tools" and all(isinstance(item, Mapping) for item in value)
