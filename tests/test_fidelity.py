@@ -347,6 +347,8 @@ def test_a_dataset_without_answers_has_a_loss(
     assert "count in the loss alone" in said.err
     assert run_here("promote", run_id, "texts") == 3
     assert "eval/exact_match was not measured on texts-v1/test" in capsys.readouterr().err
+    assert run_here("models", "inspect", f"models:/{result['model_id']}") == 2
+    assert "write it as one with `tunix-mlflow models export`" in capsys.readouterr().err
     bundle = flavor.load_model(f"models:/{result['model_id']}")
     ids = bundle._prompt(0, bundles.prompt("5 and"), None).ids
     text = bundle.tokenizer.decode(ids, skip_special_tokens=False)

@@ -210,6 +210,21 @@ def test_columns_that_only_later_rows_have(tmp_path: Path) -> None:
     assert again.manifest.digest == datasets.get("two-v1").digest
 
 
+def test_the_name_of_an_export(tmp_path: Path) -> None:
+    """It says what kind of file is meant; another is refused, and nothing is written."""
+    datasets.ingest(lines(tmp_path / "data.jsonl", {"prompt": "p", "completion": "c"}), "two-v1")
+    with pytest.raises(DatasetError, match=r"out.txt: the name has to end in .jsonl"):
+        datasets.export("two-v1", tmp_path / "out.txt", "messages")
+    assert not (tmp_path / "out.txt").exists()
+
+
+def test_a_split_that_is_no_name(tmp_path: Path) -> None:
+    """The line says where it is, and what a name is."""
+    row = {"prompt": "p", "completion": "c", "split": "Test Set"}
+    with pytest.raises(DatasetError, match=r"got 'Test Set' - at `\$.split`"):
+        only(lines(tmp_path / "data.jsonl", row))
+
+
 def test_arguments_in_a_map(tmp_path: Path) -> None:
     """A column of maps holds objects."""
     made = {"role": pa.string(), "content": pa.string()}

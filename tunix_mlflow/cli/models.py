@@ -127,3 +127,5 @@ def export(model: str, folder: Path, adapter: bool, dtype: str, as_json: bool) -
         print_json({"model_id": logged.model_id, "folder": str(folder)})
     else:
         click.echo(f"wrote model {logged.model_id} to {folder}")
+        if not bundle.tokenizer.files:
+            click.echo("it has no tokenizer for transformers: its tokens are bytes and markers")

@@ -29,7 +29,7 @@ from msgspec import Struct
 from tunix_mlflow import paths
 from tunix_mlflow.config.relations import check_relations
 from tunix_mlflow.config.schema import SCHEMA_VERSION, Config
-from tunix_mlflow.config.tree import members, merge, read_yaml, set_key
+from tunix_mlflow.config.tree import choices, members, merge, read_yaml, set_key
 from tunix_mlflow.errors import ConfigError
 
 PRESETS = paths.project_root() / "projects" / "configs"
@@ -262,4 +262,6 @@ def _explain(message: str, tree: Mapping[str, Any]) -> tuple[str, str]:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     text = (text[:1].lower() + text[1:]).replace("`", "").partition(", got ")[0]
+    if allowed := choices(key):
+        text = f"expected {', '.join(str(value) for value in allowed[:-1])} or {allowed[-1]}"
     return key, f"{key}: {text}, got {value!r}"

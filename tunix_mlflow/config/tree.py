@@ -86,6 +86,15 @@ def _types_of(key: str) -> set[Any]:
     return kinds
 
 
+def choices(key: str) -> list[Any]:
+    """Return the values that a dotted key chooses from; none for other keys."""
+    kind: Any = Config
+    for part in key.split("."):
+        fields = typing.get_type_hints(kind) if isinstance(kind, type) else {}
+        kind = fields.get(part)
+    return list(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else []
+
+
 def members(annotation: Any) -> set[Any]:
     """Return the types that an annotation allows: those of a union, and of literals."""
     origin = typing.get_origin(annotation)

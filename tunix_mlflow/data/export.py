@@ -20,7 +20,7 @@ from tunix_mlflow.data.catalog import read
 from tunix_mlflow.data.catalog.digests import find_corrupted
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import DatasetError, IntegrityError
-from tunix_mlflow.files import failure, remove_parts, replacing
+from tunix_mlflow.files import failure, one_line, remove_parts, replacing
 
 
 def export(manifest: Manifest, path: Path, form: str) -> int:
@@ -38,6 +38,8 @@ def export(manifest: Manifest, path: Path, form: str) -> int:
         DatasetError: if the file cannot be written, or an example does not fit the form.
         IntegrityError: if an example does not match its digest.
     """
+    if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        raise DatasetError(f"{path}: the name has to end in .jsonl, .jsonl.gz or .parquet")
     if form not in writers.EXPORTS:
         raise DatasetError(f"no format {form!r}; one of {', '.join(writers.EXPORTS)}")
     batches, record = read.stream(paths.catalog_path(), manifest.key), writers.writer(form)
@@ -83,7 +85,9 @@ def _writer(part: Path, name: str) -> Iterator[Callable[[list[Any]], None]]:
             names = dict.fromkeys(key for row in columns for key in row)
             table = pa.Table.from_pylist([dict.fromkeys(names) | row for row in columns])
         except pa.ArrowException as error:
-            raise DatasetError(f"the meta of these examples has no columns: {error}") from error
+            raise DatasetError(
+                f"these examples have no common columns, write .jsonl: {one_line(error)}"
+            ) from error
         pq.write_table(table, part, compression="zstd")
         return
     encoder = msgspec.json.Encoder()

@@ -92,7 +92,7 @@ def reader(
         if not isinstance(meta, dict):
             raise ValueError("Expected `object` - at `$.meta`")
         if own is not None:
-            msgspec.convert(own, SplitName)
+            _check_split(own)
         if has_columns:
             known = {k: messages.without_added_nulls(k, v) for k, v in known.items()}
         tools = None if form == "text" else messages.tools(known)
@@ -110,6 +110,16 @@ def reader(
             raise ValueError(message) from error
 
     return explained
+
+
+def _check_split(name: object) -> None:
+    try:
+        msgspec.convert(name, SplitName)
+    except msgspec.ValidationError:
+        raise ValueError(
+            f"expected the name of a split, in small letters, digits, `-` and `_`, got {name!r}"
+            " - at `$.split`"
+        ) from None
 
 
 def trace_decoder(limits: LimitsConfig) -> Callable[[bytes], Any]:

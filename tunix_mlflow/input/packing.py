@@ -74,7 +74,7 @@ def lay_out_rows(tokenized: TokenizedExamples, config: DataConfig, length: int) 
     if not len(kept):
         raise DatasetError(
             f"none of the {tokenized.count} examples has a token to train on:"
-            " every message is marked untrained, or was cut off; see"
+            " no message that data.turns and the rows' marks leave has one, or it was cut off; see"
             " `tunix-mlflow datasets show KEY --mask`"
         )
     if config.packing:

@@ -11,6 +11,7 @@ from mlflow.exceptions import MlflowException
 
 from tunix_mlflow import files, paths
 from tunix_mlflow.config.schema import Config
+from tunix_mlflow.errors import ModelError
 from tunix_mlflow.models.hub import base as bases
 from tunix_mlflow.models.hub.base import Base
 from tunix_mlflow.tracking import store
@@ -36,6 +37,7 @@ def local(place: str) -> Iterator[Path]:
     Raises:
         TrackingError: if it is not there.
         UnavailableError: if it cannot be fetched.
+        ModelError: if it is a model that was logged.
     """
     if not place.startswith(_SCHEMES):
         yield Path(place).expanduser()
@@ -46,6 +48,11 @@ def local(place: str) -> Iterator[Path]:
         except (MlflowException, OSError) as error:
             what = f"cannot fetch {place}"
             raise store.failure(error, what, what) from error
+        if (found / "MLmodel").is_file() and not (found / "config.json").is_file():
+            raise ModelError(
+                f"{place} is a logged model, not a folder in Hugging Face's layout: write it as one"
+                " with `tunix-mlflow models export`"
+            )
         yield found
 
 
