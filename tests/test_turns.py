@@ -226,15 +226,35 @@ def test_arguments_as_python_writes_them() -> None:
 
 
 def test_a_character_that_the_tokenizer_does_not_know() -> None:
-    """In a trained turn it is told, whatever the rest has; also where it gets no token at all."""
+    """In a trained turn it is told, whatever the rest has."""
     row = chat(("user", "the Ж"), ("assistant", "the Ж hell"))
     made = tokenizer(COUNTS, "unigram, NFKC")
     found = made.encode_example(read(row), DataConfig()).findings
     assert {(f.kind, f.trained) for f in found} >= {("unknown text", False), ("unknown text", True)}
-    tree = json.loads(small_tokenizers()["byte-level"])
-    kept = {t: n for n, t in enumerate(t for t in tree["model"]["vocab"] if ord(t[0]) < 289)}
-    tree["model"] |= {"vocab": kept, "merges": []}
-    tree["pre_tokenizer"] = tree["decoder"] = None
-    dropping = HubTokenizer(files(COUNTS) | {"tokenizer.json": json.dumps(tree).encode()}, "it")
-    found = dropping.encode_example(read(row), DataConfig()).findings
-    assert {(f.kind, f.trained) for f in found} >= {("unknown text", False), ("unknown text", True)}
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "prepended"])
+def test_a_character_that_the_tokenizer_drops(kind: str) -> None:
+    """It is named, in whatever message: what follows it would be masked in a wrong place."""
+    tree = json.loads(small_tokenizers()[kind])
+    kept = [t for t in tree["model"]["vocab"] if not t.startswith("<0x") and t != "<unk>"]
+    kept = [t for t in kept if t.isascii() or "\u2581" in t or kind == "byte-level"]
+    if kind == "byte-level":
+        tree["pre_tokenizer"] = None
+        kept = [t for t in kept if len(t) == 1 and (t.isascii() or t == "\u010a")]
+        tree["model"]["merges"] = []
+        tree["normalizer"] = {"type": "Replace", "pattern": {"String": "\n"}, "content": "\u010a"}
+    tree["model"] |= {"vocab": {t: n for n, t in enumerate(kept)}, "unk_token": None}
+    tree["model"] |= {"byte_fallback": False}
+    added = [t for t in tree["added_tokens"] if t["content"] != "<unk>"]
+    tree["added_tokens"] = [t | {"id": len(kept) + n} for n, t in enumerate(added)]
+    tree["decoder"] = None
+    made = HubTokenizer(files(COUNTS) | {"tokenizer.json": json.dumps(tree).encode()}, "it")
+    for said in ((("user", "x世y"), ("assistant", "hell")), (("user", "x"), ("assistant", "a世b"))):
+        with pytest.raises(DatasetError, match=r"no token for '世' \(U\+4E16\)"):
+            made.encode_example(read(chat(*said)), DataConfig())
+    fine = read(chat(("user", "xy"), ("assistant", "hell")))
+    ids, trained, findings = made.encode_example(fine, DataConfig())
+    text = "".join(str(made._tokenizer.id_to_token(int(i))) for i in ids[trained])
+    assert text == "hell<|stop|>"
+    assert not any(finding.refuses for finding in findings)

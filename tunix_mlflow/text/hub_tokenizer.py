@@ -106,8 +106,8 @@ class HubTokenizer:
         known = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {i for i, token in known.items() if token.special}
         self._unknown_id = self._read_unknown_id()
-        # Whether a character that the vocabulary lacks gets no token at all.
-        self._drops = not self._tokenizer.encode("\ue0f4", add_special_tokens=False).ids
+        self._dropped: dict[str, bool] = {}  # by character; see _is_dropped
+        self._drops = self._is_dropped("\ue0f4")
 
     @classmethod
     def read(cls, folder: Path, table_size: int | None = None) -> HubTokenizer:
@@ -300,22 +300,14 @@ class HubTokenizer:
     def _unknown(
         self, encoding: Encoding, ids: list[int], text: str, trained: Mask
     ) -> list[Finding]:
-        """Return the first text that became the token for unknown ones, or none at all: of what is
-        trained on, and of the rest."""
+        """Return the first text that became the token for unknown ones: of what is trained on, and
+        of the rest."""
         found: dict[bool, str] = {}
         if self._unknown_id is not None and self._unknown_id in ids:
             spelled = self._tokenizer.id_to_token(self._unknown_id)
             for place, (token, (start, stop)) in enumerate(zip(ids, encoding.offsets, strict=True)):
                 if token == self._unknown_id and text[start:stop] != spelled:
                     found.setdefault(bool(trained[place]), text[start:stop])
-        if self._drops:
-            before = False  # whether the last character that has a token is trained on
-            for place, character in enumerate(text):
-                own = encoding.char_to_token(place)
-                if own is not None:
-                    before = bool(trained[own])
-                elif not character.isspace():
-                    found.setdefault(before, character)
         return [Finding(fidelity.UNKNOWN, 0, is_trained, t) for is_trained, t in found.items()]
 
     def decode(self, ids: Sequence[int] | Ids, *, skip_special_tokens: bool = True) -> str:
@@ -331,13 +323,34 @@ class HubTokenizer:
 
     def _encode(self, text: str) -> tuple[Encoding, list[int]]:
         """Tokenize a text. Special tokens in it, which the template wrote, become their ids; none
-        is added."""
+        is added.
+
+        Raises:
+            DatasetError: if the model lacks a token, or the tokenizer would drop a character: then
+                it does not say either which characters its tokens are made of.
+        """
+        if self._drops and (lost := next((c for c in text if self._is_dropped(c)), None)):
+            raise DatasetError(
+                f"{self.where}: {TOKENIZER} has no token for {lost!r} (U+{ord(lost):04X}), and none"
+                " for unknown text, so the character would be lost"
+            )
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids = encoding.ids  # a new list each time it is asked for
         if ids and max(ids) >= self.table_size:
             token = self._tokenizer.id_to_token(max(ids))
             raise DatasetError(f"{self.where}: the model does not know the token {token!r}")
         return encoding, ids
+
+    def _is_dropped(self, character: str) -> bool:
+        """Return whether a character gets no token at all: three of them have as many as one."""
+        if character not in self._dropped:
+            one, three = (
+                self._tokenizer.encode(character * count, add_special_tokens=False).ids
+                for count in (1, 3)
+            )
+            unknown = self._unknown_id is not None and self._unknown_id in one
+            self._dropped[character] = one == three and not unknown and not character.isspace()
+        return self._dropped[character]
 
     def _apply_settings(self) -> None:
         """Add the tokens that the settings have beside tokenizer.json, as transformers does.
