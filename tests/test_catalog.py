@@ -127,7 +127,6 @@ def test_ingest_keeps_duplicates_once(tmp_path: Path) -> None:
 GOOD = '{"prompt": "p", "steps": [{"content": "s"}], "answer": "a"}'
 BAD_LINES = {
     "{": "not a reasoning trace",
-    "": "empty line",
     "[]": "Expected `object`",
     "null": "Expected `object`",
     '{"prompt": "p", "answer": "a"}': "steps",

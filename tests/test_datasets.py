@@ -76,8 +76,8 @@ def test_a_filter_value_is_only_compared(doubles: str, value: object) -> None:
 
 def test_export_leaves_nothing_half_written(doubles: str, tmp_path: Path) -> None:
     """A folder, or a place that is not there, is one line."""
-    (tmp_path / "out").mkdir()
-    for target in (tmp_path / "out", tmp_path / "absent" / "x.jsonl"):
+    (tmp_path / "out.jsonl").mkdir()
+    for target in (tmp_path / "out.jsonl", tmp_path / "absent" / "x.jsonl"):
         with pytest.raises(DatasetError, match="cannot write"):
             datasets.export(doubles, target)
     assert not list(tmp_path.glob(".*"))

@@ -176,7 +176,7 @@ def test_what_is_exported_can_be_read(tmp_path: Path, name: str, form: str) -> N
     except DatasetError as error:
         assert "use --format" in str(error)
         assert not out.exists()
-        assert form == "trace" or (form == "text") != (name == "text")
+        assert form in ("trace", "preference") or (form == "text") != (name == "text")
         return
     written = json.loads(out.read_text())
     if form == "gemma":
@@ -245,18 +245,18 @@ def test_arguments_in_a_map(tmp_path: Path) -> None:
 
 def test_columns_by_another_name(tmp_path: Path) -> None:
     """--map says where a field stands; errors name the column that the file has."""
-    path = lines(tmp_path / "a.jsonl", {"instruction": "p", "output": "c", "lang": "en"})
-    example = only(path, mapping={"prompt": "instruction", "completion": "output"})
+    path = lines(tmp_path / "a.jsonl", {"asked": "p", "said": "c", "lang": "en"})
+    example = only(path, mapping={"prompt": "asked", "completion": "said"})
     assert (example.prompt, example.answer, example.meta) == ("p", "c", {"lang": "en"})
-    with pytest.raises(DatasetError, match="no format fits the columns instruction, lang, output"):
+    with pytest.raises(DatasetError, match="no format fits the columns asked, lang, said"):
         datasets.ingest(path, "two-v1")
-    with pytest.raises(DatasetError, match="no column 'nowhere'; it has instruction"):
+    with pytest.raises(DatasetError, match="no column 'nowhere'; it has asked"):
         datasets.ingest(path, "two-v1", mapping={"prompt": "nowhere"})
     with pytest.raises(DatasetError, match="no such field"):
-        datasets.ingest(path, "two-v1", mapping={"promt": "instruction"})
-    bad = lines(tmp_path / "b.jsonl", {"instruction": 5, "output": "c"})
-    with pytest.raises(DatasetError, match=r"b.jsonl:1: .*\$\.instruction"):
-        datasets.ingest(bad, "two-v1", mapping={"prompt": "instruction", "completion": "output"})
+        datasets.ingest(path, "two-v1", mapping={"promt": "asked"})
+    bad = lines(tmp_path / "b.jsonl", {"asked": 5, "said": "c"})
+    with pytest.raises(DatasetError, match=r"b.jsonl:1: .*\$\.asked"):
+        datasets.ingest(bad, "two-v1", mapping={"prompt": "asked", "completion": "said"})
 
 
 def test_messages_and_tools_as_json_text(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_sql_derives_what_python_says(tmp_path_factory: Any, found: list[Example
 def test_recognise_names_the_columns() -> None:
     """What fits no form is said with the way out."""
     with pytest.raises(DatasetError, match=r"columns a, b; .*--map"):
-        formats.recognise(["b", "a"])
+        formats.recognise({"b": 1, "a": 2})
 
 
 tricky = st.lists(

@@ -187,6 +187,9 @@ def readable(example: Example) -> str:
     lines += [f"  {step.i}. ({step.type}) {step.content}" for step in example.steps]
     if example.answer is not None:
         lines.append(f"answer: {example.answer}")
+    lines += [f"rejected: {message.text}" for message in example.rejected]
+    if example.label is not None:
+        lines.append(f"label: {json.dumps(example.label)}")
     if example.meta:
         lines.append(f"meta: {json.dumps(example.meta, sort_keys=True)}")
     return "\n".join(_printable(line) for text in lines for line in text.split("\n"))

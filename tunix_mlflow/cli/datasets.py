@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _split = click.option(
     "  [default: validation=0.1, test=0.1]",
 )
 _SHOWN = 100  # names of a kind
+_EXCERPT = 600  # characters of an example
 
 
 def _key(command: Any) -> Any:
@@ -126,8 +128,13 @@ def build(
 @_key
 @click.option("--format", "form", default="auto", show_default=True, help="One of the above.")
 @click.option(
-    "--map", "mapping", multiple=True, metavar="FIELD=COLUMN", help="The column of a field."
+    "--map",
+    "mapping",
+    multiple=True,
+    metavar="FIELD=COLUMN",
+    help=r"The column of a field, a.b inside it, or several joined: 'prompt={title}\n\n{body}'.",
 )
+@click.option("--encoding", help="Of text files, if it is not UTF-8: utf-16, latin-1, ...")
 @_split
 @click.option(
     "--skip-bad",
@@ -150,6 +157,7 @@ def ingest(
     version: str,
     form: str,
     mapping: tuple[str, ...],
+    encoding: str | None,
     split: tuple[str, ...],
     skip_bad: bool,
     rejects: Path | None,
@@ -159,17 +167,19 @@ def ingest(
 ) -> None:
     """Store the examples of files as a dataset: all of them, or none.
 
-    JSONL, JSONL.gz, Parquet or text files, or folders of them, such as Hugging Face `datasets`
-    folders. Splits come from a row's `split`, from SPLIT=PATH, or from the names of several files
-    (train, validation, test); without any, a tenth of the prompts becomes `validation` and a tenth
-    `test`.
+    JSON (a row a line, or an array), CSV, TSV, Parquet, Arrow or text files, compressed or not
+    (.gz, .zst, .bz2, .xz), or folders of them, such as Hugging Face `datasets` folders. Splits
+    come from a row's `split`, from SPLIT=PATH, or from the names of several files (train,
+    validation, test); without any, a tenth of the prompts becomes `validation` and a tenth `test`.
 
     \b
     FORMAT is auto, or one of
       trace              {"prompt", "steps": [{"content"}], "answer", "split", "meta"}
       messages           {"messages": [{"role", "content", "tool_calls", "trained"}], "tools"}
-      prompt-completion  {"prompt", "completion", "tools"}
-      question-answer    {"question", "answer": "work #### result"}
+      prompt-completion  {"prompt", "completion", "tools"}; input and output, problem and solution
+      instruction        {"instruction", "input" or "context", "output" or "response"}
+      question-answer    {"question", "context", "answer": "work #### result", or "answers"}
+      preference         {"prompt", "chosen", "rejected"}, or {"prompt", "completion", "label"}
       text               {"text"}
     In formats other than trace, other columns become meta.
     """
@@ -188,11 +198,13 @@ def ingest(
             mapping=dict(pairs(mapping, "--map")),
             splits=shares(split) if split else None,
             limits=config.limits,
+            encoding=encoding,
             skip_bad=rejected,
             progress=lambda done, total: reporter.progress("reading bytes", done, total, {}),
         )
     if as_json:
-        more = {"rows": result.rows, "duplicates": result.duplicates, "rejected": result.rejected}
+        more: dict[str, Any] = {"rows": result.rows, "duplicates": result.duplicates}
+        more |= {"rejected": result.rejected, "unused": result.unused}
         file = {"rejects": str(rejected)} if rejected else {}
         print_json(
             _plain(result.manifest)
@@ -206,8 +218,16 @@ def ingest(
         f"{result.rows:,} rows {recognised} {result.form}: {result.duplicates:,} duplicates,"
         f" {result.rejected:,} left out" + (f", see {rejected}" if result.rejected else "")
     )
-    if without := result.manifest.stats["without_steps"]:
-        click.echo(f"{without:,} examples have no reasoning steps")
+    if form == "auto":
+        shown = dataset_content.readable(operations.first_example(key))
+        click.echo(f"the first example:\n{textwrap.indent(shown, '  ')[:_EXCERPT]}")
+    for column, characters in result.unused.items():
+        click.echo(
+            f"warning: the column {column!r} with {characters:,} characters of text becomes meta,"
+            " and is not trained on; --map joins columns"
+        )
+    if result.form == "preference":
+        click.echo("preference data is kept for later use; supervised training does not take it")
     if count := result.validation_from_train:
         click.echo(f"the data has no validation split: {count:,} train examples became it")
     _echo_built(result, False)

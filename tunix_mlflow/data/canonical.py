@@ -39,6 +39,7 @@ def decode(
     text: str | bytes,
     parse_int: Callable[[str], int] = int,
     parse_float: Callable[[str], float] = float,
+    parse_constant: Callable[[str], Any] | None = None,
 ) -> Any:
     """Parse strict JSON.
 
@@ -46,6 +47,7 @@ def decode(
         text: of one value.
         parse_int: makes an integer of its digits.
         parse_float: makes any other number of its text.
+        parse_constant: makes a value of NaN or an infinity; None: they are an error.
 
     Raises:
         ValueError: if it is not strict JSON, for example if it has a duplicate key or a NaN.
@@ -54,7 +56,7 @@ def decode(
         return json.loads(
             text,
             object_pairs_hook=_unique,
-            parse_constant=_no_constant,
+            parse_constant=parse_constant or _no_constant,
             parse_int=parse_int,
             parse_float=parse_float,
         )

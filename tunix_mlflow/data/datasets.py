@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from tunix_mlflow.data.catalog import diff as catalog_diff
 from tunix_mlflow.data.catalog import read, store
 from tunix_mlflow.data.catalog import verify as catalog_verify
 from tunix_mlflow.data.catalog.verify import Report
-from tunix_mlflow.data.examples import Example
+from tunix_mlflow.data.examples import Example, from_canonical
 from tunix_mlflow.data.leakage import Leakage
 from tunix_mlflow.data.manifest import Manifest, Selection
 from tunix_mlflow.data.sources import find_sources
@@ -44,6 +45,7 @@ class Ingested(NamedTuple):
     rows: int
     duplicates: int
     rejected: int
+    unused: dict[str, int]  # column -> characters of its long texts, which became meta
 
     @property
     def validation_from_train(self) -> int:
@@ -135,6 +137,7 @@ def ingest(
     mapping: Mapping[str, str] | None = None,
     splits: Mapping[str, float] | None = None,
     limits: LimitsConfig | None = None,
+    encoding: str | None = None,
     skip_bad: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Ingested:
@@ -144,12 +147,13 @@ def ingest(
         named: paths of files or folders, or SPLIT=PATH.
         key: of the dataset.
         form: one of formats.FORMATS, or auto.
-        mapping: field -> the column it is in.
+        mapping: field -> the column it is in, or a text with columns; see column_map.
         splits: shares of the prompts, used if the data has no splits; None: a tenth each for
             validation and test. Of data with splits, but without validation, the share of
             validation is taken from the train prompts, and the manifest's statistics have
             `validation_from_train`.
         limits: maximum lengths; None for the defaults.
+        encoding: of text files; None: UTF-8.
         skip_bad: leave bad rows out, and write them to this file with the reasons.
         progress: called with bytes done and bytes in all.
 
@@ -166,7 +170,7 @@ def ingest(
     shares = dict(manifests.HELD_OUT if splits is None else splits)
     manifests.bounds(shares)
     arguments = [str(named)] if isinstance(named, Path) else list(named)
-    sources = find_sources(arguments)
+    sources = find_sources(arguments, encoding)
     path = paths.catalog_path()
     with staging.new_stage() as stage:
         parsed = parsing.read_files(
@@ -206,7 +210,7 @@ def ingest(
         with exports.writing(skip_bad) as part, part.open("w", encoding="utf-8") as out:
             parsing.write_rejects(out, rejects)
     _snapshot_if_small(manifest)
-    return Ingested(manifest, created, parsed.form, rows, duplicates, len(rejects))
+    return Ingested(manifest, created, parsed.form, rows, duplicates, len(rejects), parsed.unused)
 
 
 def build(key: str, selection: Selection) -> Built:
@@ -240,6 +244,12 @@ def get(key: str) -> Manifest:
     if manifest is None:
         raise DatasetError(read.not_found(key, paths.catalog_path()))
     return manifest
+
+
+def first_example(key: str) -> Example:
+    """Return the first example of a dataset, in order of ingest."""
+    with contextlib.closing(read.stream(paths.catalog_path(), key)) as batches:
+        return from_canonical(next(iter(batches))["canonical"][0].as_py())
 
 
 def provenance(key: str) -> list[dict[str, Any]]:

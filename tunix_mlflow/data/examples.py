@@ -79,8 +79,12 @@ class Example(
     """A training example; see :func:`completion` for what is learned of it."""
 
     answer: str | None = None
+    label: bool | None = None
+    """Of labelled preference data: whether the completion is wanted."""
     messages: Annotated[tuple[Message, ...], Meta(min_length=1)]
     meta: dict[str, Any] = {}
+    rejected: tuple[Message, ...] = ()
+    """Of preference data in pairs: the turns that are worse than the last ones of `messages`."""
     split: str | None = None
     steps: tuple[Step, ...] = ()
     tools: str | None = None
@@ -167,6 +171,11 @@ _DECODER = msgspec.json.Decoder(Example)
 def is_text(example: Example) -> bool:
     """Return whether an example is a text without turns."""
     return example.messages[-1].role == TEXT
+
+
+def is_preference(example: Example) -> bool:
+    """Return whether an example says which answer is better, or whether one is wanted."""
+    return bool(example.rejected) or example.label is not None
 
 
 def expected_answer(example: Example) -> str | None:

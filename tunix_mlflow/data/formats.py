@@ -2,8 +2,11 @@
 
     trace              {"prompt", "steps": [{"content", "type"?}], "answer", "split"?, "meta"?}
     messages           {"messages": [{"role", "content", ...}]}; `conversations` of from/value too
-    prompt-completion  {"prompt", "completion"}, texts or lists of messages
-    question-answer    {"question", "answer": "work\\n#### result"}
+    prompt-completion  {"prompt", "completion"}, texts or lists of messages; input and output,
+                       problem and solution
+    instruction        {"instruction", "input" or "context", "output" or "response", "history"}
+    question-answer    {"question", "context"?, "answer": "work\\n#### result", or "answers"}
+    preference         {"prompt", "chosen", "rejected"}, or {"prompt", "completion", "label"}
     text               {"text"}
 
 A null is an absent key, but for a message's content. All but `trace` and `text` have `tools`. In
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, cast
 
 import msgspec
@@ -22,40 +25,53 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from tunix_mlflow.config.schema import LimitsConfig
 from tunix_mlflow.data import canonical, messages
-from tunix_mlflow.data.examples import TEXT, Example, Message, SplitName, Step
+from tunix_mlflow.data.column_map import apply
+from tunix_mlflow.data.examples import Example, Message, SplitName, Step
+from tunix_mlflow.data.forms import COMPLETIONS, FORMS, PROMPTS
 from tunix_mlflow.errors import DatasetError
 
-FORMATS = ("trace", "messages", "prompt-completion", "question-answer", "text")
+FORMATS = ("trace", *FORMS)
 FIELDS = (
-    *("prompt", "steps", "answer", "messages", "completion", "question", "text"),
+    *("prompt", "steps", "answer", "messages", "completion", "question", "context", "text"),
+    *("instruction", "input", "output", "history", "chosen", "rejected", "label"),
     *("system", "reasoning", "split", "tools"),
 )
+"""The columns that --map can name."""
 
-_ANSWER_MARK = re.compile(r"^####(?!#)", re.MULTILINE)
+_LONG = 32  # characters of a text that somebody may have meant to be trained on
 _SPLIT = msgspec.json.Decoder(SplitName)
 
 
-def recognise(columns: Iterable[str]) -> str:
-    """Return the format of a record with these columns.
+def recognise(row: Mapping[str, Any]) -> str:
+    """Return the format of a row, by its columns.
+
+    Args:
+        row: column -> value; nulls do not count.
 
     Raises:
         DatasetError: naming the columns, if they fit no format.
     """
-    have = set(columns)
+    have = {column for column, value in row.items() if value is not None}
+    asks, says = have & set(PROMPTS), have & set(COMPLETIONS)
+    if {"chosen", "rejected"} <= have or (asks and says and isinstance(row.get("label"), bool)):
+        return "preference"
     if have & {"messages", "conversations"}:
         return "messages"
     if {"prompt", "steps"} <= have:
         return "trace"
-    if "prompt" in have and have & {"completion", "answer", "response"}:
-        return "prompt-completion"
-    if {"question", "answer"} <= have:
+    if "instruction" in have and have & {"output", "response"}:
+        return "instruction"
+    if "question" in have and have & {"answer", "answers"}:
         return "question-answer"
+    if asks and says - asks:
+        return "prompt-completion"
     if "text" in have:
         return "text"
     named = ", ".join(sorted(have)[:20]) or "none"
     raise DatasetError(
         f"no format fits the columns {named[:300]}; name them with --map, for example"
-        " --map prompt=COLUMN --map completion=COLUMN"
+        " --map prompt=COLUMN --map completion=COLUMN, or join them, for example"
+        r" --map 'prompt={TITLE}\n\n{BODY}'"
     )
 
 
@@ -66,6 +82,7 @@ def reader(
     split: str | None,
     *,
     has_columns: bool,
+    unused: dict[str, int] | None = None,
 ) -> Callable[[dict[str, Any]], Example]:
     """Return a function from a record to an Example.
 
@@ -78,12 +95,12 @@ def reader(
         split: the split of the file, for records that name none.
         has_columns: whether the file gives each call and tool the keys of every other one, as
             nulls.
+        unused: is given the characters of long texts that become meta, by column.
     """
     trace = _trace_type(limits)
-    columns = {column: field for field, column in mapping.items()}
 
     def read(record: dict[str, Any]) -> Example:
-        known = {columns.get(k, k): v for k, v in record.items() if v is not None}
+        known = apply(mapping, {k: v for k, v in record.items() if v is not None})
         if form == "trace":
             _number(known)
             return from_trace(msgspec.convert(_drop_nulls(known), trace), split)
@@ -96,7 +113,11 @@ def reader(
         if has_columns:
             known = {k: messages.without_added_nulls(k, v) for k, v in known.items()}
         tools = None if form == "text" else messages.tools(known)
-        example = _FORMS[form](known, limits)
+        example = FORMS[form](known, limits)
+        if unused is not None:
+            for column, value in known.items():
+                if isinstance(value, str) and len(value) >= _LONG:
+                    unused[column] = unused.get(column, 0) + len(value)
         meta = {**{k: _plain_value(v) for k, v in known.items()}, **meta}
         return msgspec.structs.replace(example, split=own or split, meta=meta, tools=tools)
 
@@ -106,6 +127,8 @@ def reader(
         except (ValueError, msgspec.ValidationError) as error:
             message = str(error)
             for field, column in mapping.items():
+                if "{" in column:
+                    continue
                 message = re.sub(rf"\$\.{field}\b", f"$.{column}", message)
             raise ValueError(message) from error
 
@@ -223,112 +246,10 @@ def _plain_value(value: Any) -> Any:
     """Return dates, which Parquet has and JSON has not, as text."""
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
         return value.isoformat()
+    if isinstance(value, float) and value != value:
+        return None  # a table's missing number
     if isinstance(value, dict):
         return {k: _plain_value(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_plain_value(v) for v in value]
     return value
-
-
-def _text(known: dict[str, Any], field: str, most: int, least: int = 1) -> str:
-    if field not in known:
-        raise ValueError(f"missing required field `{field}` - at `$.{field}`")
-    return messages.checked(known.pop(field), f"$.{field}", most, least)
-
-
-def _as_steps(reasoning: str | None, limits: LimitsConfig, path: str) -> tuple[Step, ...]:
-    if reasoning is None:
-        return ()
-    return (Step(i=0, content=messages.checked(reasoning, path, limits.step_characters)),)
-
-
-def _from_messages(known: dict[str, Any], limits: LimitsConfig) -> Example:
-    field = "messages" if "messages" in known else "conversations"
-    if field not in known:
-        raise ValueError("missing required field `messages` - at `$.messages`")
-    turns = messages.turns(known.pop(field), f"$.{field}", limits)
-    system = known.pop("system", None)
-    if system:
-        content = messages.checked(system, "$.system", limits.prompt_characters)
-        turns = (Message(role="system", content=content), *turns)
-    if not turns[-1].is_assistant:
-        raise ValueError(f"the last message must be the assistant's - at `$.{field}`")
-    if (reasoning := known.pop("reasoning", None)) is not None:
-        if turns[-1].reasoning is not None:
-            raise ValueError("the last message has a reasoning of its own - at `$.reasoning`")
-        said = messages.checked(reasoning, "$.reasoning", limits.step_characters)
-        turns = (*turns[:-1], msgspec.structs.replace(turns[-1], reasoning=said))
-    return Example(messages=turns)
-
-
-def _from_prompt_completion(known: dict[str, Any], limits: LimitsConfig) -> Example:
-    field = next((f for f in ("completion", "answer", "response") if f in known), "completion")
-    if isinstance(known.get("prompt"), list):
-        turns = [*known.pop("prompt")]
-        reply = known.pop(field, None)
-        given = reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}]
-        taken = {"messages": [*turns, *given]}
-        for column in ("system", "reasoning"):
-            taken |= _take(known, column)
-        whole = _from_messages(taken, limits)
-        # The prompt is not learned, unless it says so.
-        first = len(whole.messages) - len(given)
-        prompt_turns = (_unlearned(message) for message in whole.messages[:first])
-        return Example(messages=(*prompt_turns, *whole.messages[first:]))
-    prompt = _text(known, "prompt", limits.prompt_characters)
-    answer = _text(known, field, limits.answer_characters)
-    return _single_turn(known, prompt, answer, limits)
-
-
-def _from_question_answer(known: dict[str, Any], limits: LimitsConfig) -> Example:
-    prompt = _text(known, "question", limits.prompt_characters)
-    full = _text(known, "answer", limits.answer_characters)
-    marks = list(_ANSWER_MARK.finditer(full))
-    if not marks:
-        return _single_turn(known, prompt, full, limits)
-    work, result = full[: marks[-1].start()].rstrip("\n"), full[marks[-1].end() :]
-    lines = work.split("\n") if work.strip() else []
-    if any(line != line.strip() or not line for line in lines):
-        lines = [work]  # its lines are not steps: code, paragraphs
-    if len(lines) > limits.steps:
-        raise ValueError(f"{len(lines)} steps, at most {limits.steps} - at `$.answer`")
-    steps = tuple(
-        Step(i=i, content=messages.checked(line, "$.answer", limits.step_characters))
-        for i, line in enumerate(lines)
-    )
-    answer = messages.checked(result.strip(), "$.answer", limits.answer_characters)
-    return msgspec.structs.replace(_single_turn(known, prompt, answer, limits), steps=steps)
-
-
-def _single_turn(known: dict[str, Any], prompt: str, answer: str, limits: LimitsConfig) -> Example:
-    turns = [Message(role="user", content=prompt)]
-    if known.get("system"):
-        system = _text(known, "system", limits.prompt_characters)
-        turns.insert(0, Message(role="system", content=system))
-    return Example(
-        messages=tuple(turns),
-        steps=_as_steps(known.pop("reasoning", None), limits, "$.reasoning"),
-        answer=answer,
-    )
-
-
-def _unlearned(message: Message) -> Message:
-    is_open = message.is_assistant and message.trained is None
-    return msgspec.structs.replace(message, trained=False) if is_open else message
-
-
-def _from_text(known: dict[str, Any], limits: LimitsConfig) -> Example:
-    text = _text(known, "text", limits.answer_characters)
-    return Example(messages=(Message(role=TEXT, content=text),))
-
-
-def _take(known: dict[str, Any], field: str) -> dict[str, Any]:
-    return {field: known.pop(field)} if field in known else {}
-
-
-_FORMS: dict[str, Callable[[dict[str, Any], LimitsConfig], Example]] = {
-    "messages": _from_messages,
-    "prompt-completion": _from_prompt_completion,
-    "question-answer": _from_question_answer,
-    "text": _from_text,
-}

@@ -71,19 +71,28 @@ def without_added_nulls(field: str, value: Any) -> Any:
     return value
 
 
-def checked(value: Any, path: str, most: int, least: int = 1) -> str:
-    """Return a text of `least` to `most` characters.
+def checked(value: Any, path: str, limits: LimitsConfig, limit: str, least: int = 1) -> str:
+    """Return a text of `least` to as many characters as a limit allows.
+
+    Args:
+        value: what should be a text.
+        path: its JSON path, for errors.
+        limits: maximum lengths.
+        limit: which of them is its own.
+        least: fewest characters.
 
     Raises:
         ValueError: if it is none.
     """
     if not isinstance(value, str):
         raise ValueError(f"Expected `str`, got `{_kind(value)}` - at `{path}`")
-    if not least <= len(value) <= most:
-        raise ValueError(
-            f"Expected `str` of {least} to {most} characters, got {len(value)} - at `{path}`"
-        )
-    return value
+    most = getattr(limits, limit)
+    if least <= len(value) <= most:
+        return value
+    remedy = f"; raise it with --set limits.{limit}={len(value)}" if len(value) > most else ""
+    raise ValueError(
+        f"Expected `str` of {least} to {most} characters, got {len(value)}{remedy} - at `{path}`"
+    )
 
 
 def _turn(value: Any, path: str, limits: LimitsConfig) -> Message:
@@ -92,7 +101,7 @@ def _turn(value: Any, path: str, limits: LimitsConfig) -> Message:
     if "from" in value and "role" not in value:
         value = _from_value(value)
     if "content" not in value and value.get("role") == "user":
-        raise ValueError(f"missing required field `content` - at `{path}`")
+        raise ValueError(f"missing required field - at `{path}.content`")
     content = value.get("content", "")
     turn = {k: v for k, v in value.items() if v is not None and k != "content"}
     role = turn.pop("role", None)
@@ -103,10 +112,10 @@ def _turn(value: Any, path: str, limits: LimitsConfig) -> Message:
         content = _parts(content, f"{path}.content")
     calls = _calls(turn, path)
     reasoning, reasoning_field = _reasoning(turn, role, path, limits)
-    most = limits.answer_characters if role == "assistant" else limits.prompt_characters
+    limit = "answer_characters" if role == "assistant" else "prompt_characters"
     needed = int(role == "user" or (role == "assistant" and calls is None))
     if content is not None or calls is None:
-        content = checked(content, f"{path}.content", most, needed)
+        content = checked(content, f"{path}.content", limits, limit, needed)
     message = Message(
         role=role,
         content=content,
@@ -136,7 +145,7 @@ def _reasoning(
     for name, other in thoughts.items():
         if other != text:
             raise ValueError(f"two fields of reasoning disagree - at `{path}.{name}`")
-    reasoning = checked(text, f"{path}.{first}", limits.step_characters)
+    reasoning = checked(text, f"{path}.{first}", limits, "step_characters")
     return reasoning, None if first == REASONING[0] else first
 
 
@@ -210,7 +219,11 @@ def _parts(parts: list[Any], path: str) -> str:
 
 def _optional(turn: dict[str, Any], field: str, path: str) -> str | None:
     value = turn.pop(field, None)
-    return None if value is None else checked(value, f"{path}.{field}", 1_000)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 0 < len(value) <= 1_000:
+        raise ValueError(f"Expected `str` of 1 to 1000 characters - at `{path}.{field}`")
+    return value
 
 
 def _mark(turn: dict[str, Any], path: str) -> bool | None:

@@ -9,6 +9,8 @@ The process ends when its pipe is closed, which it is when the parent dies.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import functools
 import json
 import os
@@ -16,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +28,8 @@ import msgspec
 from msgspec import Struct
 
 from tunix_mlflow.config.schema import LimitsConfig
-from tunix_mlflow.data import canonical, formats, json_text, sources
+from tunix_mlflow.data import canonical, formats, json_text, rows, sources
+from tunix_mlflow.data.column_map import apply, columns_of
 from tunix_mlflow.data.examples import Example, canonical_bytes
 from tunix_mlflow.data.sources import Source
 from tunix_mlflow.data.staging import Part, Stage
@@ -52,6 +56,7 @@ class Parsed(NamedTuple):
     form: str
     sources: list[dict[str, Any]]  # provenance: name, sha256, bytes, rows, rejected, split
     rejects: list[Reject]
+    unused: dict[str, int]  # column -> characters of its long texts, which became meta
 
 
 class _Bad(Struct, frozen=True):
@@ -65,7 +70,8 @@ class _Span(Struct, frozen=True):
 
     path: str
     kind: str
-    zipped: bool
+    codec: str | None
+    encoding: str | None
     split: str | None
     start: int  # bytes; lines that begin at or after this position
     end: int | None  # and before this one; None: to the end
@@ -84,6 +90,7 @@ class _Outcome(Struct, frozen=True):
     kept: int
     bad: list[_Bad]
     stopped: bool  # after too many bad rows
+    unused: dict[str, int] = {}  # column -> characters of its long texts, which became meta
     error: str | None = None  # why the file cannot be read
 
 
@@ -111,27 +118,29 @@ def read_files(
     Raises:
         DatasetError: naming the bad lines, or the file that cannot be read.
     """
-    columns = sources.columns(files[0], limits.body_bytes) if files else {}
-    if mapping or form == "auto":
-        missing = [column for column in mapping.values() if column not in columns]
-        if missing and columns:
-            raise DatasetError(
-                f"{files[0].path} has no column {missing[0]!r}; it has {', '.join(columns)[:300]}"
-            )
+    files = [rows.with_layout(source) for source in files]
+    row = rows.first(files[0], limits.body_bytes) if files else {}
+    needed = [column for spec in mapping.values() for column in columns_of(spec, row)]
+    missing = [column for column in needed if column not in row]
+    if missing and row:
+        raise DatasetError(
+            f"{files[0].path} has no column {missing[0]!r}; it has {', '.join(row)[:300]}"
+        )
     if form == "auto":
-        renamed = {column: field for field, column in mapping.items()}
-        names = [renamed.get(column, column) for column, filled in columns.items() if filled]
-        form = formats.recognise(names) if names else "trace"  # whose errors tell what is wrong
+        named = apply(mapping, row)
+        form = formats.recognise(named) if named else "trace"  # whose errors tell what is wrong
     total, done = sum(sources.size(source) for source in files), 0
     provenance: list[dict[str, Any]] = []
     rejects: list[Reject] = []
+    unused: Counter[str] = Counter()
     for index, source in enumerate(files):
         size, start = sources.size(source), done
         spans = [
             _Span(
                 path=str(source.path.absolute()),
                 kind=source.kind,
-                zipped=source.zipped,
+                codec=source.codec,
+                encoding=source.encoding,
                 split=source.split,
                 start=begin,
                 end=end,
@@ -156,6 +165,7 @@ def read_files(
                 raise _refusal(rejects, more=True)
             stage.append(Path(span.part_path), outcome.kept, lines)
             lines += outcome.rows
+            unused.update(outcome.unused)
         done = start + size
         progress(done, total)
         provenance.append(
@@ -172,7 +182,7 @@ def read_files(
             raise _refusal(rejects, more=index + 1 < len(files))
     if rejects and not skip_bad:
         raise _refusal(rejects, more=False)
-    return Parsed(form, provenance, rejects)
+    return Parsed(form, provenance, rejects, dict(unused))
 
 
 def _report(
@@ -191,7 +201,8 @@ def _cuts(source: Source, size: int) -> list[tuple[int, int | None]]:
     """Return spans of about equal size: one per processor if the file is large and plain lines."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = min(cores or 1, size // SPAN_BYTES)
-    if source.zipped or source.kind != "jsonl" or count < 2:
+    is_plain = source.kind == "jsonl" and source.codec is None and source.encoding is None
+    if not is_plain or count < 2:
         return [(0, None)]
     starts = [size * i // count for i in range(count)]
     return list(zip(starts, [*starts[1:], None], strict=True))
@@ -238,40 +249,39 @@ def _read(spans: list[_Span], progress: Callable[[int], None]) -> list[_Outcome]
 
 def _parse(span: _Span, progress: Callable[[int], None]) -> _Outcome:
     """Read one span into its part, calling `progress` with the bytes read."""
-    source = Source(Path(span.path), span.kind, span.zipped, span.split)
+    source = Source(Path(span.path), span.kind, span.codec, span.split, span.encoding)
     part = Part(Path(span.part_path), span.index)
     bad: list[_Bad] = []
-    number = done = 0
-    rows: Iterable[tuple[int, Any]]
-    if span.kind == "jsonl":
-        rows = enumerate(
-            sources.lines(source, span.limits.body_bytes, span.start, span.end), start=1
-        )
-        parse: Callable[[Any], Example] = _line_parser(span)
-    else:
-        rows = sources.records(source, span.limits.body_bytes)
-        parse = _record_parser(span)
-    for number, row in rows:
+    number = 0
+    is_json = span.kind in ("jsonl", "json")
+    unused: dict[str, int] = {}
+    parser = _line_parser if is_json else _record_parser
+    parse: Callable[[Any], Example] = parser(span, unused)
+    for number, row, done in rows.rows(source, span.limits.body_bytes, span.start, span.end):
+        if is_json and row.isspace():
+            continue
         try:
             part.add(canonical_bytes(parse(row)), number)
         except (ValueError, RecursionError) as error:
             bad.append(_bad(number, row, error))
             if not span.skip_bad and len(bad) >= _MAX_BAD:
                 break
-        if span.kind == "jsonl":
-            done += len(row)
-            if number % _REPORT_ROWS == 0:
-                progress(done)
+        if done and number % _REPORT_ROWS == 0:
+            progress(done)
     part.close()
-    return _Outcome(number, part.rows, bad, not span.skip_bad and len(bad) >= _MAX_BAD)
+    stopped = not span.skip_bad and len(bad) >= _MAX_BAD
+    return _Outcome(number, part.rows, bad, stopped, unused)
 
 
-def _record_parser(span: _Span) -> Callable[[dict[str, Any]], Example]:
+def _record_parser(span: _Span, unused: dict[str, int]) -> Callable[[dict[str, Any]], Example]:
     read = formats.reader(
-        span.form, span.limits, span.mapping, span.split, has_columns=span.kind != "jsonl"
+        span.form, span.limits, span.mapping, span.split, has_columns=True, unused=unused
     )
+    is_table = span.kind in ("csv", "tsv")
 
     def parse(record: dict[str, Any]) -> Example:
+        if is_table:
+            record = {name: _cell(name, text) for name, text in record.items()}
         if len(msgspec.json.encode(record, enc_hook=str)) > span.limits.body_bytes:
             raise ValueError(f"the row is longer than {span.limits.body_bytes} bytes as JSON")
         return read(record)
@@ -279,13 +289,22 @@ def _record_parser(span: _Span) -> Callable[[dict[str, Any]], Example]:
     return parse
 
 
+def _cell(name: str, text: Any) -> Any:
+    """Return a list or an object that a cell has as JSON text, where the field is one."""
+    if name in ("steps", "meta") and isinstance(text, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return canonical.decode(text)
+    return text
+
+
+_CONSTANT = re.compile(rb"\b(?:NaN|Infinity)\b")
 _ESCAPED_LETTER = re.compile(rb"\\u00[4-7]")
 
 
-def _line_parser(span: _Span) -> Callable[[bytes], Example]:
+def _line_parser(span: _Span, unused: dict[str, int]) -> Callable[[bytes], Example]:
     limits, split, most = span.limits, span.split, span.limits.body_bytes
-    read = formats.reader(span.form, limits, span.mapping, split, has_columns=False)
-    keeps_spelling = "tools" in span.mapping
+    read = formats.reader(span.form, limits, span.mapping, split, has_columns=False, unused=unused)
+    keeps_spelling = "tools" in span.mapping or "messages" in span.mapping
     quotes, trace_quotes, from_trace = canonical.quotes, formats.trace_quotes, formats.from_trace
     decode = formats.trace_decoder(limits)
     # The slow parser has better messages.
@@ -301,16 +320,24 @@ def _line_parser(span: _Span) -> Callable[[bytes], Example]:
                 return from_trace(trace, split)
         return parse(line)
 
+    def parse_plain(line: bytes) -> Any:
+        try:
+            return canonical.parse(line)
+        except ValueError:
+            if span.form == "trace" or not _CONSTANT.search(line):
+                raise
+            # Python writes a missing number of a table as NaN.
+            return canonical.decode(line, parse_constant=lambda _: None)
+
     def parse(line: bytes) -> Example:
         if len(line) - line.endswith(b"\n") > most:
             raise ValueError(f"the line is longer than {most} bytes")
-        if line.startswith(b"\xef\xbb\xbf"):
-            raise ValueError("starts with a byte-order mark; save the file without it")
-        if not line.strip():
-            raise ValueError("empty line; remove it")
+        line = line.removeprefix(codecs.BOM_UTF8)
         may_call = b"tool" in line or b"function" in line or _ESCAPED_LETTER.search(line)
-        read_tree = json_text.parse if keeps_spelling or may_call else canonical.parse
-        tree = read_tree(line)
+        try:
+            tree = json_text.parse(line) if keeps_spelling or may_call else parse_plain(line)
+        except UnicodeDecodeError as error:
+            raise ValueError(rows.not_utf8(error)) from error
         if not isinstance(tree, dict):
             raise ValueError(f"Expected `object`, got {type(tree).__name__}")
         return read(tree)
@@ -358,7 +385,7 @@ def _main() -> None:
     try:
         outcome = _parse(span, lambda done: write(b"%d" % done))
     except DatasetError as error:
-        outcome = _Outcome(0, 0, [], False, str(error))
+        outcome = _Outcome(0, 0, [], False, error=str(error))
     write(msgspec.json.encode(outcome))
 
 

@@ -1,27 +1,26 @@
-"""The files that a dataset is ingested from: JSONL, JSONL.gz, Parquet, text, and folders of them.
+"""The files that a dataset is ingested from, and the folders of them.
 
 A folder may be one that Hugging Face `datasets` saved, or have one or more files per split.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import itertools
+import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any, NamedTuple
 
 from tunix_mlflow.errors import DatasetError
 from tunix_mlflow.files import one_line
 
-KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-KINDS |= {".txt": "text", ".arrow": "arrow"}
+KINDS = {
+    **{".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl"},
+    **{".csv": "csv", ".tsv": "tsv", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"},
+}
+CODECS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
+_COLUMNAR = ("parquet", "arrow")
 _SPLITS = {
     "train": "train",
     "training": "train",
@@ -38,19 +37,30 @@ class Source(NamedTuple):
     """One file, how it is read, and its split."""
 
     path: Path
-    kind: str  # jsonl, parquet, text or arrow
-    zipped: bool
+    kind: str  # a value of KINDS, or json: objects over several lines; see rows
+    codec: str | None  # a value of CODECS; None: not compressed
     split: str | None
+    encoding: str | None = None  # None: UTF-8
 
 
-def find_sources(named: Sequence[str]) -> list[Source]:
+def find_sources(named: Sequence[str], encoding: str | None = None) -> list[Source]:
     """Return the files that `PATH` or `SPLIT=PATH` arguments name, with those of folders.
 
     Several files, or those of a folder, get their splits from their names; a single file does not.
 
+    Args:
+        named: the arguments.
+        encoding: of text; None: UTF-8.
+
     Raises:
-        DatasetError: for a file that does not exist or is of no known kind.
+        DatasetError: for a file that does not exist or is of no known kind, or an encoding that
+            is not known.
     """
+    if encoding is not None:
+        try:
+            codecs.lookup(encoding)
+        except LookupError:
+            raise DatasetError(f"no encoding {encoding!r}; for example utf-16 or latin-1") from None
     result: list[Source] = []
     single = len(named) == 1
     for word in named:
@@ -68,114 +78,14 @@ def find_sources(named: Sequence[str]) -> list[Source]:
             raise DatasetError(
                 f"cannot read {str(path)[:200]!r}: {one_line(error, 300)}"
             ) from error
-    return result
+    if encoding is None:
+        return result
+    return [s if s.kind in _COLUMNAR else s._replace(encoding=encoding) for s in result]
 
 
 def size(source: Source) -> int:
     """Return the bytes on the disk, for progress."""
     return source.path.stat().st_size
-
-
-def columns(source: Source, longest: int) -> dict[str, bool]:
-    """Return column -> whether it has a value, of the first row that can be read."""
-    trees: Iterable[Any]
-    if source.kind == "jsonl":
-        trees = (_tree(line) for line in lines(source, longest))
-    else:
-        trees = (record for _, record in records(source, longest))
-    for tree in itertools.islice(trees, 100):
-        if isinstance(tree, dict) and tree:
-            return {name: value is not None for name, value in tree.items()}
-    return {}
-
-
-def _tree(line: bytes) -> Any:
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(line)
-    return None
-
-
-def lines(source: Source, longest: int, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """Yield every line of a JSONL file, with its line end, in order.
-
-    Args:
-        source: the file.
-        longest: maximum bytes of a line; of a longer one only the first `longest` + 2 bytes
-            are yielded.
-        start: skip lines that begin before this byte.
-        end: stop before a line that begins at or after this one; None: at the end.
-
-    Raises:
-        DatasetError: if the file cannot be read.
-    """
-    try:
-        with _open(source) as handle:
-            yield from _lines(handle, longest, start, end)
-    except (OSError, EOFError) as error:
-        raise DatasetError(f"cannot read {source.path}: {one_line(error, 300)}") from error
-
-
-def records(source: Source, longest: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield every row of a file of another kind, with its number from 1, in order.
-
-    Raises:
-        DatasetError: if the file cannot be read.
-    """
-    number = 0
-    try:
-        if source.kind == "text":
-            with _open(source) as handle:
-                for number, line in enumerate(_lines(handle, longest, 0, None), start=1):
-                    if line.strip():
-                        yield number, {"text": line.decode("utf-8").rstrip("\r\n")}
-        else:
-            for batch in _batches(source):
-                for record in batch.to_pylist(maps_as_pydicts="strict"):
-                    number += 1
-                    yield number, record
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{source.path}:{number}: not UTF-8: {error.reason}") from error
-    except (OSError, EOFError, pa.ArrowException, ValueError) as error:
-        raise DatasetError(f"cannot read {source.path}: {one_line(error, 300)}") from error
-
-
-def _open(source: Source) -> IO[bytes]:
-    if source.zipped:
-        return cast("IO[bytes]", gzip.GzipFile(source.path, "rb"))
-    return source.path.open("rb", buffering=1 << 20)
-
-
-def _lines(handle: IO[bytes], longest: int, start: int, end: int | None) -> Iterator[bytes]:
-    most = longest + 2  # with the line end
-    position = start
-    if start:
-        handle.seek(start - 1)
-        position -= 1
-        while line := handle.readline(most):  # the rest of the line before
-            position += len(line)
-            if line.endswith(b"\n"):
-                break
-    while (end is None or position < end) and (line := handle.readline(most)):
-        position += len(line)
-        yield line
-        while len(line) == most and not line.endswith(b"\n"):  # the rest of one too long
-            line = handle.readline(most)
-            position += len(line)
-
-
-def _batches(source: Source) -> Iterator[pa.RecordBatch]:
-    if source.kind == "parquet":
-        with pq.ParquetFile(source.path) as file:
-            yield from file.iter_batches(batch_size=2_000)
-        return
-    with pa.OSFile(str(source.path)) as file:
-        try:
-            stream = pa.ipc.open_stream(file)
-        except pa.ArrowInvalid:
-            opened = pa.ipc.open_file(file)
-            yield from (opened.get_batch(i) for i in range(opened.num_record_batches))
-            return
-        yield from stream
 
 
 def _folder(path: Path, split: str | None) -> list[Source]:
@@ -195,7 +105,7 @@ def _folder(path: Path, split: str | None) -> list[Source]:
         if file.name not in ("dataset_info.json", "dataset_infos.json")
     ]
     if not files:
-        raise ValueError("the folder has no JSONL, Parquet, Arrow or text file")
+        raise ValueError("the folder has no JSON, CSV, Parquet, Arrow or text file")
     return [
         _source(file, split or _split_of(file.name) or _split_of(file.parent.name))
         for file in files
@@ -209,20 +119,20 @@ def _checked_name(name: Any) -> str:
 
 
 def _source(path: Path, split: str | None) -> Source:
-    kind = _kind(path)
     if not path.exists():
         raise FileNotFoundError(2, "No such file or directory")
+    kind = _kind(path)
     if kind is None:
-        known = ", ".join(sorted(KINDS))
-        raise ValueError(f"unknown kind of file; expected {known}, or one of them with .gz")
-    return Source(path, kind, path.suffix == ".gz", split)
+        known, packed = ", ".join(sorted(KINDS)), ", ".join(CODECS)
+        raise ValueError(f"unknown kind of file; expected {known}, or one of them with {packed}")
+    return Source(path, kind, CODECS.get(path.suffix), split)
 
 
 def _kind(path: Path) -> str | None:
-    suffixes = path.suffixes[-2:]
-    if path.suffix == ".gz":
-        kind = KINDS.get(suffixes[0]) if len(suffixes) == 2 else None
-        return kind if kind in ("jsonl", "text") else None
+    """Return what kind of file a name says it is."""
+    if path.suffix in CODECS:
+        kind = KINDS.get(Path(path.stem).suffix)
+        return None if kind in _COLUMNAR else kind
     return KINDS.get(path.suffix)
 
 

@@ -5,7 +5,7 @@ All but the last are as formats.py reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -14,14 +14,16 @@ from msgspec import Raw
 from tunix_mlflow.data.examples import (
     REASONING,
     Example,
+    Message,
     completion,
     from_canonical,
+    is_preference,
     is_text,
     prompt_messages,
 )
 from tunix_mlflow.errors import DatasetError
 
-EXPORTS = ("trace", "messages", "prompt-completion", "text", "gemma")
+EXPORTS = ("trace", "messages", "prompt-completion", "preference", "text", "gemma")
 
 
 def writer(form: str) -> Callable[[bytes, str], Any]:
@@ -38,6 +40,8 @@ def writer(form: str) -> Callable[[bytes, str], Any]:
 
     def record(text: bytes, split: str) -> dict[str, Any]:
         example = from_canonical(text)
+        if is_preference(example) and form != "preference":
+            raise DatasetError("preference data has a form of its own; use --format preference")
         result = convert(example) | {"split": split}
         return result | {"meta": example.meta} if example.meta else result
 
@@ -75,15 +79,20 @@ def _to_trace(text: bytes, split: str) -> Raw:
 def _to_messages(example: Example) -> dict[str, Any]:
     if is_text(example):
         raise DatasetError("a plain text has no messages; use --format text")
+    turns = _turns((*prompt_messages(example), completion(example)))
+    return {"messages": turns} | _tools(example)
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
-    for message in (*prompt_messages(example), completion(example)):
+    for message in messages:
         turn = msgspec.to_builtins(message) | {"content": message.content}
         if message.reasoning is not None:
             turn[turn.pop("reasoning_field", REASONING[0])] = turn.pop("reasoning")
         if message.tool_calls is not None:
             turn["tool_calls"] = Raw(message.tool_calls.encode())
         turns.append(turn)
-    return {"messages": turns} | _tools(example)
+    return turns
 
 
 def _tools(example: Example) -> dict[str, Any]:
@@ -105,6 +114,21 @@ def _to_prompt_completion(example: Example) -> dict[str, Any]:
     else:
         said = {"prompt": turns[:-1], "completion": turns[-1:]}
     return said | _tools(example)
+
+
+def _to_preference(example: Example) -> dict[str, Any]:
+    if not is_preference(example):
+        raise DatasetError("the example has no rejected answer and no label; use --format messages")
+    if example.label is not None:
+        return _to_prompt_completion(example) | {"label": example.label}
+    turns = _turns(example.messages)
+    # What is worse stands in place of the last turns.
+    first = len(turns) - len(example.rejected)
+    if all(message.is_assistant for message in example.rejected):
+        asked = (i for i, m in enumerate(example.messages, start=1) if not m.is_assistant)
+        first = max(asked, default=0)
+    pair = {"chosen": turns[first:], "rejected": _turns(example.rejected)}
+    return {"prompt": turns[:first], **pair} | _tools(example)
 
 
 def _to_gemma(example: Example) -> dict[str, Any]:
@@ -131,6 +155,7 @@ def _to_gemma(example: Example) -> dict[str, Any]:
 _CONVERTERS: dict[str, Callable[[Example], dict[str, Any]]] = {
     "messages": _to_messages,
     "prompt-completion": _to_prompt_completion,
+    "preference": _to_preference,
     "text": _to_text,
     "gemma": _to_gemma,
 }

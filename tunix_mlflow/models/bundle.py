@@ -197,7 +197,7 @@ def conversation(messages: object, tools: object = None, system: object = None) 
         turns = rows.turns(messages, "$.messages", _NO_LIMITS)
         defined = rows.tools({"tools": tools})
         if system is not None:
-            content = rows.checked(system, "$.system", sys.maxsize)
+            content = rows.checked(system, "$.system", _NO_LIMITS, "prompt_characters")
             turns = (Message(role="system", content=content), *turns)
     except ValueError as error:
         raise DatasetError(str(error)) from error

@@ -8,7 +8,7 @@ import jax
 
 from tunix_mlflow.config.identity import trajectory_digest
 from tunix_mlflow.config.schema import Config
-from tunix_mlflow.data.examples import Example, example_id, form_of, is_text
+from tunix_mlflow.data.examples import Example, example_id, form_of, is_preference, is_text
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import DatasetError
 from tunix_mlflow.evaluation import scoring
@@ -106,6 +106,11 @@ def read_inputs(
         tokenizer, config = base.tokenizer, with_base_shape(config, base.config)
     names = [name for name in (train, validation) if name in manifest.splits]
     examples = snapshot.read_splits(manifest.digest, names)
+    if any(is_preference(example) for name in names for example in examples[name]):
+        raise DatasetError(
+            f"dataset {manifest.key} is preference data, whose answers are not all to be learned;"
+            " supervised training does not use it"
+        )
     encoded = {name: encode_examples(examples[name], tokenizer, config.data) for name in names}
     losses = [
         (loss, describe_loss(loss, len(found), example_id(found[loss.first_example]), name))

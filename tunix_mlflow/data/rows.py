@@ -1,0 +1,294 @@
+"""The rows of a file of any kind, one after the other, in bounded memory.
+
+    jsonl    a JSON object a line
+    json     JSON objects over several lines, one after the other or in one array
+    csv, tsv cells under a header
+    parquet, arrow
+    text     a text a line
+
+All but Parquet and Arrow may be compressed, and in another encoding than UTF-8.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import contextlib
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import re
+import sys
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tunix_mlflow.data.sources import Source
+from tunix_mlflow.errors import DatasetError
+from tunix_mlflow.files import one_line
+
+_CHUNK = 1 << 20
+_STRUCTURE = re.compile(rb'["{}\[\]]')
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BETWEEN = re.compile(rb"[\s,\[\]]*")
+_DELIMITERS = ",;\t|"
+
+
+class Row(NamedTuple):
+    """A row of a file."""
+
+    number: int  # of its first line, or of the row where a file has no lines; from 1
+    content: Any  # bytes of a JSON object, or a record
+    end: int  # bytes read so far, unzipped; 0: not known
+
+
+def rows(source: Source, longest: int, start: int = 0, end: int | None = None) -> Iterator[Row]:
+    """Yield the rows of a file that begin between two bytes of it, in order; blank lines too.
+
+    Args:
+        source: the file. `start` and `end` apply to plain files of JSON lines alone.
+        longest: maximum bytes of a row of JSON; of a longer one only the beginning is yielded.
+        start: skip lines that begin before this byte.
+        end: stop before a line that begins at or after this one; None: at the end.
+
+    Raises:
+        DatasetError: if the file cannot be read.
+    """
+    number = 0
+    try:
+        for row in _READERS[source.kind](source, longest, start, end):
+            number = row.number
+            yield row
+    except UnicodeError as error:
+        raise DatasetError(f"{source.path}:{number + 1}: {not_utf8(error)}") from error
+    except (OSError, EOFError, pa.ArrowException, ValueError, lzma.LZMAError) as error:
+        where = f"{source.path} after row {number}" if number else str(source.path)
+        raise DatasetError(f"cannot read {where}: {one_line(error, 300)}") from error
+
+
+def with_layout(source: Source) -> Source:
+    """Return a file of JSON as `jsonl` or as `json`, by how it begins.
+
+    Raises:
+        DatasetError: if it cannot be read.
+    """
+    if source.kind != "jsonl":
+        return source
+    try:
+        with open_bytes(source) as handle:
+            begun = handle.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
+    except (OSError, EOFError, UnicodeError, pa.ArrowException, lzma.LZMAError) as error:
+        raise DatasetError(f"cannot read {source.path}: {one_line(error, 300)}") from error
+    return source if _has_lines(begun) else source._replace(kind="json")
+
+
+def _has_lines(begun: bytes) -> bool:
+    """Return whether JSON that begins like this has an object a line."""
+    if not begun.startswith(b"{"):
+        return not begun.startswith(b"[")
+    line, newline, _ = begun.partition(b"\n")
+    # A pretty-printed object is not whole at the end of its first line.
+    return not newline or _object_end(line, 0) is not None
+
+
+def first(source: Source, longest: int) -> dict[str, Any]:
+    """Return the first row that can be read and is not empty; an empty one if there is none."""
+    for row in itertools.islice(rows(source, longest), 100):
+        tree = row.content
+        if isinstance(tree, bytes):
+            with contextlib.suppress(ValueError, RecursionError):
+                tree = json.loads(tree.removeprefix(codecs.BOM_UTF8))
+        if isinstance(tree, dict) and tree:
+            return tree
+    return {}
+
+
+def not_utf8(error: UnicodeError) -> str:
+    """Return a line on text that is in another encoding."""
+    what = "the text cannot be decoded"
+    if isinstance(error, UnicodeDecodeError):
+        what = f"byte 0x{error.object[error.start]:02x} is not {error.encoding.upper()}"
+    return f"{what}; name the encoding, for example --encoding latin-1 or utf-16"
+
+
+def open_bytes(source: Source) -> IO[bytes]:
+    """Open a file, unzipped and in UTF-8."""
+    raw = _unzipped(source)
+    if source.encoding is None:
+        return raw
+    return cast("IO[bytes]", codecs.EncodedFile(raw, "utf-8", source.encoding))
+
+
+def _unzipped(source: Source) -> IO[bytes]:
+    if source.codec is None:
+        return source.path.open("rb", buffering=_CHUNK)
+    if source.codec == "zst":
+        stream: Any = pa.input_stream(str(source.path), compression="zstd")
+        return cast("IO[bytes]", io.BufferedReader(stream))
+    opened: Any = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}[source.codec]
+    return cast("IO[bytes]", opened(source.path, "rb"))
+
+
+def _line_rows(source: Source, longest: int, start: int, end: int | None) -> Iterator[Row]:
+    most = longest + 2  # with the line end
+    position, number = start, 0
+    with open_bytes(source) as handle:
+        if start:
+            handle.seek(start - 1)
+            position -= 1
+            while line := handle.readline(most):  # the rest of the line before
+                position += len(line)
+                if line.endswith(b"\n"):
+                    break
+        while (end is None or position < end) and (line := handle.readline(most)):
+            position += len(line)
+            number += 1
+            yield Row(number, line, position - start)
+            while len(line) == most and not line.endswith(b"\n"):  # the rest of one too long
+                line = handle.readline(most)
+                position += len(line)
+
+
+def _object_rows(source: Source, longest: int, start: int, end: int | None) -> Iterator[Row]:
+    """Yield the objects of an array, or those that follow each other."""
+    with open_bytes(source) as handle:
+        buffer, number, consumed, closed = b"", 0, 0, False
+        while True:
+            chunk = handle.read(_CHUNK)
+            buffer = (buffer + chunk) if buffer or consumed else chunk.removeprefix(codecs.BOM_UTF8)
+            place = 0
+            while True:
+                between = _BETWEEN.match(buffer, place)
+                assert between is not None
+                place = between.end()
+                if place == len(buffer):
+                    break
+                if buffer[place : place + 1] != b"{":
+                    # Not an object: the parser says what is wrong with it.
+                    stop = _value_end(buffer, place)
+                else:
+                    stop = _object_end(buffer, place)
+                if stop is None:
+                    if len(buffer) - place > longest or not chunk:
+                        number += 1
+                        yield Row(number, buffer[place : place + longest + 2], consumed + place)
+                        closed = True
+                    break
+                number += 1
+                yield Row(number, buffer[place:stop], consumed + stop)
+                place = stop
+            if closed or not chunk:
+                return
+            consumed += place
+            buffer = buffer[place:]
+
+
+def _object_end(buffer: bytes, start: int) -> int | None:
+    """Return where an object ends; None: not in this buffer."""
+    depth, place = 0, start
+    while (found := _STRUCTURE.search(buffer, place)) is not None:
+        place = found.end()
+        if found[0] == b'"':
+            string = _STRING.match(buffer, found.start())
+            if string is None:
+                return None
+            place = string.end()
+            continue
+        depth += _depth(found[0])
+        if depth == 0:
+            return place
+    return None
+
+
+def _value_end(buffer: bytes, start: int) -> int | None:
+    if buffer[start : start + 1] == b'"':
+        string = _STRING.match(buffer, start)
+        return None if string is None else string.end()
+    found = re.compile(rb"[,\]\s{]").search(buffer, start + 1)
+    return None if found is None else found.start()
+
+
+def _depth(character: bytes) -> int:
+    return 1 if character in b"{[" else -1 if character in b"}]" else 0
+
+
+def _cell_rows(source: Source, longest: int, start: int, end: int | None) -> Iterator[Row]:
+    """Yield the rows of a table as records; an empty cell is null."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        encoding = source.encoding or "utf-8-sig"
+        with io.TextIOWrapper(_unzipped(source), encoding, newline="") as text:
+            first = text.readline()
+            delimiter = "\t" if source.kind == "tsv" else _delimiter(first)
+            cells = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True)
+            header = next(cells, [])
+            if len(set(header)) < len(header):
+                twice = next(name for name in header if header.count(name) > 1)
+                raise ValueError(f"two columns are called {twice!r}")
+            line = cells.line_num
+            for row in cells:
+                begun, line = line + 1, cells.line_num
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise ValueError(
+                        f"line {begun} has {len(row)} cells, and the header {len(header)}"
+                    )
+                record = {name: cell or None for name, cell in zip(header, row, strict=True)}
+                yield Row(begun, record, 0)
+    except csv.Error as error:
+        raise ValueError(f"line {cells.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _delimiter(header: str) -> str:
+    """Return what separates the names of a header: the most frequent of the usual ones."""
+    return max(_DELIMITERS, key=header.count)
+
+
+def _text_rows(source: Source, longest: int, start: int, end: int | None) -> Iterator[Row]:
+    for row in _line_rows(source, longest, 0, None):
+        if row.content.isspace():
+            continue
+        line = row.content.removeprefix(codecs.BOM_UTF8).decode("utf-8").rstrip("\r\n")
+        yield row._replace(content={"text": line})
+
+
+def _parquet_rows(source: Source, longest: int, start: int, end: int | None) -> Iterator[Row]:
+    with pq.ParquetFile(source.path) as file:
+        yield from _numbered(file.iter_batches(batch_size=2_000))
+
+
+def _arrow_rows(source: Source, longest: int, start: int, end: int | None) -> Iterator[Row]:
+    with pa.OSFile(str(source.path)) as file:
+        try:
+            stream = pa.ipc.open_stream(file)
+        except pa.ArrowInvalid:
+            opened = pa.ipc.open_file(file)
+            batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+            yield from _numbered(batches)
+            return
+        yield from _numbered(stream)
+
+
+def _numbered(batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
+    records = (r for batch in batches for r in batch.to_pylist(maps_as_pydicts="strict"))
+    for number, record in enumerate(records, start=1):
+        yield Row(number, record, 0)
+
+
+_READERS = {
+    "jsonl": _line_rows,
+    "json": _object_rows,
+    "csv": _cell_rows,
+    "tsv": _cell_rows,
+    "text": _text_rows,
+    "parquet": _parquet_rows,
+    "arrow": _arrow_rows,
+}
