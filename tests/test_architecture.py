@@ -81,7 +81,7 @@ def test_the_hops_are_in_the_code(hops: list[Hop]) -> None:
 def test_the_trace_is_followed_from_a_line_to_a_registered_version() -> None:
     """The table of a training trace begins in a file, and goes through every room on the way."""
     trace = TABLES[0]
-    assert (trace[0].module, trace[0].function) == ("data.rows", "rows")
+    assert (trace[0].module, trace[0].function) == ("data.rows", "lines")
     assert {"registry", "gate"} <= {hop.module.rpartition(".")[2] for hop in trace}
     rooms = [hop.module.partition(".")[0] for hop in trace]
     way = ("data", "text", "input", "models", "training", "tracking", "pipelines")
@@ -110,7 +110,7 @@ def test_every_room_is_on_the_page_in_order() -> None:
         (Hop(2, "x", "text.tokenizer", "x", "tunix_mlflow/text/tokenizer.py"), "no function x"),
         (Hop(2, "x", "text.attic", "x", "tunix_mlflow/text/attic.py"), "there is no"),
         (Hop(2, "x", "text.mask", "is_trained", "tunix_mlflow/text/answers.py"), "is not"),
-        (Hop(2, "x", "data.rows", "rows", "tunix_mlflow/data/rows.py"), "goes back"),
+        (Hop(2, "x", "data.rows", "lines", "tunix_mlflow/data/rows.py"), "goes back"),
         (Hop(3, "x", "text.mask", "is_trained", "tunix_mlflow/text/mask.py"), "comes after"),
     ],
 )

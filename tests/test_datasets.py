@@ -184,6 +184,21 @@ def test_validation_is_taken_from_train_and_said(tmp_path: Path) -> None:
     assert datasets.ingest(tmp_path / "two.jsonl", "two-v1").validation_from_train > 10
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9, 40])
+def test_a_few_prompts_are_held_out_of_a_small_dataset(count: int, tmp_path: Path) -> None:
+    """One for validation and one for test, if train keeps one; with shares of one's own not."""
+    path = write_traces(tmp_path / "few.jsonl", count)
+    manifest = datasets.ingest(path, "few-v1").manifest
+    counts = {name: split.count for name, split in manifest.splits.items()}
+    held_out = [counts.get(name, 0) for name in ("test", "validation")]
+    assert counts["train"] >= 1
+    assert min(held_out) >= 1 if count >= 3 else sum(held_out) == count - 1
+    assert sum(counts.values()) == count
+    assert datasets.verify("few-v1").ok
+    own = datasets.ingest(path, "own-v1", splits={"test": 0.0}).manifest
+    assert set(own.splits) == {"train"}
+
+
 def test_a_child_keeps_the_splits_of_its_parent(tmp_path: Path) -> None:
     """Whatever shares it asks for: no prompt of the parent's test is trained on."""
     datasets.ingest(write_traces(tmp_path / "a.jsonl", 200), "p-v1", splits={"test": 0.5})

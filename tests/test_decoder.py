@@ -598,6 +598,13 @@ def test_more_steps_stretch_the_schedule() -> None:
     assert "optimizer.schedule_steps=400 changes the schedule" in said
     assert "optimizer.schedule_steps=20 keeps" in said
     assert optimizers.change_of_rate(20, (config, 20), (config, 20)) is None
+    # A schedule that goes on is no change; one that has not ended keeps more than its last rate.
+    hundred = msgspec.structs.replace(config, schedule_steps=100)
+    assert optimizers.change_of_rate(90, (hundred, 90), (hundred, 95)) is None
+    thirty = msgspec.structs.replace(config, schedule_steps=30)
+    said = optimizers.change_of_rate(40, (hundred, 40), (thirty, 60))
+    assert said is not None
+    assert said.endswith("optimizer.schedule_steps=100 keeps the schedule of 100 steps")
     assert optimizers.change_of_rate(0, (config, 20), (config, 100)) is None
 
 

@@ -15,12 +15,14 @@ from tests.templates.small_tokenizers import small_tokenizers
 from tunix_mlflow.config.schema import DataConfig, LimitsConfig, ModelConfig
 from tunix_mlflow.data import datasets, formats, json_text, snapshot
 from tunix_mlflow.data.examples import Example, example_id
+from tunix_mlflow.errors import DatasetError
 from tunix_mlflow.evaluation import scoring
 from tunix_mlflow.models import bundle as bundles
 from tunix_mlflow.models import decoder
 from tunix_mlflow.models.hub import pretrained
 from tunix_mlflow.text.hub_tokenizer import HubTokenizer
 from tunix_mlflow.tracking.models import flavor
+from tunix_mlflow.training.held_out import held_out_loss
 
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|stop|>\n{% endfor %}"
@@ -347,6 +349,19 @@ def test_a_dataset_without_answers_has_a_loss(
     assert "count in the loss alone" in said.err
     assert run_here("promote", run_id, "texts") == 3
     assert "eval/exact_match was not measured on texts-v1/test" in capsys.readouterr().err
+    assert run_here("promote", run_id, "texts", "promotion.thresholds={examples: 0}") == 2
+    assert "eval/examples is a count" in capsys.readouterr().err
+    assert run_here("promote", run_id, "texts", "promotion.thresholds={loss: 0.01}") == 3
+    assert "required at most 0.0100" in capsys.readouterr().err
+    assert run_here("promote", run_id, "texts", "promotion.thresholds={loss: 99}") == 0
+    capsys.readouterr()
+    # One that was trained for longer is better by its loss, and the first is not after it.
+    assert run_here("train", *words[:2], "training.steps=30", "training.batch_size=2") == 0
+    other = json.loads(capsys.readouterr().out.splitlines()[-1])["run_id"]
+    assert run_here("evaluate", other, "--dataset", "texts-v1") == 0
+    assert run_here("promote", other, "texts", "promotion.thresholds={loss: 99}") == 0
+    assert run_here("promote", run_id, "texts", "promotion.thresholds={loss: 99}") == 3
+    assert "and champion version 2 has" in capsys.readouterr().err
     assert run_here("models", "inspect", f"models:/{result['model_id']}") == 2
     assert "write it as one with `tunix-mlflow models export`" in capsys.readouterr().err
     bundle = flavor.load_model(f"models:/{result['model_id']}")
@@ -357,6 +372,27 @@ def test_a_dataset_without_answers_has_a_loss(
     for request in (["5 and"], pd.DataFrame({"text": ["5 and"]}), model.input_example):
         found = model.predict(request).to_dict("records")
         assert {row["error"] for row in found} == {None}
+
+
+def test_a_row_that_is_refused_is_not_in_the_loss() -> None:
+    """The others are; what is cut at the model's positions is counted."""
+    strict = PLAIN.replace("{{ m.role }}", "{{ m.role if m.role != 'system' else 1 / 0 }}")
+    shape = ModelConfig(
+        width=16, heads=2, kv_heads=2, mlp_width=24, vocab_size=300, max_positions=64
+    )
+    params, made = decoder.init(shape, 300, 0), HubTokenizer(files(strict), "the model")
+    bundle = bundles.Bundle(shape, decoder.shape(shape, 300)[0], params, made, 4)
+    rows = [read(chat(("user", "q"), ("assistant", "a"))) for _ in range(2)]
+    alone = held_out_loss(bundle, rows, 64)
+    refused = read(chat(("system", "s"), ("user", "q"), ("assistant", "a")))
+    long = read(chat(("user", "q"), ("assistant", "a" * 200)))
+    found = held_out_loss(bundle, [*rows, refused], 64)
+    assert found.loss == pytest.approx(alone.loss, rel=1e-6)
+    assert len(found.refused) == 1
+    assert "the model: the chat template refuses: division by zero" in found.refused[0]
+    assert held_out_loss(bundle, [*rows, long], 64).truncated == 1
+    with pytest.raises(DatasetError, match="division by zero"):
+        held_out_loss(bundle, [refused], 64)
 
 
 def test_a_call_with_a_text_is_not_compared() -> None:
@@ -456,7 +492,12 @@ def test_how_examples_would_be_rendered_is_shown(
     assert "no token" not in shown
     assert shown.count("trained ") == 2
     assert run_here(*show, "training.steps=3") == 2
-    assert "only keys of data are read here" in capsys.readouterr().err
+    assert "training.steps is not read here" in capsys.readouterr().err
+    assert run_here("datasets", "show", "chats-v1", "data.turns=last") == 2
+    assert "data.turns is read with --mask only" in capsys.readouterr().err
+    counted = ["datasets", "stats", "chats-v1", "--base", base, "--json"]
+    assert run_here(*counted, "data.end=append", "data.turns=expand") == 0
+    assert json.loads(capsys.readouterr().out)["count"] == 24
     assert run_here("train", "dataset=chats-v1", f"base={base}", "--plan") == 0
     said = capsys.readouterr()
     assert "training would be refused: dataset chats-v1: no token ends the turn" in said.err
@@ -474,7 +515,7 @@ def test_how_examples_would_be_rendered_is_shown(
     assert "the chat template refuses: no system" in capsys.readouterr().out
     assert run_here("datasets", "stats", "strict-v1", "--base", other) == 2
     name = example_id(snapshot.read(datasets.get("strict-v1").digest)[0])
-    assert f"example {name}: {other}: the chat template refuses" in capsys.readouterr().err
+    assert f"example {name} ('a'): {other}: the chat template refuses" in capsys.readouterr().err
 
 
 def test_a_run_is_refused_before_its_first_step(

@@ -76,7 +76,7 @@ def test_preferences_are_kept_and_not_trained_on(tmp_path: Path) -> None:
         datasets.export(key, out, "preference")
         again = datasets.ingest(out, f"{path.stem}-v2").manifest
         first, second = (snapshot.read(d) for d in (datasets.get(key).digest, again.digest))
-        assert [e.rejected for e in first] == [e.rejected for e in second]
-        assert [e.label for e in first] == [e.label for e in second]
+        assert {e.rejected for e in first} == {e.rejected for e in second}
+        assert {e.label for e in first} == {e.label for e in second}
         with pytest.raises(DatasetError, match="use --format preference"):
             datasets.export(key, tmp_path / "x.jsonl", "messages")

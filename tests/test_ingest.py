@@ -165,12 +165,12 @@ def test_spans_have_every_line_once(
     path = tmp_path_factory.mktemp("spans") / "a.jsonl"
     path.write_bytes(b"\n".join(found) + b"\n" * ended)
     source = sources.Source(path, "jsonl", None, None)
-    whole = [row.content for row in rows.rows(source, 5)]
+    whole = list(rows.lines(source, 5))
     places = [0, *sorted(cuts)]
     pieces = [
-        row.content
+        line
         for start, end in zip(places, [*places[1:], None], strict=True)
-        for row in rows.rows(source, 5, start, end)
+        for line in rows.lines(source, 5, start, end)
     ]
     assert pieces == whole
 

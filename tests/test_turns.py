@@ -179,6 +179,57 @@ def test_text_after_an_end() -> None:
     assert spans(endless, said, end="append") == ["assistant: write <|stop|> then stop\n<|stop|>"]
 
 
+def test_a_generation_that_is_empty() -> None:
+    """It ends nothing; without any end one is added behind what the turn says, or it is told."""
+    two = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}END{% endgeneration %}{% generation %}"
+        "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+        "{% endgeneration %}{% else %}{{ m.content }}<|stop|>\n{% endif %}{% endfor %}" + HEAD
+    )
+    row = chat(("user", "q"), ("assistant", "hello"))
+    ended, endless = two.replace("END", "<|stop|>"), two.replace("END", "")
+    for end in ("template", "append"):
+        assert spans(ended, row, end=end) == ["hello<|stop|>"]
+        assert refusals(ended, row, end=end) == []
+    assert refusals(endless, row) == [("end", 2)]
+    assert spans(endless, row, end="append") == ["hello<|stop|>"]
+    trimmed = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
+    nothing = chat(("user", "q"), ("assistant", " "), ("user", "r"), ("assistant", "s"))
+    made = tokenizer(trimmed + "{% if add_generation_prompt %}assistant: {% endif %}")
+    ids, _, _ = made.encode_example(read(nothing), DataConfig(end="append"))
+    text = made.decode(ids, skip_special_tokens=False)
+    assert text == "user: q\nassistant: \n<|stop|>user: r\nassistant: s\n<|stop|>"
+
+
+def test_the_same_words_twice() -> None:
+    """A reply within a turn is found, though the same round stands elsewhere too."""
+    call = CALL | {"content": "I will look."}
+    said = [("user", "done?"), ("assistant", call), ("tool", "pending"), ("assistant", "no")]
+    with pytest.raises(ModelError, match="writes message 3 within message 2"):
+        spans(REPLY_WITHIN, chat(*said, *said, ("user", "thanks"), ("assistant", "bye")))
+
+
+def test_characters_that_a_normalizer_removes() -> None:
+    """They are no loss that could be told from what the model was made with."""
+    tree = json.loads(small_tokenizers()["byte-level"])
+    words = ["[UNK]", *"abcdefghijklmnopqrstuvwxyz0123456789:<|>_", *("##" + c for c in "abcdefgh")]
+    tree["model"] = {
+        **{"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"},
+        **{"max_input_chars_per_word": 100, "vocab": {w: n for n, w in enumerate(words)}},
+    }
+    tree["normalizer"] = {
+        **{"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True},
+        **{"strip_accents": True, "lowercase": True},
+    }
+    tree["pre_tokenizer"], tree["decoder"] = {"type": "BertPreTokenizer"}, None
+    tree["added_tokens"] = [t | {"id": len(words) + n} for n, t in enumerate(tree["added_tokens"])]
+    made = HubTokenizer(files(COUNTS) | {"tokenizer.json": json.dumps(tree).encode()}, "it")
+    row = read(chat(("user", "a\u200bb"), ("assistant", "a\u0301\u200d c")))
+    ids, trained, _ = made.encode_example(row, DataConfig())
+    assert [made._tokenizer.id_to_token(int(i)) for i in ids[trained]] == ["a", "c", "<|stop|>"]
+
+
 def test_private_characters() -> None:
     """They mark nothing: refused where the template marks generations, elsewhere text."""
     row = chat(("user", "icon \ue0f0no\ue0f1 x"), ("assistant", "ok \ue0f0"))

@@ -10,7 +10,7 @@ TEMPLATE = (
     "{{ eos_token }}\n{% endfor %}"
 )
 MESSAGES: list[dict[str, Any]] = [
-    {"role": "user", "content": "he <new> the<|stop|>  is"},
+    {"role": "user", "content": "he <new> the<|stop|>  is <newer>"},
     {"role": "assistant", "content": "hello <|im_end|>  <new>"},
 ]
 _NEW = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
@@ -28,6 +28,12 @@ def folders(backend: str) -> dict[str, dict[str, str]]:
         "another flag": ({"added_tokens_decoder": strips}, {}),
         "a new token": ({"added_tokens_decoder": added | new}, {}),
         "additional tokens": ({"additional_special_tokens": ["<new>", "<|stop|>"]}, {}),
+        "named tokens come first": (
+            {"additional_special_tokens": ["<newer>"], "pad_token": "<new>", "sep_token": "<sep>"},
+            {},
+        ),
+        "a new token by name": ({"extra_special_tokens": {"image_token": "<new>"}}, {}),
+        "tokens of an older file": ({}, {"pad_token": "<new>", "mask_token": "<newer>"}),
         "a token by name": ({"extra_special_tokens": {"image_token": "<|stop|>"}}, {}),
         "an older file": ({}, {"eos_token": "<|stop|>"}),
         "an older file that is not read": (

@@ -44,7 +44,7 @@ def show(
     from tunix_mlflow.data import datasets, snapshot
     from tunix_mlflow.data.examples import canonical_text
 
-    config = _data(overrides)
+    config = _data(overrides, "--mask" if not mask else None)
     manifest = datasets.ready(key, Terminal().info)
     examples = snapshot.read(manifest.digest)[:limit]
     if as_json:
@@ -115,8 +115,9 @@ def stats(
     from tunix_mlflow.cli.terminal import print_json
     from tunix_mlflow.data import datasets
 
-    config = _data(overrides)
-    if base is not None or sequence_length is not None:
+    counts_tokens = base is not None or sequence_length is not None
+    config = _data(overrides, None if counts_tokens else "--base or --sequence-length")
+    if counts_tokens:
         count, figures = _token_statistics(key, base, sequence_length, config)
     else:
         manifest = datasets.get(key)
@@ -172,7 +173,7 @@ def _token_statistics(
         tokens.describe_loss(loss, len(examples), example_id(examples[loss.first_example]))
         for loss in tokenized.losses
     ]
-    return manifest.count, figures
+    return tokenized.count, figures
 
 
 def readable(example: Example) -> str:
@@ -231,17 +232,26 @@ def _masked(example: Example, config: DataConfig, tokenizer: Tokenizer) -> str:
     return "\n".join(lines)
 
 
-def _data(overrides: Mapping[str, str]) -> DataConfig:
+def _data(overrides: Mapping[str, str], missing: str | None) -> DataConfig:
     """Return the keys of `data` that a command was given.
 
+    Args:
+        overrides: the keys.
+        missing: the option without which they are of no use; None: it is there.
+
     Raises:
-        ConfigError: for a key of another section, or a wrong value.
+        ConfigError: for a key that does not decide how examples are rendered, a wrong value, or if
+            the option is missing.
     """
     from tunix_mlflow.config.load import load_config
+    from tunix_mlflow.config.schema import RENDERING
     from tunix_mlflow.errors import ConfigError
 
-    if other := next((key for key in overrides if not key.startswith("data.")), None):
-        raise ConfigError(f"{other}: only keys of data are read here")
+    known = [f"data.{key}" for key in RENDERING]
+    if other := next((key for key in overrides if key not in known), None):
+        raise ConfigError(f"{other} is not read here; expected one of {', '.join(known)}")
+    if overrides and missing:
+        raise ConfigError(f"{next(iter(overrides))} is read with {missing} only")
     return load_config(None, overrides).data
 
 

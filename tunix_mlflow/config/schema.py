@@ -349,7 +349,8 @@ class PromotionConfig(_Section, frozen=True):
     thresholds: dict[Annotated[str, Meta(pattern="^[a-z0-9_]{1,100}$")], float] = msgspec.field(
         default_factory=lambda: {"exact_match": 0.5}
     )
-    """Metric -> the smallest value that passes, on the evaluated dataset; replaces the default."""
+    """Metric -> the smallest value that passes, on the evaluated dataset; of loss the largest.
+    Replaces the default."""
 
 
 class BenchmarkConfig(_Section, frozen=True):

@@ -149,9 +149,9 @@ def ingest(
         form: one of formats.FORMATS, or auto.
         mapping: field -> the column it is in, or a text with columns; see column_map.
         splits: shares of the prompts, used if the data has no splits; None: a tenth each for
-            validation and test. Of data with splits, but without validation, the share of
-            validation is taken from the train prompts, and the manifest's statistics have
-            `validation_from_train`.
+            validation and test, and at least one prompt. Of data with splits, but without
+            validation, the share of validation is taken from the train prompts, and the manifest's
+            statistics have `validation_from_train`.
         limits: maximum lengths; None for the defaults.
         encoding: of text files; None: UTF-8.
         skip_bad: leave bad rows out, and write them to this file with the reasons.
@@ -198,7 +198,9 @@ def ingest(
                 for c in conflicts
             ]
             stage = stage.without({c.digest for c in conflicts}) if conflicts else stage
-        request = {"ingest": parsed.form, "splits": shares}
+        request: dict[str, Any] = {"ingest": parsed.form, "splits": shares}
+        if splits is None:
+            request["at_least_one"] = True
         now = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"ingested_at": now, "version": importlib.metadata.version("tunix-mlflow")}
         manifest, created = store.ingest(

@@ -252,22 +252,30 @@ def _parse(span: _Span, progress: Callable[[int], None]) -> _Outcome:
     source = Source(Path(span.path), span.kind, span.codec, span.split, span.encoding)
     part = Part(Path(span.part_path), span.index)
     bad: list[_Bad] = []
-    number = 0
+    number = done = 0
     is_json = span.kind in ("jsonl", "json")
     unused: dict[str, int] = {}
     parser = _line_parser if is_json else _record_parser
     parse: Callable[[Any], Example] = parser(span, unused)
-    for number, row, done in rows.rows(source, span.limits.body_bytes, span.start, span.end):
-        if is_json and row.isspace():
-            continue
+    longest = span.limits.body_bytes
+    found: Iterable[tuple[int, Any]]
+    if span.kind == "jsonl":
+        found = enumerate(rows.lines(source, longest, span.start, span.end), start=1)
+    else:
+        found = rows.rows(source, longest)
+    for number, row in found:
         try:
             part.add(canonical_bytes(parse(row)), number)
         except (ValueError, RecursionError) as error:
+            if is_json and row.isspace():
+                continue
             bad.append(_bad(number, row, error))
             if not span.skip_bad and len(bad) >= _MAX_BAD:
                 break
-        if done and number % _REPORT_ROWS == 0:
-            progress(done)
+        if is_json:
+            done += len(row)
+            if number % _REPORT_ROWS == 0:
+                progress(done)
     part.close()
     stopped = not span.skip_bad and len(bad) >= _MAX_BAD
     return _Outcome(number, part.rows, bad, stopped, unused)

@@ -22,8 +22,8 @@ import json
 import lzma
 import re
 import sys
-from collections.abc import Iterator
-from typing import IO, Any, NamedTuple, cast
+from collections.abc import Callable, Iterator
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,35 +39,65 @@ _BETWEEN = re.compile(rb"[\s,\[\]]*")
 _DELIMITERS = ",;\t|"
 
 
-class Row(NamedTuple):
-    """A row of a file."""
-
-    number: int  # of its first line, or of the row where a file has no lines; from 1
-    content: Any  # bytes of a JSON object, or a record
-    end: int  # bytes read so far, unzipped; 0: not known
-
-
-def rows(source: Source, longest: int, start: int = 0, end: int | None = None) -> Iterator[Row]:
-    """Yield the rows of a file that begin between two bytes of it, in order; blank lines too.
+def lines(source: Source, longest: int, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """Yield every line of a JSONL file, with its line end, in order.
 
     Args:
-        source: the file. `start` and `end` apply to plain files of JSON lines alone.
-        longest: maximum bytes of a row of JSON; of a longer one only the beginning is yielded.
-        start: skip lines that begin before this byte.
+        source: the file.
+        longest: maximum bytes of a line; of a longer one only the first `longest` + 2 bytes
+            are yielded.
+        start: skip lines that begin before this byte; of a file that is not compressed.
         end: stop before a line that begins at or after this one; None: at the end.
 
     Raises:
         DatasetError: if the file cannot be read.
     """
+    most = longest + 2  # with the line end
+    position = start
+    with _failures(source), open_bytes(source) as handle:
+        if start:
+            handle.seek(start - 1)
+            position -= 1
+            while line := handle.readline(most):  # the rest of the line before
+                position += len(line)
+                if line.endswith(b"\n"):
+                    break
+        while (end is None or position < end) and (line := handle.readline(most)):
+            position += len(line)
+            yield line
+            while len(line) == most and not line.endswith(b"\n"):  # the rest of one too long
+                line = handle.readline(most)
+                position += len(line)
+
+
+def rows(source: Source, longest: int) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a file in order, each with its number from 1; of a table, with its line.
+
+    A row is a record, or the bytes of a JSON object.
+
+    Args:
+        source: the file.
+        longest: maximum bytes of a row of JSON; of a longer one only the beginning is yielded.
+
+    Raises:
+        DatasetError: if the file cannot be read.
+    """
     number = 0
+    with _failures(source, lambda: number):
+        for number, row in _READERS[source.kind](source, longest):
+            yield number, row
+
+
+@contextlib.contextmanager
+def _failures(source: Source, done: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Turn what goes wrong with a file into a DatasetError."""
     try:
-        for row in _READERS[source.kind](source, longest, start, end):
-            number = row.number
-            yield row
+        yield
     except UnicodeError as error:
-        raise DatasetError(f"{source.path}:{number + 1}: {not_utf8(error)}") from error
+        where = f"{source.path}:{done() + 1}" if done() else str(source.path)
+        raise DatasetError(f"{where}: {not_utf8(error)}") from error
     except (OSError, EOFError, pa.ArrowException, ValueError, lzma.LZMAError) as error:
-        where = f"{source.path} after row {number}" if number else str(source.path)
+        where = f"{source.path} after row {done()}" if done() else str(source.path)
         raise DatasetError(f"cannot read {where}: {one_line(error, 300)}") from error
 
 
@@ -98,8 +128,7 @@ def _has_lines(begun: bytes) -> bool:
 
 def first(source: Source, longest: int) -> dict[str, Any]:
     """Return the first row that can be read and is not empty; an empty one if there is none."""
-    for row in itertools.islice(rows(source, longest), 100):
-        tree = row.content
+    for _, tree in itertools.islice(rows(source, longest), 100):
         if isinstance(tree, bytes):
             with contextlib.suppress(ValueError, RecursionError):
                 tree = json.loads(tree.removeprefix(codecs.BOM_UTF8))
@@ -134,33 +163,17 @@ def _unzipped(source: Source) -> IO[bytes]:
     return cast("IO[bytes]", opened(source.path, "rb"))
 
 
-def _line_rows(source: Source, longest: int, start: int, end: int | None) -> Iterator[Row]:
-    most = longest + 2  # with the line end
-    position, number = start, 0
-    with open_bytes(source) as handle:
-        if start:
-            handle.seek(start - 1)
-            position -= 1
-            while line := handle.readline(most):  # the rest of the line before
-                position += len(line)
-                if line.endswith(b"\n"):
-                    break
-        while (end is None or position < end) and (line := handle.readline(most)):
-            position += len(line)
-            number += 1
-            yield Row(number, line, position - start)
-            while len(line) == most and not line.endswith(b"\n"):  # the rest of one too long
-                line = handle.readline(most)
-                position += len(line)
+def _line_rows(source: Source, longest: int) -> Iterator[tuple[int, Any]]:
+    return enumerate(lines(source, longest), start=1)
 
 
-def _object_rows(source: Source, longest: int, start: int, end: int | None) -> Iterator[Row]:
+def _object_rows(source: Source, longest: int) -> Iterator[tuple[int, Any]]:
     """Yield the objects of an array, or those that follow each other."""
     with open_bytes(source) as handle:
-        buffer, number, consumed, closed = b"", 0, 0, False
+        buffer, number, closed = b"", 0, False
         while True:
             chunk = handle.read(_CHUNK)
-            buffer = (buffer + chunk) if buffer or consumed else chunk.removeprefix(codecs.BOM_UTF8)
+            buffer = buffer + chunk if number else (buffer + chunk).removeprefix(codecs.BOM_UTF8)
             place = 0
             while True:
                 between = _BETWEEN.match(buffer, place)
@@ -176,15 +189,14 @@ def _object_rows(source: Source, longest: int, start: int, end: int | None) -> I
                 if stop is None:
                     if len(buffer) - place > longest or not chunk:
                         number += 1
-                        yield Row(number, buffer[place : place + longest + 2], consumed + place)
+                        yield number, buffer[place : place + longest + 2]
                         closed = True
                     break
                 number += 1
-                yield Row(number, buffer[place:stop], consumed + stop)
+                yield number, buffer[place:stop]
                 place = stop
             if closed or not chunk:
                 return
-            consumed += place
             buffer = buffer[place:]
 
 
@@ -217,7 +229,7 @@ def _depth(character: bytes) -> int:
     return 1 if character in b"{[" else -1 if character in b"}]" else 0
 
 
-def _cell_rows(source: Source, longest: int, start: int, end: int | None) -> Iterator[Row]:
+def _cell_rows(source: Source, longest: int) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a table as records; an empty cell is null."""
     limit = csv.field_size_limit(sys.maxsize)
     try:
@@ -240,7 +252,7 @@ def _cell_rows(source: Source, longest: int, start: int, end: int | None) -> Ite
                         f"line {begun} has {len(row)} cells, and the header {len(header)}"
                     )
                 record = {name: cell or None for name, cell in zip(header, row, strict=True)}
-                yield Row(begun, record, 0)
+                yield begun, record
     except csv.Error as error:
         raise ValueError(f"line {cells.line_num}: {error}") from error
     finally:
@@ -252,20 +264,19 @@ def _delimiter(header: str) -> str:
     return max(_DELIMITERS, key=header.count)
 
 
-def _text_rows(source: Source, longest: int, start: int, end: int | None) -> Iterator[Row]:
-    for row in _line_rows(source, longest, 0, None):
-        if row.content.isspace():
-            continue
-        line = row.content.removeprefix(codecs.BOM_UTF8).decode("utf-8").rstrip("\r\n")
-        yield row._replace(content={"text": line})
+def _text_rows(source: Source, longest: int) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines(source, longest), start=1):
+        if not line.isspace():
+            text = line.removeprefix(codecs.BOM_UTF8).decode("utf-8").rstrip("\r\n")
+            yield number, {"text": text}
 
 
-def _parquet_rows(source: Source, longest: int, start: int, end: int | None) -> Iterator[Row]:
+def _parquet_rows(source: Source, longest: int) -> Iterator[tuple[int, Any]]:
     with pq.ParquetFile(source.path) as file:
         yield from _numbered(file.iter_batches(batch_size=2_000))
 
 
-def _arrow_rows(source: Source, longest: int, start: int, end: int | None) -> Iterator[Row]:
+def _arrow_rows(source: Source, longest: int) -> Iterator[tuple[int, Any]]:
     with pa.OSFile(str(source.path)) as file:
         try:
             stream = pa.ipc.open_stream(file)
@@ -277,10 +288,9 @@ def _arrow_rows(source: Source, longest: int, start: int, end: int | None) -> It
         yield from _numbered(stream)
 
 
-def _numbered(batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
+def _numbered(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, Any]]:
     records = (r for batch in batches for r in batch.to_pylist(maps_as_pydicts="strict"))
-    for number, record in enumerate(records, start=1):
-        yield Row(number, record, 0)
+    return enumerate(records, start=1)
 
 
 _READERS = {

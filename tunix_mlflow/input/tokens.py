@@ -55,7 +55,10 @@ class TokenizedExamples:
 
 
 def encode_examples(
-    examples: Iterable[Example], tokenizer: Tokenizer, config: DataConfig
+    examples: Iterable[Example],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    refused: list[str] | None = None,
 ) -> TokenizedExamples:
     """Render and tokenize examples, each of them once.
 
@@ -63,6 +66,8 @@ def encode_examples(
         examples: read one at a time.
         tokenizer: with its chat template.
         config: which turns are trained on, and how they are rendered.
+        refused: is given a line on each example that cannot be encoded, which is left out; None:
+            one is an error.
 
     Raises:
         DatasetError: naming an example that the template refuses, or whose tokens the model lacks.
@@ -77,7 +82,11 @@ def encode_examples(
                 try:
                     ids, trained, findings = tokenizer.encode_example(part, config)
                 except (DatasetError, ModelError) as error:
-                    raise type(error)(f"example {example_id(example)}: {error}") from error
+                    line = f"example {example_id(example)} ({example.prompt[:40]!r}): {error}"
+                    if refused is None:
+                        raise type(error)(line) from error
+                    refused.append(line)
+                    break
                 yield ids, trained
                 for finding in findings:
                     key = finding.kind, finding.refuses

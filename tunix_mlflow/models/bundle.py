@@ -297,7 +297,9 @@ def _tokenizer(folder: Path, info: dict[str, Any]) -> Tokenizer:
     if info["tokenizer"]["name"] != tokenizer.name:
         from tunix_mlflow.text.hub_tokenizer import HubTokenizer
 
-        tokenizer = HubTokenizer.read(folder / _TOKENIZER, info["model"]["vocab_size"])
+        tokenizer = HubTokenizer.read(
+            folder / _TOKENIZER, info["model"]["vocab_size"], where="the model"
+        )
     if info["tokenizer"]["digest"] != tokenizer.digest:
         raise IntegrityError(
             f"{folder} was made with tokenizer {info['tokenizer']['name']},"

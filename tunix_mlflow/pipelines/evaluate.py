@@ -124,12 +124,14 @@ def evaluate(
             progress=lambda done: reporter.progress("evaluate", done, len(examples), {}),
         )
         share = scoring.exact_match(scores) if scores else None
-        reason = _not_the_whole_split(config, bundle.max_new_tokens) or _read_by_training(
-            client, logged.source_run_id, given
-        )
-        if reason is not None:
+        trained_on = _read_by_training(client, logged.source_run_id, given)
+        reasons = [_not_the_whole_split(config, bundle.max_new_tokens), trained_on]
+        reason = "; ".join(each for each in reasons if each is not None)
+        if reason:
             reporter.info(f"{reason}: the figure is on this run only, and counts for no gate")
-        loss = _held_out_loss(bundle, read, chosen.batch_size, reporter)
+        loss, left_out = _held_out_loss(bundle, read, chosen.batch_size, reporter)
+        if left_out is not None:
+            run.set_tags({"tunix_mlflow.not_in_loss": left_out})
         run.log_metrics(
             {
                 **({} if loss is None else {"eval/loss": loss}),
@@ -147,7 +149,8 @@ def evaluate(
             f"{without_answer} of {len(read)} examples have no answer to compare with, as texts and"
             " calls of tools have not, and count in the loss alone"
         )
-    reporter.info(f"{_summary(loss, share)}, {len(read)} examples of {manifest.key}/{split}")
+    figures = _summary(loss, share, "" if trained_on else "held-out ")
+    reporter.info(f"{figures}, {len(read)} examples of {manifest.key}/{split}")
     return EvaluationResult(
         run_id=run.run_id,
         link=run.link,
@@ -172,11 +175,11 @@ def _figures(share: Proportion | None) -> dict[str, float]:
     }
 
 
-def _summary(loss: float | None, share: Proportion | None) -> str:
-    parts = [] if loss is None else [f"held-out loss {loss:.4f}"]
+def _summary(loss: float | None, share: Proportion | None, kind: str) -> str:
+    parts = [] if loss is None else [f"{kind}loss {loss:.4f}"]
     if share is not None:
         parts.append(
-            f"held-out exact match {share.value:.4f}, 95 % interval {share.low:.4f} to"
+            f"{kind}exact match {share.value:.4f}, 95 % interval {share.low:.4f} to"
             f" {share.high:.4f}"
         )
     return "; ".join(parts) or "nothing was measured"
@@ -184,22 +187,26 @@ def _summary(loss: float | None, share: Proportion | None) -> str:
 
 def _held_out_loss(
     bundle: Bundle, examples: list[Example], batch_size: int, reporter: Reporter
-) -> float | None:
-    """Return the loss on the examples; None, with a message, if they cannot be rendered."""
+) -> tuple[float | None, str | None]:
+    """Return the loss on the examples, or None, and a line on those that it is not of."""
     from tunix_mlflow.training.held_out import held_out_loss  # late: it loads the optimizers
 
     try:
         found = held_out_loss(bundle, examples, batch_size)
     except (DatasetError, ModelError) as error:
-        reporter.info(f"no held-out loss: {error}")
-        return None
+        reporter.info(f"no loss: {error}")
+        return None, str(error)
     for loss in found.losses:
         line = describe_loss(loss, len(examples), example_id(examples[loss.first_example]))
-        reporter.info(f"held-out loss: {line}")
+        reporter.info(f"loss: {line}")
+    left_out = None
+    if found.refused:
+        left_out = f"{len(found.refused)} of {len(examples)}, first {found.refused[0]}"
+        reporter.info(f"loss: without {left_out}")
     for count, what in ((found.truncated, "cut"), (found.empty, "left out")):
         if count:
-            reporter.info(f"held-out loss: {count} of {len(examples)} examples are {what}")
-    return found.loss
+            reporter.info(f"loss: {count} of {len(examples)} examples are {what}")
+    return found.loss, left_out
 
 
 def _report_unanswered(scores: Sequence[ExampleScore], reporter: Reporter) -> None:

@@ -33,11 +33,14 @@ def promote(
         reporter: receives messages.
 
     Raises:
+        ConfigError: for a threshold that is none.
         TrackingError: if there is no such model.
         Refused: with the reason, which the run and the registered version record.
         UnavailableError: if the model, or an evaluation of it, waits for MLflow on this machine.
     """
     config = config or Config()
+    if counts := [m for m in config.promotion.thresholds if m in gate.COUNTS]:
+        raise ConfigError(f"promotion.thresholds: eval/{counts[0]} is a count, not a quality")
     key = dataset or config.dataset
     client = store.connect(config.tracking)
     undelivered.deliver(client, model, reporter.info)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
 
 GENERATION = "generation_config.json"
+_NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 FILES = (TOKENIZER, SETTINGS, *chat_template.FILES, GENERATION, SPECIAL_TOKENS)
 
 _ASKED = Message(role="user", content="probe-question")
@@ -94,10 +95,10 @@ class HubTokenizer:
             raise ModelError(f"{where}: {TOKENIZER} is damaged: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self.template = read_template(self.files, where)
         self._apply_settings()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.table_size = table_size or self.vocab_size
-        self.template = read_template(self.files, where)
         self.eos_ids = self._read_eos_ids()
         own = self._token_id(self.template.special_tokens.get("eos_token"))
         self.own_eos_id = self.eos_ids[0] if own is None else own
@@ -107,11 +108,18 @@ class HubTokenizer:
         self._special_ids = {i for i, token in known.items() if token.special}
         self._unknown_id = self._read_unknown_id()
         self._dropped: dict[str, bool] = {}  # by character; see _is_dropped
-        self._drops = self._is_dropped("\ue0f4")
+        self._drops = self._is_dropped("\u2d63")  # a letter that few vocabularies have
 
     @classmethod
-    def read(cls, folder: Path, table_size: int | None = None) -> HubTokenizer:
+    def read(
+        cls, folder: Path, table_size: int | None = None, where: str | None = None
+    ) -> HubTokenizer:
         """Return the tokenizer of the files in a folder.
+
+        Args:
+            folder: with the files.
+            table_size: as of the class.
+            where: as of the class; None: the folder.
 
         Raises:
             ModelError: as the class, or if the folder cannot be read.
@@ -123,7 +131,7 @@ class HubTokenizer:
                 files[GENERATION] = json.dumps({"eos_token_id": eos}).encode()
         except (OSError, ValueError, AttributeError) as error:
             raise ModelError(f"{folder} cannot be read: {one_line(error)}") from error
-        return cls(files, str(folder), table_size)
+        return cls(files, where or str(folder), table_size)
 
     @property
     def digest(self) -> str:
@@ -165,8 +173,10 @@ class HubTokenizer:
         inserted: list[int] = []  # before which tokens an end is added
         for turn in rendered.turns:
             ended = False
-            for start, stop in turn.spans:
+            for number, (start, stop) in enumerate(turn.spans):
                 first, last = self._tokens(encoding, rendered.text, start, stop)
+                if first == last and number:
+                    continue  # a generation that is empty here ends nothing
                 if rendered.marked:  # as transformers: of several for one character the first
                     final = encoding.char_to_token(stop - 1) if stop else None
                     last = last if final is None else min(last, final + 1)
@@ -278,7 +288,8 @@ class HubTokenizer:
         return bool(ids[first:count] == tail)
 
     def _tokens(self, encoding: Encoding, text: str, start: int, stop: int) -> tuple[int, int]:
-        """Return the first of the tokens that have a character of a range, and the one after.
+        """Return the first of the tokens that have a character of a range, and the one after; the
+        same place twice if there are none.
 
         Raises:
             ModelError: if the tokenizer does not say which characters its tokens have.
@@ -291,11 +302,15 @@ class HubTokenizer:
                     f"{self.where}: {TOKENIZER} does not say which characters its tokens are made"
                     " of, so it is not known which of them to train on"
                 )
-            return 0, 0
-        behind = (encoding.char_to_token(place) for place in range(stop, len(text)))
-        after = next((token for token in behind if token is not None), len(encoding))
+            return self._next(encoding, text, stop), self._next(encoding, text, stop)
+        after = self._next(encoding, text, stop)
         straddles = after < len(encoding) and _first_character(encoding, after) < stop
         return first, after + straddles
+
+    def _next(self, encoding: Encoding, text: str, place: int) -> int:
+        """Return the first token that has a character from a place on; behind all: their number."""
+        behind = (encoding.char_to_token(place) for place in range(place, len(text)))
+        return next((token for token in behind if token is not None), len(encoding))
 
     def _unknown(
         self, encoding: Encoding, ids: list[int], text: str, trained: Mask
@@ -342,14 +357,19 @@ class HubTokenizer:
         return encoding, ids
 
     def _is_dropped(self, character: str) -> bool:
-        """Return whether a character gets no token at all: three of them have as many as one."""
+        """Return whether a character gets no token at all: three of them have as many as one.
+
+        One that the normalizer removes is not meant: offsets know of it.
+        """
         if character not in self._dropped:
+            normalizer = self._tokenizer.normalizer
+            kept = character if normalizer is None else normalizer.normalize_str(character)
             one, three = (
                 self._tokenizer.encode(character * count, add_special_tokens=False).ids
                 for count in (1, 3)
             )
             unknown = self._unknown_id is not None and self._unknown_id in one
-            self._dropped[character] = one == three and not unknown and not character.isspace()
+            self._dropped[character] = one == three and not unknown and bool(kept.strip())
         return self._dropped[character]
 
     def _apply_settings(self) -> None:
@@ -377,9 +397,14 @@ class HubTokenizer:
                     f"{self.where}: {SETTINGS} gives the token {token.content!r} the id {number},"
                     f" and {TOKENIZER} has another"
                 )
-        extra = settings.get("extra_special_tokens", settings.get("additional_special_tokens"))
-        for item in extra if isinstance(extra, list) else ():
-            content = item.get("content") if isinstance(item, dict) else item
+        named = self.template.special_tokens
+        order = [*(f"{name}_token" for name in _NAMED), *named]  # as transformers adds them
+        listed_too = settings.get("extra_special_tokens", settings.get("additional_special_tokens"))
+        extra = [
+            item.get("content") if isinstance(item, dict) else item
+            for item in (listed_too if isinstance(listed_too, list) else ())
+        ]
+        for content in dict.fromkeys([*(named.get(name) for name in order), *extra]):
             if isinstance(content, str) and self._token_id(content) is None:
                 self._tokenizer.add_tokens([AddedToken(content, special=True)])
 
@@ -391,6 +416,7 @@ class HubTokenizer:
             raise ModelError(f"{self.where}: eos_token_id of {GENERATION} is {value!r}")
         own = self._token_id(self.template.special_tokens.get("eos_token"))
         eos_ids = sorted({i for i in [*listed, own, self._template_eos_id()] if i is not None})
+        eos_ids = [i for i in eos_ids if i < self.table_size]
         if not eos_ids:
             raise ModelError(
                 f"{self.where}: neither {SETTINGS} nor {GENERATION} names an end-of-sequence token"

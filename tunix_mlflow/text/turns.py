@@ -7,6 +7,7 @@ more follow, the turn is found by what changes in the text when a message says s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from tunix_mlflow.text.chat_template import ChatTemplate
 
 ASSISTANT = ("assistant", "function_call")
 _PROBE = "\ue0f2probe\ue0f3"  # with private characters, so that no text has it
+
+_ARGUMENTS = {"arguments": {_PROBE: _PROBE}}
+_END = 60  # characters of a message by which its end is found in a prompt
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -93,41 +97,47 @@ class Conversation:
             region = self.region(before)
             if region is None:
                 continue
-            header = self._header(index, before, prompt)
+            end = self.text[max(region.first, region.after - _END) : region.after]
+            header = self._header(prompt, end)
             if header is None or region.after > own.first:
                 return own.first
             return min(region.after + _common_prefix(self.text[region.after :], header), own.first)
         return min(_common_prefix(self.text, prompt or ""), own.first)
 
-    def _header(self, index: int, before: int, prompt: str | None) -> str | None:
-        """Return how the prompt for a turn goes on after an earlier message."""
-        other = self._other(before)
-        if prompt is None or other is None:
-            return None
-        messages = [*self._messages[:before], other[0], *self._messages[before + 1 : index]]
-        rendered = self._rendered(messages, add_generation_prompt=True)
-        region = None if rendered is None else _difference(prompt, rendered)
-        return None if region is None else prompt[region.after :]
+    def _header(self, prompt: str | None, end: str) -> str | None:
+        """Return how the prompt for a turn goes on after the message before, by how that ends."""
+        place = -1 if prompt is None or not end else prompt.rfind(end)
+        return None if prompt is None or place < 0 else prompt[place + len(end) :]
 
     def _stop(self, index: int, start: int, end_tokens: Sequence[str]) -> int:
         """Return where a turn ends: with the first end token between it and the next message."""
         own = self.region(index)
         stop = start if own is None else max(start, own.after)
-        regions = (self.region(i) for i in range(index + 1, len(self._messages)))
-        limit = next((r.first for r in regions if r and r.first >= stop), len(self.text))
-        ends = [self.text.find(token, stop) + len(token) for token in end_tokens if token]
-        return min((end for end in ends if stop < end <= limit), default=stop)
+        found = ((self.text.find(token, stop), token) for token in end_tokens if token)
+        place, token = min(((p, t) for p, t in found if p >= 0), default=(-1, ""))
+        if place < 0:
+            return stop
+        if self.text[stop:place].strip():  # is it an end of a later message?
+            regions = (self.region(i) for i in range(index + 1, len(self._messages)))
+            limit = next((r.first for r in regions if r and r.first >= stop), len(self.text))
+            if place + len(token) > limit:
+                return stop
+        return place + len(token)
 
     def _check(self, index: int, start: int, stop: int) -> None:
-        """Raise ModelError if a part of the text changes when another message says more."""
+        """Raise ModelError if a part of the text is another message's."""
         part = self.text[start:stop]
         for i, message in enumerate(self._messages):
-            other = None if i == index else self._other(i)
-            if other is None or part in other[1]:
+            if i == index or not any(said in part for said in _said(message)):
                 continue
+            region = self.region(i)
+            if region is None or not _overlap(region, start, stop):
+                continue
+            # What a message says may decide how others are written; what is added to it does not.
             longer = dict(message) | {"content": f"{message.get('content') or ''}{_PROBE}"}
-            extended = self._rendered([*self._messages[:i], longer, *self._messages[i + 1 :]])
-            if extended is None or part not in extended:
+            other = self._rendered([*self._messages[:i], longer, *self._messages[i + 1 :]])
+            extended = region if other is None else _difference(self.text, other)
+            if extended is not None and _overlap(extended, start, stop):
                 raise ModelError(
                     f"{self._template.where}: the chat template writes message {i + 1} within"
                     f" message {index + 1}, so it is not known what to train on: set"
@@ -160,16 +170,30 @@ def _probed(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a message that says something else: all of it, or what a template may accept."""
     said = dict(message) | {"content": _PROBE}
     said |= {key: _PROBE for key in REASONING if key in message}
-    call = {"name": _PROBE, "arguments": {_PROBE: _PROBE}}
     if message.get("tool_calls"):
+        # Not the name: a template may write it before the tool's reply too.
         calls = [
-            dict(given) | ({"function": call} if "function" in given else call)
+            dict(given) | {"function": dict(given["function"]) | _ARGUMENTS}
+            if isinstance(given.get("function"), Mapping)
+            else dict(given) | _ARGUMENTS
             for given in message["tool_calls"]
         ]
         yield said | {"tool_calls": calls}
     yield said
     for kept in (("role", "name"), ("role", "name", "tool_calls")):
         yield {key: message[key] for key in kept if key in message} | {"content": _PROBE}
+
+
+def _said(message: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a message says, as it stands and as JSON writes it."""
+    text = str(message.get("content") or "").strip()
+    if text:
+        yield text
+        yield json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _overlap(region: Region, start: int, stop: int) -> bool:
+    return region.first < stop and region.after > start
 
 
 def _difference(text: str, other: str) -> Region | None:

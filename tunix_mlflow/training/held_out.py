@@ -11,6 +11,7 @@ import numpy as np
 
 from tunix_mlflow.config.schema import DataConfig
 from tunix_mlflow.data.examples import Example
+from tunix_mlflow.errors import DatasetError
 from tunix_mlflow.input.batches import Batch, eval_batches
 from tunix_mlflow.input.packing import fit_length, lay_out_rows
 from tunix_mlflow.input.tokens import Loss, encode_examples, longest
@@ -27,6 +28,7 @@ class HeldOutLoss(NamedTuple):
     loss: float  # nats per token
     truncated: int  # examples that are cut at the model's positions
     empty: int  # examples without a token to train on
+    refused: list[str]  # a line on each example that cannot be encoded, and is left out
     losses: tuple[Loss, ...]  # what the tokens lack of what the examples say
 
 
@@ -39,10 +41,12 @@ def held_out_loss(bundle: Bundle, examples: Sequence[Example], batch_size: int) 
         batch_size: rows at a time, at most.
 
     Raises:
-        DatasetError: if the template refuses an example, or none has a token to train on.
-        ModelError: if it is not known what would be trained on.
+        DatasetError: if no example can be encoded, or none has a token to train on.
     """
-    tokenized = encode_examples(examples, bundle.tokenizer, bundle.data)
+    refused: list[str] = []
+    tokenized = encode_examples(examples, bundle.tokenizer, bundle.data, refused)
+    if not tokenized.count:
+        raise DatasetError(refused[0])
     length = fit_length(longest(tokenized))
     length = min(length, bundle.config.max_positions or length)
     rows = lay_out_rows(tokenized, DataConfig(overlong="truncate"), length)
@@ -54,7 +58,7 @@ def held_out_loss(bundle: Bundle, examples: Sequence[Example], batch_size: int) 
     ]
     losses, counts = jax.device_get(tuple(zip(*sums, strict=True)))
     loss = float(np.sum(losses, dtype=np.float64) / np.sum(counts))
-    return HeldOutLoss(loss, rows.truncated, rows.empty, tokenized.losses)
+    return HeldOutLoss(loss, rows.truncated, rows.empty, refused, tokenized.losses)
 
 
 @partial(jax.jit, static_argnames=("graph", "policy"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import optax
@@ -54,22 +55,24 @@ def change_of_rate(
     Returns:
         A line, or None if the rate of the next update stays within a hundredth.
     """
-    (_, had), (config, has) = before, after
+    (config, had), has = before, after[1]
     if not 0 < step < has or before == after:
         return None
-    done, planned = learning_rates(*before), learning_rates(*after)
-    last, following = float(done[min(step, had) - 1]), float(planned[step])
-    expected = float(done[step]) if step < had else last
+    # How it would go on: past the end of its schedule with the last rate.
+    length = config.schedule_steps or had
+    kept = msgspec.structs.replace(config, schedule_steps=length)
+    goes_on, planned = learning_rates(kept, step + 1), learning_rates(*after)
+    expected, following = float(goes_on[step]), float(planned[step])
     if abs(following - expected) <= 0.01 * expected:
         return None
-    length = before[0].schedule_steps or had
     what = f"training.steps={has}"
-    if config.schedule_steps is not None:
-        what = f"optimizer.schedule_steps={config.schedule_steps}"
+    if after[0].schedule_steps is not None:
+        what = f"optimizer.schedule_steps={after[0].schedule_steps}"
+    ended = ", which has ended: all others have its last rate" if step >= length else ""
     return (
-        f"{what} changes the schedule: update {step} had a learning rate of {last:.3g}, and update"
-        f" {step + 1} has {following:.3g}. optimizer.schedule_steps={length} keeps the schedule of"
-        f" {length} steps, and continues with its last rate, {config.final_fraction:g} of the peak"
+        f"{what} changes the schedule: update {step} had a learning rate of"
+        f" {float(goes_on[step - 1]):.3g}, and update {step + 1} has {following:.3g}."
+        f" optimizer.schedule_steps={length} keeps the schedule of {length} steps{ended}"
     )
 
 

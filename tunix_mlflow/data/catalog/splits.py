@@ -7,6 +7,7 @@ by the hash of the prompt, so that a prompt keeps its split when the dataset gro
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import duckdb
 
@@ -16,14 +17,15 @@ from tunix_mlflow.data.manifest import TRAIN, VALIDATION
 from tunix_mlflow.errors import DatasetError
 
 
-def assign(con: duckdb.DuckDBPyConnection, shares: Mapping[str, float]) -> int:
+def assign(con: duckdb.DuckDBPyConnection, request: Mapping[str, Any]) -> int:
     """Write the table `divided` (position, digest, split) for the table `chosen`.
 
     Args:
         con: with the temporary table `chosen` (position, digest, prompt_digest, split, ...).
-        shares: split -> share of the prompts, used when no example has a split. When examples
-            have splits, but none is in validation, the share of validation is taken from the
-            train prompts; an example without a split joins its prompt's, else train.
+        request: how the dataset was made. Its `splits` are the shares of the prompts, used when
+            no example has a split. When examples have splits, but none is in validation, the share
+            of validation is taken from the train prompts; an example without a split joins its
+            prompt's, else train. With `at_least_one`, a split that would be empty takes a prompt.
 
     Returns:
         How many examples went from train to validation; 0 if the data has a validation split, or
@@ -32,6 +34,7 @@ def assign(con: duckdb.DuckDBPyConnection, shares: Mapping[str, float]) -> int:
     Raises:
         DatasetError: if the examples of one prompt have different splits.
     """
+    shares: Mapping[str, float] = request["splits"]
     _refuse_conflicts(con)
     own = {name for (name,) in con.execute("SELECT DISTINCT split FROM chosen").fetchall()}
     own.discard(None)
@@ -41,6 +44,8 @@ def assign(con: duckdb.DuckDBPyConnection, shares: Mapping[str, float]) -> int:
             f"CREATE TEMP TABLE divided AS SELECT position, digest, {case} AS split FROM chosen",
             params,
         )
+        if request.get("at_least_one"):
+            _fill_empty(con, [name for name, share in sorted(shares.items()) if share > 0])
         return 0
     split, params = f"coalesce(own.split, '{TRAIN}')", []
     take = VALIDATION not in own and shares.get(VALIDATION, 0.0) > 0
@@ -64,6 +69,30 @@ def assign(con: duckdb.DuckDBPyConnection, shares: Mapping[str, float]) -> int:
         con.execute(f"UPDATE divided SET split = '{TRAIN}' WHERE split = '{VALIDATION}'")
         return 0
     return int(counts.get(VALIDATION, 0))
+
+
+def _fill_empty(con: duckdb.DuckDBPyConnection, names: list[str]) -> None:
+    """Give train, and then each split that has no prompt, one of the split with the most."""
+    counts = dict(
+        con.execute(
+            """SELECT d.split, count(DISTINCT c.prompt_digest)
+               FROM divided d JOIN chosen c USING (position) GROUP BY 1"""
+        ).fetchall()
+    )
+    for name in [TRAIN, *names]:
+        most = max(sorted(counts), key=lambda split: counts[split])
+        if name in counts or (counts[most] < 2 and name != TRAIN):
+            continue
+        con.execute(
+            """UPDATE divided SET split = $name WHERE position IN (
+                   SELECT position FROM chosen WHERE prompt_digest = (
+                       SELECT arg_min(c.prompt_digest, sha256($name || ':' || c.prompt_digest))
+                       FROM chosen c JOIN divided d USING (position) WHERE d.split = $most))""",
+            {"name": name, "most": most},
+        )
+        counts[most] -= 1
+        counts[name] = 1
+        counts = {split: count for split, count in counts.items() if count}
 
 
 def _refuse_conflicts(con: duckdb.DuckDBPyConnection) -> None:

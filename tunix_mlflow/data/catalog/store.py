@@ -187,7 +187,7 @@ def _manifest_of_chosen(
 
     With `content`, the request gets the digest of the examples.
     """
-    from_train = splits.assign(con, request["splits"])
+    from_train = splits.assign(con, request)
     digests = digests_of(con, "divided")
     stats = _statistics(con)
     if from_train:

@@ -184,7 +184,7 @@ def _split_drift(con: duckdb.DuckDBPyConnection, manifest: Manifest) -> list[str
         params,
     )
     try:
-        splits.assign(con, manifest.request["splits"])
+        splits.assign(con, manifest.request)
     except DatasetError:
         return []  # an extra member brought the conflict, and is named as such
     rows = con.execute(

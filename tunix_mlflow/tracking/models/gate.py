@@ -27,6 +27,12 @@ class Digests(NamedTuple):
     package: str  # every logged file: nothing was changed
 
 
+LOWER_IS_BETTER = ("loss",)
+"""Metrics, without `eval/`, of which a smaller value is better."""
+COUNTS = ("examples", "without_answer")
+"""Metrics that say nothing about a model."""
+
+
 class Promotion(NamedTuple):
     """What the gate did."""
 
@@ -86,7 +92,8 @@ def promote(
         client: reaches store and registry.
         model: the logged model.
         name: the registered model.
-        thresholds: metric without its `eval/` -> the least value that passes.
+        thresholds: metric without its `eval/` -> the least value that passes; of a metric of
+            LOWER_IS_BETTER the largest.
         dataset: key of the dataset to judge on; None: the one last evaluated on.
 
     Raises:
@@ -104,7 +111,8 @@ def promote(
     rival = None if before == version else before  # a model does not regress against itself
     reason = _reason_to_refuse(client, model, name, rival, thresholds, dataset)
     if reason is not None:
-        client.set_model_version_tag(name, version, tags.PROMOTION, f"refused: {reason}")
+        if before != version:  # a champion keeps why it is one
+            client.set_model_version_tag(name, version, tags.PROMOTION, f"refused: {reason}")
         raise Refused(f"{name} version {version} is not promoted: {reason}")
     if before == version:
         return Promotion(name, version, "was champion already", False)
@@ -112,6 +120,11 @@ def promote(
     client.set_model_version_tag(name, version, tags.PROMOTION, verdict)
     client.set_registered_model_alias(name, CHAMPION, version)
     return Promotion(name, version, verdict, True)
+
+
+def is_better_or_equal(metric: str, value: float, other: float) -> bool:
+    """Return whether a figure is at least as good as another; a NaN is not."""
+    return value <= other if metric in LOWER_IS_BETTER else value >= other
 
 
 def evaluation_metrics(client: MlflowClient, model: LoggedModel) -> list[Metric]:
@@ -179,9 +192,11 @@ def _reason_to_refuse(
     for metric, least in sorted(thresholds.items()):
         if metric not in values:
             return f"eval/{metric} was not measured on {measured_on[0]}"
-        if not values[metric] >= least:
+        if not is_better_or_equal(metric, values[metric], least):
+            most = "at most " if metric in LOWER_IS_BETTER else ""
             return (
-                f"eval/{metric} is {values[metric]:.4f} on {measured_on[0]}, required {least:.4f}"
+                f"eval/{metric} is {values[metric]:.4f} on {measured_on[0]}, required"
+                f" {most}{least:.4f}"
             )
     if champion is None:
         return None
@@ -193,7 +208,7 @@ def _reason_to_refuse(
                 f"champion version {champion} has no eval/{metric} on {measured_on[0]}"
                 f" ({measured_on[1][:12]}); evaluate models:/{name}@{CHAMPION} on it first"
             )
-        if values[metric] < theirs[metric]:
+        if not is_better_or_equal(metric, values[metric], theirs[metric]):
             return (
                 f"eval/{metric} is {values[metric]:.4f} on {measured_on[0]}, and champion version"
                 f" {champion} has {theirs[metric]:.4f}"
