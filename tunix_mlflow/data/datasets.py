@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -249,9 +248,8 @@ def get(key: str) -> Manifest:
 
 
 def first_example(key: str) -> Example:
-    """Return the first example of a dataset, in order of ingest."""
-    with contextlib.closing(read.stream(paths.catalog_path(), key)) as batches:
-        return from_canonical(next(iter(batches))["canonical"][0].as_py())
+    """Return the first example of a dataset in the catalog."""
+    return from_canonical(read.first(paths.catalog_path(), key))
 
 
 def provenance(key: str) -> list[dict[str, Any]]:

@@ -65,6 +65,17 @@ def not_found(key: str, path: Path) -> str:
     )
 
 
+def first(path: Path, key: str) -> str:
+    """Return the canonical text of the first member of a dataset, which has one."""
+    with connect(path, write=False) as con:
+        ((text,),) = con.execute(
+            """SELECT canonical FROM examples WHERE digest =
+                   (SELECT digest FROM members WHERE key = ? ORDER BY position LIMIT 1) LIMIT 1""",
+            [key],
+        ).fetchall()
+    return str(text)
+
+
 def stream(
     path: Path, key: str, *, prompt_text: bool = False
 ) -> Generator[pa.RecordBatch, None, None]:
