@@ -289,8 +289,20 @@ def _arrow_rows(source: Source, longest: int) -> Iterator[tuple[int, Any]]:
 
 
 def _numbered(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, Any]]:
-    records = (r for batch in batches for r in batch.to_pylist(maps_as_pydicts="strict"))
-    return enumerate(records, start=1)
+    return enumerate((r for batch in batches for r in _records(batch)), start=1)
+
+
+def _records(batch: pa.RecordBatch) -> list[Any]:
+    # Looking for maps takes as long as all the rest.
+    maps = "strict" if any(_has_map(field.type) for field in batch.schema) else None
+    records: list[Any] = batch.to_pylist(maps_as_pydicts=maps)
+    return records
+
+
+def _has_map(kind: pa.DataType) -> bool:
+    if pa.types.is_map(kind):
+        return True
+    return any(_has_map(kind.field(i).type) for i in range(kind.num_fields))
 
 
 _READERS = {
