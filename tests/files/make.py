@@ -587,6 +587,9 @@ def files() -> list[File]:
         File("cut.jsonl.gz", gzip.compress(lines(PAIRS))[:-9], None, why="cannot read"),
         File("cut.parquet", parquet(PAIRS)[:-20], None, why="cannot read"),
         File("cut.json", json.dumps(PAIRS).encode()[:-20], None, why="cut.json:4"),
+        File(
+            "quote.csv", two("a", "b") + b'"' + b"x\n" * 600_000, None, why="a quote is not closed"
+        ),
         File("ragged.csv", b"prompt,completion\na,b,c\n", None, why="line 2 has 3 cells"),
         File(
             "latin1.jsonl",

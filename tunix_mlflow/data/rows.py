@@ -21,7 +21,6 @@ import itertools
 import json
 import lzma
 import re
-import sys
 from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
@@ -231,20 +230,36 @@ def _depth(character: bytes) -> int:
 
 def _cell_rows(source: Source, longest: int) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a table as records; an empty cell is null."""
-    limit = csv.field_size_limit(sys.maxsize)
+    size = 0  # characters of the row that is being read
+
+    def bounded(text: io.TextIOWrapper) -> Iterator[str]:
+        nonlocal size
+        while line := text.readline(longest + 2):
+            size += len(line)
+            if size > longest:
+                raise ValueError(
+                    f"a row is longer than {longest} characters, or a quote is not closed; see"
+                    " --set limits.body_bytes"
+                )
+            yield line
+
+    limit = csv.field_size_limit(longest)
     try:
         encoding = source.encoding or "utf-8-sig"
         with io.TextIOWrapper(_unzipped(source), encoding, newline="") as text:
-            first = text.readline()
-            delimiter = "\t" if source.kind == "tsv" else _delimiter(first)
-            cells = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True)
+            table = bounded(text)
+            begun_with = next(table, "")
+            delimiter = "\t" if source.kind == "tsv" else _delimiter(begun_with)
+            cells = csv.reader(
+                itertools.chain([begun_with], table), delimiter=delimiter, strict=True
+            )
             header = next(cells, [])
             if len(set(header)) < len(header):
                 twice = next(name for name in header if header.count(name) > 1)
                 raise ValueError(f"two columns are called {twice!r}")
             line = cells.line_num
             for row in cells:
-                begun, line = line + 1, cells.line_num
+                begun, line, size = line + 1, cells.line_num, 0
                 if not row:
                     continue
                 if len(row) != len(header):

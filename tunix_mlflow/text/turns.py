@@ -46,7 +46,7 @@ class Conversation:
     def __init__(self, template: ChatTemplate, messages: Messages, tools: list[Any] | None) -> None:
         self._template, self._messages, self._tools = template, messages, tools
         self.text = template.render(messages, tools)
-        self._others: dict[int, tuple[Mapping[str, Any], str] | None] = {}
+        self._others: dict[int, str | None] = {}
 
     def span(self, index: int, end_tokens: Sequence[str]) -> tuple[int, int] | None:
         """Return the first character of a turn of the assistant, and the one after its last.
@@ -63,8 +63,8 @@ class Conversation:
         """
         prompt = self._rendered(self._messages[:index], add_generation_prompt=True)
         is_last = index == len(self._messages) - 1
-        begins = prompt is not None and self.text.startswith(prompt)
-        start: int | None = len(prompt) if begins and prompt else self._start(index, prompt)
+        begins = bool(prompt) and self.text.startswith(str(prompt))
+        start = len(str(prompt)) if begins else self._start(index, prompt)
         if start is None:
             return None
         if is_last:
@@ -82,7 +82,7 @@ class Conversation:
     def region(self, index: int) -> Region | None:
         """Return where the text depends on a message; None: it does not."""
         other = self._other(index)
-        return None if other is None else _difference(self.text, other[1])
+        return None if other is None else _difference(self.text, other)
 
     def _start(self, index: int, prompt: str | None) -> int | None:
         """Return where a turn begins that its prompt does not lead up to.
@@ -98,16 +98,11 @@ class Conversation:
             if region is None:
                 continue
             end = self.text[max(region.first, region.after - _END) : region.after]
-            header = self._header(prompt, end)
+            header = _header(prompt, end)
             if header is None or region.after > own.first:
                 return own.first
             return min(region.after + _common_prefix(self.text[region.after :], header), own.first)
         return min(_common_prefix(self.text, prompt or ""), own.first)
-
-    def _header(self, prompt: str | None, end: str) -> str | None:
-        """Return how the prompt for a turn goes on after the message before, by how that ends."""
-        place = -1 if prompt is None or not end else prompt.rfind(end)
-        return None if prompt is None or place < 0 else prompt[place + len(end) :]
 
     def _stop(self, index: int, start: int, end_tokens: Sequence[str]) -> int:
         """Return where a turn ends: with the first end token between it and the next message."""
@@ -145,14 +140,14 @@ class Conversation:
                     " and {% endgeneration %}"
                 )
 
-    def _other(self, index: int) -> tuple[Mapping[str, Any], str] | None:
-        """Return a message that says something else, and the text with it; None: it is refused."""
+    def _other(self, index: int) -> str | None:
+        """Return the text with a message that says something else; None: it is refused."""
         if index not in self._others:
             self._others[index] = None
             for message in _probed(self._messages[index]):
                 messages = [*self._messages[:index], message, *self._messages[index + 1 :]]
                 if (text := self._rendered(messages)) is not None:
-                    self._others[index] = message, text
+                    self._others[index] = text
                     break
         return self._others[index]
 
@@ -164,6 +159,12 @@ class Conversation:
             )
         except DatasetError:
             return None
+
+
+def _header(prompt: str | None, end: str) -> str | None:
+    """Return how the prompt for a turn goes on after the message before, by how that ends."""
+    place = -1 if prompt is None or not end else prompt.rfind(end)
+    return None if prompt is None or place < 0 else prompt[place + len(end) :]
 
 
 def _probed(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -186,10 +187,10 @@ def _probed(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _said(message: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a message says, as it stands and as JSON writes it."""
-    text = str(message.get("content") or "").strip()
-    if text:
-        yield text
-        yield json.dumps(text, ensure_ascii=False)[1:-1]
+    for key in ("content", *REASONING):
+        if text := str(message.get(key) or "").strip():
+            yield text
+            yield json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _overlap(region: Region, start: int, stop: int) -> bool:
