@@ -36,7 +36,9 @@ from tunix_mlflow.pipelines.resume import ResumePoint
 from tunix_mlflow.pipelines.train import plan, train
 from tunix_mlflow.runtime import devices
 from tunix_mlflow.runtime.memory import Allowance
+from tunix_mlflow.tracking import artifacts
 from tunix_mlflow.tracking.models import flavor
+from tunix_mlflow.tracking.runs import lookup
 from tunix_mlflow.training import memory
 from tunix_mlflow.training.inputs import read_inputs
 from tunix_mlflow.training.step import StepMetrics
@@ -216,6 +218,42 @@ def test_what_was_trained_is_handed_on(folder: Path, tmp_path: Path) -> None:
     merged = _named(bundle.params)["model.layers.1.mlp.down_proj.weight"]
     scale = said_["lora_alpha"] / said_["r"]
     assert np.allclose(kernel.T + scale * wide, merged.T, atol=1e-6)
+
+
+def test_a_logged_model_is_a_base(folder: Path, store: str) -> None:
+    """By its registered name, which is resolved when the run begins; merged, and by digest."""
+    first = train(config(folder, **LORA))
+    client = MlflowClient()
+    model_id = model_of(first.run_id)
+    client.create_registered_model("doubles")
+    version = client.create_model_version("doubles", f"models:/{model_id}", model_id=model_id)
+    client.set_registered_model_alias("doubles", "champion", version.version)
+    chosen = config(folder, base="models:/doubles@champion", training__steps="4")
+    second = train(chosen)
+    tags = client.get_run(second.run_id).data.tags
+    with artifacts.local(f"models:/{model_id}") as merged:
+        params, digest = bases.load(bases.find(merged), lambda array, _: array)
+    assert tags["tunix_mlflow.base_digest"] == digest
+    bundle = flavor.load_model(f"models:/{model_id}")
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(bundle.params), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert lookup.look_up(second.run_id, print).config.base == f"models:/{model_id}"
+    # Where the alias points later is of no matter to the run.
+    client.delete_registered_model_alias("doubles", "champion")
+    before = losses(second.run_id)
+    assert run_here("resume", second.run_id, "training.steps=6") == 0
+    assert losses(second.run_id)[:4] == before
+    assert len(losses(second.run_id)) == 6
+
+
+def test_a_model_of_bytes_is_no_base(store: str, tmp_path: Path) -> None:
+    """It is trained further by beginning a run at its checkpoint, which the line says."""
+    datasets.ingest(write_traces(tmp_path / "doubles.jsonl", 60), "doubles-v1")
+    small = tiny(dataset="doubles-v1", training__steps="2", evaluation__samples="0")
+    run_id = train(load_config(None, small)).run_id
+    other = load_config(None, small | {"base": f"models:/{model_of(run_id)}"})
+    with pytest.raises(ModelError, match="--fork dataset=KEY"):
+        train(other)
 
 
 def _named(params: decoder.Params) -> dict[str, np.ndarray]:

@@ -162,20 +162,31 @@ def fetch_package(model_uri: str) -> Iterator[Path]:
     with files.scratch(paths.temporary_dir()) as scratch:
         try:
             folder = download_uri(model_uri, scratch)
-            # Not by Model.load, which takes a path for an address, and decodes it.
-            flavors = yaml.safe_load((folder / MLMODEL_FILE_NAME).read_bytes())["flavors"]
+            check_flavor(folder, model_uri)
         except (MlflowException, OSError) as error:
             what = f"cannot load {model_uri}"
             raise store.failure(error, what, what) from error
-        except (yaml.YAMLError, TypeError, KeyError) as error:
-            raise IntegrityError(f"{model_uri} has a damaged MLmodel") from error
-        if FLAVOR not in flavors:
-            names = ", ".join(flavors)
-            raise IntegrityError(f"{model_uri} is not a tunix_mlflow model but {names}")
-        served = flavors.get("python_function", {})
-        if served.get("loader_module") != _LOADER or "code" in served:
-            raise IntegrityError(f"{model_uri} would be served by code that is not tunix_mlflow's")
         yield folder
+
+
+def check_flavor(package: Path, model_uri: str) -> None:
+    """Check that the files of a model are of this flavor, by its MLmodel.
+
+    Raises:
+        OSError: if there is none.
+        IntegrityError: if it is damaged, of another flavor, or would be served by other code.
+    """
+    try:
+        # Not by Model.load, which takes a path for an address, and decodes it.
+        flavors = yaml.safe_load((package / MLMODEL_FILE_NAME).read_bytes())["flavors"]
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise IntegrityError(f"{model_uri} has a damaged MLmodel") from error
+    if FLAVOR not in flavors:
+        names = ", ".join(flavors)
+        raise IntegrityError(f"{model_uri} is not a tunix_mlflow model but {names}")
+    served = flavors.get("python_function", {})
+    if served.get("loader_module") != _LOADER or "code" in served:
+        raise IntegrityError(f"{model_uri} would be served by code that is not tunix_mlflow's")
 
 
 def bundle_folder(package: Path) -> Path:
