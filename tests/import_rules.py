@@ -46,6 +46,7 @@ OWNED = {
     "tokenizers": {"text.hub_tokenizer", "models.hub", "benchmarks"},
     "jinja2": {"text.chat_template"},
     "gguf": {"models.hub"},
+    "huggingface_hub": {"models.hub"},
     "tunix": {"integrations", "benchmarks"},
     "matplotlib": {"benchmarks"},
     "sqlalchemy": {"benchmarks"},

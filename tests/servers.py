@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -16,6 +18,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import requests
 
@@ -221,3 +224,73 @@ class RefusingProxy:
         """Stop listening."""
         self._server.shutdown()
         self._server.server_close()
+
+
+@contextmanager
+def hub_server(repositories: Mapping[str, Path]) -> Iterator[str]:
+    """A hub on 127.0.0.1 with some repositories: `models/OWNER/NAME` or `datasets/...` -> folder.
+
+    It has the addresses that huggingface_hub asks for; yields its own.
+    """
+    files = {
+        name: {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+        for name, folder in repositories.items()
+    }
+    commits = {name: hashlib.sha1(name.encode()).hexdigest() for name in repositories}
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def _answer(self, *, with_body: bool) -> None:
+            path = unquote(self.path.partition("?")[0]).strip("/")
+            for name, listed in files.items():
+                kind, _, repo = name.partition("/")
+                own = repo if kind == "models" else name
+                for revision in ("main", commits[name]):
+                    if path == f"api/{name}/revision/{revision}":
+                        about = {"id": repo, "sha": commits[name], "siblings": []}
+                        return self._send(json.dumps(about).encode(), name, with_body)
+                    if path == f"api/{name}/tree/{revision}":
+                        tree = [
+                            {"type": "file", "path": p, "size": f.stat().st_size, "oid": _oid(f)}
+                            for p, f in listed.items()
+                        ]
+                        return self._send(json.dumps(tree).encode(), name, with_body)
+                    wanted = path.removeprefix(f"{own}/resolve/{revision}/")
+                    if wanted != path and wanted in listed:
+                        file = listed[wanted]
+                        return self._send(file.read_bytes(), name, with_body, _oid(file))
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def _send(self, body: bytes, name: str, with_body: bool, oid: str = "x") -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", f'"{oid}"')
+            self.send_header("X-Repo-Commit", commits[name])
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _oid(file: Path) -> str:
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

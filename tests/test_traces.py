@@ -104,7 +104,7 @@ def test_traces_of_a_server(
     assert run_here("datasets", "ingest", uri, "--name", "asked", "--version", "v1") == 0
     assert "identical to what is there" in capsys.readouterr().out
     (source,) = datasets.provenance("asked-v1")
-    assert source["file"] == "traces%3A%2Fasked%20before.jsonl"
+    assert source["origin"] == uri
     some = "test=traces:/asked before?filter=" + "tags.mlflow.traceName = 'mine'"
     assert run_here("datasets", "ingest", some, "--name", "some", "--version", "v1") == 0
     assert {n: s.count for n, s in datasets.get("some-v1").splits.items()} == {"test": 1}

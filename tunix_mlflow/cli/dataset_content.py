@@ -60,6 +60,8 @@ def show(
         click.echo(f"  parent: {manifest.parent}")
     for source in datasets.provenance(key):
         file = _printable(str(source["file"]))
+        if "origin" in source:
+            file += f" of {_printable(str(source['origin']))}"
         click.echo(f"  from {file}: {source['rows']} rows, sha256 {source['sha256']}")
     tokenizer = _tokenizer(base) if mask else None
     for example in examples:

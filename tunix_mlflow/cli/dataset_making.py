@@ -15,6 +15,7 @@ from tunix_mlflow.cli.arguments import Number
 from tunix_mlflow.cli.dataset_arguments import filters, pairs, shares
 
 if TYPE_CHECKING:
+    from tunix_mlflow.data.datasets import LocalFiles
     from tunix_mlflow.runtime.report import Reporter
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -92,7 +93,7 @@ def build(
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, metavar="[SPLIT=]PATH|traces:/...")
+@click.argument("files", nargs=-1, required=True, metavar="[SPLIT=]PATH|URI...")
 @_key
 @click.option("--format", "form", default="auto", show_default=True, help="One of the above.")
 @click.option(
@@ -136,10 +137,11 @@ def ingest(
     """Store the examples of files as a dataset: all of them, or none.
 
     JSON (a row a line, or an array), CSV, TSV, Parquet, Arrow or text files, compressed or not
-    (.gz, .zst, .bz2, .xz), or folders of them, such as Hugging Face `datasets` folders; or
-    traces:/EXPERIMENT?filter=FILTER for MLflow's own traces, which become messages. Splits come
-    from a row's `split`, from SPLIT=PATH, or from the names of several files (train,
-    validation, test); without any, a tenth of the prompts becomes `validation` and a tenth `test`.
+    (.gz, .zst, .bz2, .xz), or folders of them, such as Hugging Face `datasets` folders. A URI is
+    hf://datasets/OWNER/NAME@REVISION, or traces:/EXPERIMENT?filter=FILTER for MLflow's own traces,
+    which become messages. Splits come from a row's `split`, from SPLIT=PATH, or from the names of
+    several files (train, validation, test); without any, a tenth of the prompts becomes
+    `validation` and a tenth `test`.
 
     \b
     FORMAT is auto, or one of
@@ -159,10 +161,11 @@ def ingest(
     config = load_config(config_file, dict(pairs(settings, "--set")))
     key = f"{name}-{version}"
     rejected = (rejects or Path(f"{key}.rejects.jsonl")) if skip_bad or rejects else None
-    with Terminal() as reporter, _as_files(files, reporter) as names:
+    with Terminal() as reporter, _as_files(files, reporter) as given:
         result = operations.ingest(
-            names,
+            given.names,
             key,
+            origins=given.origins,
             form=form,
             mapping=dict(pairs(mapping, "--map")),
             splits=shares(split) if split else None,
@@ -202,11 +205,13 @@ def ingest(
     _echo_built(result, False)
 
 
-def _as_files(named: Sequence[str], reporter: Reporter) -> AbstractContextManager[Sequence[str]]:
-    """Return the files with those that traces are read into; MLflow is loaded for such alone."""
-    if not any("traces:/" in word for word in named):
-        return nullcontext(named)
-    from tunix_mlflow.pipelines.ingest_traces import as_files
+def _as_files(named: Sequence[str], reporter: Reporter) -> AbstractContextManager[LocalFiles]:
+    """Return the files with those of URIs; what that needs is loaded for such alone."""
+    from tunix_mlflow.data.datasets import LocalFiles
+
+    if not any(scheme in word for word in named for scheme in ("traces:/", "hf://")):
+        return nullcontext(LocalFiles(list(named), {}))
+    from tunix_mlflow.pipelines.remote_files import as_files
 
     return as_files(named, reporter)
 

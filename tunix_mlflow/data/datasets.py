@@ -35,6 +35,13 @@ class Built(NamedTuple):
     created: bool
 
 
+class LocalFiles(NamedTuple):
+    """Arguments of an ingest, all of which are here."""
+
+    names: list[str]  # paths and SPLIT=PATH
+    origins: dict[str, str]  # file or folder -> the URI that it was read from
+
+
 class Ingested(NamedTuple):
     """The result of an ingest."""
 
@@ -137,6 +144,7 @@ def ingest(
     splits: Mapping[str, float] | None = None,
     limits: LimitsConfig | None = None,
     encoding: str | None = None,
+    origins: Mapping[str, str] | None = None,
     skip_bad: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Ingested:
@@ -153,6 +161,7 @@ def ingest(
             statistics have `validation_from_train`.
         limits: maximum lengths; None for the defaults.
         encoding: of text files; None: UTF-8.
+        origins: file or folder -> the URI that it was read from, for the provenance.
         skip_bad: leave bad rows out, and write them to this file with the reasons.
         progress: called with bytes done and bytes in all.
 
@@ -202,9 +211,11 @@ def ingest(
             request["at_least_one"] = True
         now = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"ingested_at": now, "version": importlib.metadata.version("tunix-mlflow")}
-        manifest, created = store.ingest(
-            path, stage, key, request, [source | about for source in parsed.sources]
-        )
+        provenance = [
+            {**read, **about, **_origin(source.path, origins or {})}
+            for source, read in zip(sources, parsed.sources, strict=True)
+        ]
+        manifest, created = store.ingest(path, stage, key, request, provenance)
         duplicates = stage.rows - manifest.count
         rows = sum(source["rows"] for source in parsed.sources)
     if skip_bad is not None:
@@ -212,6 +223,12 @@ def ingest(
             parsing.write_rejects(out, rejects)
     _snapshot_if_small(manifest)
     return Ingested(manifest, created, parsed.form, rows, duplicates, len(rejects), parsed.unused)
+
+
+def _origin(path: Path, origins: Mapping[str, str]) -> dict[str, str]:
+    """Return the URI that a file came from, as a part of its provenance."""
+    found = [uri for place, uri in origins.items() if path.is_relative_to(place)]
+    return {"origin": found[0]} if found else {}
 
 
 def build(key: str, selection: Selection) -> Built:

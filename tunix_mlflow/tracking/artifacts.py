@@ -14,6 +14,7 @@ from tunix_mlflow.config.schema import Config
 from tunix_mlflow.errors import ModelError, TrackingError
 from tunix_mlflow.models import bundle as bundles
 from tunix_mlflow.models.hub import base as bases
+from tunix_mlflow.models.hub import download as hub
 from tunix_mlflow.models.hub import export
 from tunix_mlflow.models.hub.base import Base
 from tunix_mlflow.tracking import store
@@ -26,8 +27,11 @@ _SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
 def anchored(config: Config) -> Config:
     """A configuration whose `base` means the same in every folder, and at every time.
 
-    A registered model is named by the logged model that its version or alias stands for now.
+    A registered model is named by the logged model that its version or alias stands for now, a
+    model on a hub by the commit.
     """
+    if config.base is not None and config.base.startswith(hub.SCHEME):
+        return msgspec.structs.replace(config, base=hub.download(config.base).uri)
     if config.base is None or config.base.startswith(_SCHEMES):
         return config if config.base is None else _of_logged_model(config, config.base)
     return msgspec.structs.replace(config, base=str(Path(config.base).expanduser().absolute()))
@@ -45,7 +49,7 @@ def _of_logged_model(config: Config, base: str) -> Config:
 
 @contextmanager
 def local(place: str) -> Iterator[Path]:
-    """A path as it is, or a copy of what runs:/, models:/ or mlflow-artifacts:/ names.
+    """A path as it is, or a copy of what runs:/, models:/, mlflow-artifacts:/ or hf:// names.
 
     Of a model that was logged the copy is in Hugging Face's layout, with adapters merged.
 
@@ -58,6 +62,9 @@ def local(place: str) -> Iterator[Path]:
         IntegrityError: if it is a damaged model.
         ModelError: if it is a model whose tokens are bytes.
     """
+    if place.startswith(hub.SCHEME):
+        yield hub.download(place).folder
+        return
     if not place.startswith(_SCHEMES):
         yield Path(place).expanduser()
         return
