@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.files import make
+from tests.files import hostile, make
 from tunix_mlflow.cli.dataset_content import readable
 from tunix_mlflow.data import datasets, snapshot
 from tunix_mlflow.errors import DatasetError
 
+HOSTILE = hostile.files()
 FILES = {file.name: file for file in make.files()}
 
 
@@ -35,6 +37,25 @@ def test_a_file(name: str, tmp_path: Path) -> None:
     for text in file.says:
         assert text in shown, shown
     assert datasets.verify("one-v1").ok
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file(name: str, tmp_path: Path) -> None:
+    """It is refused in one line that names it, in bounded memory, and nothing is stored."""
+    path = tmp_path / name
+    path.write_bytes(HOSTILE[name])
+    tracemalloc.start()
+    try:
+        with pytest.raises(DatasetError, match=name) as caught:
+            datasets.ingest(path, "one-v1")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 64_000_000
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 3_000
+    with pytest.raises(DatasetError, match="is not in"):
+        datasets.get("one-v1")
 
 
 def test_the_same_rows_are_the_same_dataset(tmp_path: Path) -> None:

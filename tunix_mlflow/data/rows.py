@@ -33,7 +33,8 @@ from tunix_mlflow.files import one_line
 
 _CHUNK = 1 << 20
 _STRUCTURE = re.compile(rb'["{}\[\]]')
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# Possessive: one that does not end is not tried again, which would take memory for each character.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _BETWEEN = re.compile(rb"[\s,\[\]]*")
 _DELIMITERS = ",;\t|"
 
