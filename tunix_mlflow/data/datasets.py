@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from tunix_mlflow import files, paths
 from tunix_mlflow.config.schema import LimitsConfig
 from tunix_mlflow.data import export as exports
-from tunix_mlflow.data import formats, parsing, seeds, snapshot, staging
+from tunix_mlflow.data import formats, parsing, seeds, shared_keys, snapshot, staging
 from tunix_mlflow.data import manifest as manifests
 from tunix_mlflow.data.catalog import diff as catalog_diff
 from tunix_mlflow.data.catalog import read, store
@@ -130,7 +132,9 @@ def seed(
     }
     with staging.new_stage() as stage:
         stage.add_all(seeds.examples(generator, seed=seed, count=count))
-        built = Built(*store.ingest(paths.catalog_path(), stage, stored_as, request, []))
+        built = Built(
+            *store.ingest(paths.catalog_path(), stage, stored_as, request, [], shared_keys.claim)
+        )
     _snapshot_if_small(built.manifest)
     return built
 
@@ -215,7 +219,7 @@ def ingest(
             {**read, **about, **_origin(source.path, origins or {})}
             for source, read in zip(sources, parsed.sources, strict=True)
         ]
-        manifest, created = store.ingest(path, stage, key, request, provenance)
+        manifest, created = store.ingest(path, stage, key, request, provenance, shared_keys.claim)
         duplicates = stage.rows - manifest.count
         rows = sum(source["rows"] for source in parsed.sources)
     if skip_bad is not None:
@@ -244,13 +248,15 @@ def build(key: str, selection: Selection) -> Built:
         raise DatasetError("`all` takes no limit; select latest or random")
     if not paths.catalog_path().exists():
         raise DatasetError(f"there is no catalog at {paths.catalog_path()} yet; ingest first")
-    built = Built(*store.build(paths.catalog_path(), key, selection))
+    built = Built(*store.build(paths.catalog_path(), key, selection, shared_keys.claim))
     _snapshot_if_small(built.manifest)
     return built
 
 
 def get(key: str) -> Manifest:
     """Return the manifest of a key, or of the snapshot with a digest.
+
+    A key that is not in the catalog may be a colleague's; see shared_keys.
 
     Raises:
         DatasetError: if there is none, naming those that there are.
@@ -259,6 +265,8 @@ def get(key: str) -> Manifest:
         return snapshot.index(key).manifest
     manifests.parse_key(key)
     manifest = read.find(paths.catalog_path(), key)
+    if manifest is None and (digest := shared_keys.find(key)) is not None:
+        manifest = msgspec.structs.replace(snapshot.index(digest).manifest, key=key)
     if manifest is None:
         raise DatasetError(read.not_found(key, paths.catalog_path()))
     return manifest
@@ -305,10 +313,15 @@ def ready(key: str, announce: Callable[[str], None] = lambda message: None) -> M
             raise IntegrityError(f"the snapshot {key[:12]} is damaged: {'; '.join(damage)}")
         return snapshot.index(key).manifest
     manifests.parse_key(key)
-    if read.find(paths.catalog_path(), key) is None and key in seeds.names():
-        built = seed(key)
-        announce(f"seeded {key}: {built.manifest.count} examples")
+    if read.find(paths.catalog_path(), key) is None:
+        if (digest := shared_keys.find(key)) is not None:
+            announce(f"dataset {key} is {digest[:16]} of {paths.snapshot_root()}")
+            return msgspec.structs.replace(ready(digest, announce), key=key)
+        if key in seeds.names():
+            built = seed(key)
+            announce(f"seeded {key}: {built.manifest.count} examples")
     manifest = get(key)
+    shared_keys.claim(manifest)
     report = verify(key)
     if not report.ok:
         raise Refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +63,7 @@ def ingest(
     key: str,
     request: dict[str, Any],
     sources: list[dict[str, Any]],
+    claim: Callable[[Manifest], None] = lambda manifest: None,
 ) -> tuple[Manifest, bool]:
     """Store staged examples and the dataset of them, in one transaction.
 
@@ -71,6 +73,7 @@ def ingest(
         key: of the dataset.
         request: how the dataset was made; its `splits` are used, its `content` is added.
         sources: provenance.
+        claim: called before anything of it is kept; what it raises ends the transaction.
 
     Returns:
         The manifest, and False if that very one was stored already and nothing was changed.
@@ -103,10 +106,15 @@ def ingest(
         )
         manifest = _manifest_of_chosen(con, key, request, None, content=True)
         manifest.stats["duplicates_dropped"] = stage.rows - manifest.count
-        return _insert_manifest(con, manifest, sources)
+        return _insert_manifest(con, manifest, sources, claim)
 
 
-def build(path: Path, key: str, selection: Selection) -> tuple[Manifest, bool]:
+def build(
+    path: Path,
+    key: str,
+    selection: Selection,
+    claim: Callable[[Manifest], None] = lambda manifest: None,
+) -> tuple[Manifest, bool]:
     """Make a dataset of the examples that a selection matches.
 
     Examples keep the split that they have in the parent dataset, if one is named, or else the
@@ -154,7 +162,8 @@ def build(path: Path, key: str, selection: Selection) -> tuple[Manifest, bool]:
         )
         if not con.execute("SELECT count(*) FROM chosen").fetchall()[0][0]:
             raise DatasetError("no example in the catalog meets the request; loosen its filters")
-        return _insert_manifest(con, _manifest_of_chosen(con, key, request, parent), [])
+        manifest = _manifest_of_chosen(con, key, request, parent)
+        return _insert_manifest(con, manifest, [], claim)
 
 
 def unreferenced(path: Path, *, remove: bool) -> tuple[int, int]:
@@ -225,7 +234,10 @@ def _statistics(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
 
 
 def _insert_manifest(
-    con: duckdb.DuckDBPyConnection, manifest: Manifest, sources: list[dict[str, Any]]
+    con: duckdb.DuckDBPyConnection,
+    manifest: Manifest,
+    sources: list[dict[str, Any]],
+    claim: Callable[[Manifest], None],
 ) -> tuple[Manifest, bool]:
     have = read.find_in(con, manifest.key)
     if have is not None:
@@ -236,6 +248,7 @@ def _insert_manifest(
             f"dataset {manifest.key} is already built with digest {have.digest[:16]}, and this one"
             f" has {manifest.digest[:16]} ({what}); give it a new version"
         )
+    claim(manifest)
     now = datetime.now(UTC).replace(tzinfo=None)
     con.execute(
         "INSERT INTO manifests VALUES (?, ?, ?)",
