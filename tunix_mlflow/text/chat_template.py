@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import datetime
 import functools
 import json
@@ -28,6 +29,11 @@ ADDED = "added_tokens_decoder"
 """Key of the settings: id -> token, for each that was added to the tokenizer."""
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private characters around what a template marks
 FILES = (TEMPLATE, TOOL_TEMPLATE)
+_COUNTED = "_counted_turns"  # called with what each loop goes over
+_TURNS = 1_000_000  # of all loops of a rendering; conversations have some thousands
+_turns_left = contextvars.ContextVar("turns_left", default=_TURNS)
+_REPEATED = 10_000_000  # characters or items
+_LARGEST, _EXPONENT = 1_000_000, 64
 
 
 class Marked(NamedTuple):
@@ -170,6 +176,7 @@ class ChatTemplate:
             said = json.dumps([messages, tools], ensure_ascii=False)
             if _OPEN in said or _CLOSE in said:
                 raise DatasetError("a message has the private characters U+E0F0 or U+E0F1")
+        _turns_left.set(_TURNS)
         try:
             return _compiled(source).render(
                 messages=messages,
@@ -299,6 +306,46 @@ def _environment() -> jinja2.Environment:
             marks = [nodes.Output([nodes.TemplateData(mark)]) for mark in (_OPEN, _CLOSE)]
             return nodes.Scope([marks[0], *body, marks[1]]).set_lineno(line)
 
+    class Bounded(ImmutableSandboxedEnvironment):
+        """A sandbox in which loops and repeated texts end."""
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def _parse(self, *arguments: Any) -> nodes.Template:
+            tree = super()._parse(*arguments)
+            for loop in tree.find_all(nodes.For):
+                loop.iter = nodes.Call(nodes.Name(_COUNTED, "load"), [loop.iter], [], None, None)
+            tree.set_environment(self)
+            return tree
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "**" and not (abs(left) <= _LARGEST and abs(right) <= _EXPONENT):
+                raise OverflowError("a power that is too large")
+            for repeated, times in ((left, right), (right, left)):
+                is_text = isinstance(repeated, str | list | tuple) and isinstance(times, int)
+                if is_text and len(repeated) * times > _REPEATED:
+                    raise OverflowError("a text or list that is too long")
+            return super().call_binop(context, operator, left, right)
+
+    def counted(items: Any) -> Any:
+        """Take the turns of a loop from those that are left; once for what has a length."""
+        try:
+            take(len(items))
+        except TypeError:  # made while it is read, or nothing to loop over, which the loop says
+            return one_by_one(items) if hasattr(items, "__next__") else items
+        return items
+
+    def one_by_one(items: Any) -> Any:
+        for item in items:
+            take(1)
+            yield item
+
+    def take(turns: int) -> None:
+        left = _turns_left.get() - turns
+        if left < 0:
+            raise OverflowError(f"more than {_TURNS:,} turns of its loops")
+        _turns_left.set(left)
+
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
@@ -317,9 +364,10 @@ def _environment() -> jinja2.Environment:
             sort_keys=sort_keys,
         )
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = Bounded(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
+    environment.globals[_COUNTED] = counted
     return environment
