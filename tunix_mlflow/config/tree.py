@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import yaml
@@ -110,12 +110,16 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
+    met: set[Any] = set()
+    for named, _ in node.value:
+        key = loader.construct_object(named, deep=True)
+        if not isinstance(key, Hashable):
+            continue  # construct_mapping says so
+        if key in met:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {key!r} is given twice", node.start_mark
             )
+        met.add(key)
     return loader.construct_mapping(node, deep=True)
 
 
