@@ -13,7 +13,7 @@ PEERS := .venv-peers
 OLDEST := .venv-oldest
 TRAINERS := tunix_mlflow/benchmarks/trainers
 
-.PHONY: help venv demo test test-install test-weights golden templates exports faults peers lock-peers lint format lock wheel clean
+.PHONY: help venv demo test fuzz test-install test-weights golden templates exports faults peers lock-peers lint format lock wheel clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,6 +31,9 @@ demo: venv  ## seed, train, evaluate, register and promote a model in ./.demo
 
 test: venv  ## the tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+fuzz: venv  ## ten thousand random rows, templates and configurations
+	FUZZ=3400 $(BIN)/python -m pytest -q -n 2 tests/test_fuzz.py
 
 test-install: venv  ## the tests that build environments: uv, and the wheel in an empty one
 	$(BIN)/python -m pytest -q -n 2 -m install tests/test_install.py

@@ -128,8 +128,11 @@ def from_preference(known: Row, limits: LimitsConfig) -> Example:
             raise ValueError("expected true or false - at `$.label`")
         return msgspec.structs.replace(from_prompt_completion(known, limits), label=bool(label))
     both = {name: _turns(known.pop(name), f"$.{name}") for name in ("chosen", "rejected")}
-    prompt = known.pop(_first(known, PROMPTS), None)
+    field = _first(known, PROMPTS)
+    prompt = known.pop(field, None)
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if asked is not None and not isinstance(asked, list):
+        raise ValueError(f"expected a text or a list of messages - at `$.{field}`")
     if asked is None:
         pairs = enumerate(zip(*both.values(), strict=False))
         same = next((i for i, (a, b) in pairs if a != b), min(map(len, both.values())))
