@@ -33,6 +33,7 @@ def test_a_file(name: str, tmp_path: Path) -> None:
         return
     done = datasets.ingest(path, "one-v1", **file.options)
     assert (done.form, done.manifest.count, done.rejected) == (file.form, file.examples, 0)
+    assert done.rows == file.examples
     shown = readable(datasets.first_example("one-v1"))
     for text in file.says:
         assert text in shown, shown

@@ -173,7 +173,7 @@ def read_files(
                 "file": source.path.name,
                 "sha256": digest.result(),
                 "bytes": size,
-                "rows": lines,
+                "rows": sum(outcome.kept + len(outcome.bad) for outcome in outcomes),
                 "rejected": sum(len(outcome.bad) for outcome in outcomes),
                 "split": source.split,
             }
