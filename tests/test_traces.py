@@ -80,6 +80,9 @@ def test_traces_of_a_server(
     """Messages, calls, tools, expectation and feedback; the same dataset when read again."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     mlflow.set_tracking_uri(server.uri)
+    # Both are set by the next call, and put back at the end of the test.
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")
+    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
     mlflow.set_experiment("asked before")
     ids = record()
     uri = "traces:/asked before"
