@@ -17,6 +17,7 @@ from tunix_mlflow.data import datasets, formats, json_text, snapshot
 from tunix_mlflow.data.examples import Example, example_id
 from tunix_mlflow.errors import DatasetError
 from tunix_mlflow.evaluation import scoring
+from tunix_mlflow.input.tokens import encode_examples
 from tunix_mlflow.models import bundle as bundles
 from tunix_mlflow.models import decoder
 from tunix_mlflow.models.hub import pretrained
@@ -394,6 +395,34 @@ def test_a_row_that_is_refused_is_not_in_the_loss() -> None:
     assert held_out_loss(bundle, [*rows, long], 64).truncated == 1
     with pytest.raises(DatasetError, match="division by zero"):
         held_out_loss(bundle, [refused], 64)
+
+
+def test_an_example_is_refused_whole() -> None:
+    """With data.turns=expand, where only one of its turns is: no part of it stays."""
+    strict = PLAIN.replace(
+        "{{ m.content }}", "{{ raise_exception('no') if m.content == 'b' else m.content }}"
+    )
+    made = HubTokenizer(files(strict), "the model")
+    said = [("user", "q"), ("assistant", "a"), ("user", "r")]
+    rows = [read(chat(*said, ("assistant", last))) for last in ("b", "c")]
+    refused: list[str] = []
+    tokenized = encode_examples(rows, made, DataConfig(turns="expand"), refused)
+    assert (tokenized.count, len(refused)) == (2, 1)
+    with pytest.raises(DatasetError, match=r"example [0-9a-f-]+ \('r'\): the model"):
+        encode_examples(rows, made, DataConfig(turns="expand"))
+
+
+def test_tokens_that_the_model_has_no_row_for() -> None:
+    """A name in the settings alone gets an id beyond the table, and is not written."""
+    settings = {"bos_token": "<new>", "eos_token": "<|stop|>", "pad_token": "<newer>"}
+    given = files(None) | {"tokenizer_config.json": json.dumps(settings).encode()}
+    size = HubTokenizer(files(None), "the model").vocab_size
+    made = HubTokenizer(given, "the model", size)
+    row = read({"text": "Once."}, "text")
+    ids = made.encode_example(row, DataConfig()).ids
+    assert made.decode(ids, skip_special_tokens=False) == "Once.<|stop|>"
+    assert max(*ids, made.pad_id, made.own_eos_id, *made.eos_ids) < size
+    assert HubTokenizer(given, "the model").encode_example(row, DataConfig()).ids[0] >= size
 
 
 def test_a_call_with_a_text_is_not_compared() -> None:

@@ -36,6 +36,11 @@ ODD: list[Any] = [
 ]
 
 
+def check_time(started: float) -> None:
+    """`make fuzz` counts what hangs; in `make test` a busy machine is no failure."""
+    assert "FUZZ" not in os.environ or time.monotonic() - started < LONGEST_SECONDS
+
+
 def seeds() -> list[dict[str, Any]]:
     """Rows of every form, to begin with."""
     found: list[dict[str, Any]] = []
@@ -82,7 +87,7 @@ def test_rows() -> None:
         else:
             taken += 1
             assert from_canonical(text) == example or canonical_bytes(from_canonical(text)) == text
-        assert time.monotonic() - started < LONGEST_SECONDS
+        check_time(started)
     assert taken > COUNT // 10
 
 
@@ -109,7 +114,7 @@ def test_templates() -> None:
         else:
             rendered += 1
             assert len(ids) == len(trained)
-        assert time.monotonic() - started < LONGEST_SECONDS
+        check_time(started)
     assert rendered > COUNT // 20
 
 
@@ -138,7 +143,7 @@ def test_configurations(tmp_path: Path) -> None:
             assert "\n" not in str(error)
         else:
             taken += 1
-        assert time.monotonic() - started < LONGEST_SECONDS
+        check_time(started)
     assert taken > COUNT // 20
 
 

@@ -108,9 +108,13 @@ def test_traces_of_a_server(
     assert "identical to what is there" in capsys.readouterr().out
     (source,) = datasets.provenance("asked-v1")
     assert source["origin"] == uri
-    some = "test=traces:/asked before?filter=" + "tags.mlflow.traceName = 'mine'"
+    some = "test=traces:/asked before?filter=trace.name LIKE 'min%'"
     assert run_here("datasets", "ingest", some, "--name", "some", "--version", "v1") == 0
     assert {n: s.count for n, s in datasets.get("some-v1").splits.items()} == {"test": 1}
+    # The filter is not decoded: %6d is a wildcard and "6d", not "m".
+    none = f"{uri}?filter=trace.name LIKE '%6d%'"
+    assert run_here("datasets", "ingest", none, "--name", "none", "--version", "v1") == 2
+    assert "has no trace that can be used" in capsys.readouterr().err
 
 
 def test_traces_that_are_not_there(store: str, capsys: pytest.CaptureFixture[str]) -> None:

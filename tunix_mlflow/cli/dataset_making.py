@@ -237,5 +237,5 @@ def plain(manifest: Any) -> dict[str, Any]:
     """Return a manifest as JSON has it."""
     import msgspec
 
-    plain: dict[str, Any] = msgspec.to_builtins(manifest)
-    return plain
+    tree: dict[str, Any] = msgspec.to_builtins(manifest)
+    return tree

@@ -63,7 +63,7 @@ def recognise(row: Mapping[str, Any]) -> str:
         return "instruction"
     if "question" in have and have & {"answer", "answers"}:
         return "question-answer"
-    if asks and says - asks:
+    if asks and says:
         return "prompt-completion"
     if "text" in have:
         return "text"

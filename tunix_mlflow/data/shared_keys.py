@@ -3,8 +3,9 @@
     keys/KEY.json     {"digest", "key"}, created once and never changed
 
 Only with TUNIX_MLFLOW_SNAPSHOTS. A key is claimed when its dataset is stored or first used: of two
-who claim it with different datasets one wins, and the other is told both digests. Whoever has the
-root uses the dataset by its key, without a catalog.
+who claim it with different datasets one wins, and the other is told both digests; on a file system
+that cannot create a file exclusively, when it is used next. Whoever has the root uses the dataset
+by its key, without a catalog.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import msgspec
 from fsspec.implementations.local import LocalFileSystem
 from msgspec import Struct
 
 from tunix_mlflow import paths
+from tunix_mlflow.data import snapshot
 from tunix_mlflow.data.manifest import Manifest
 from tunix_mlflow.errors import DatasetError, TunixMlflowError, UnavailableError
 from tunix_mlflow.files import one_line
@@ -43,18 +45,12 @@ def claim(manifest: Manifest) -> None:
     if not _is_shared():
         return
     content = msgspec.json.encode(_Claim(manifest.digest, manifest.key))
-    try:
+    with _failures(f"cannot claim {manifest.key}"):
         system, path = _place(manifest.key)
         if not system.exists(path):
             with contextlib.suppress(FileExistsError):
                 _create(system, path, content)
         digest = _read(system, path).digest
-    except TunixMlflowError:
-        raise
-    except Exception as error:  # each file system has errors of its own
-        raise UnavailableError(
-            f"cannot claim {manifest.key} in {paths.snapshot_root()}: {one_line(error, 300)}"
-        ) from error
     if digest != manifest.digest:
         raise DatasetError(
             f"dataset {manifest.key} has digest {digest[:16]} in {paths.snapshot_root()}, and this"
@@ -70,15 +66,21 @@ def find(key: str) -> str | None:
     """
     if not _is_shared():
         return None
-    try:
+    with _failures(f"cannot look for {key}"):
         system, path = _place(key)
         return _read(system, path).digest if system.exists(path) else None
+
+
+@contextlib.contextmanager
+def _failures(what: str) -> Iterator[None]:
+    """Turn what goes wrong with the root into an UnavailableError."""
+    try:
+        yield
     except TunixMlflowError:
         raise
     except Exception as error:  # each file system has errors of its own
-        raise UnavailableError(
-            f"cannot look for {key} in {paths.snapshot_root()}: {one_line(error, 300)}"
-        ) from error
+        reason = one_line(error, 300)
+        raise UnavailableError(f"{what} in {paths.snapshot_root()}: {reason}") from error
 
 
 def _is_shared() -> bool:
@@ -86,13 +88,8 @@ def _is_shared() -> bool:
 
 
 def _place(key: str) -> tuple[Any, str]:
-    try:
-        system, path = fsspec.core.url_to_fs(paths.snapshot_root())
-    except (ImportError, ValueError) as error:
-        raise DatasetError(
-            f"{paths.SNAPSHOTS_VARIABLE}={paths.snapshot_root()}: {error}"
-        ) from error
-    return system, f"{path.rstrip('/')}/{_FOLDER}/{key}.json"
+    system, path = snapshot.file_system()
+    return system, f"{path}/{_FOLDER}/{key}.json"
 
 
 def _create(system: Any, path: str, content: bytes) -> None:
@@ -114,7 +111,7 @@ def _create(system: Any, path: str, content: bytes) -> None:
         # Object stores create an object on condition that there is none; see their packages.
         with system.open(path, "xb") as out:
             out.write(content)
-    except (NotImplementedError, ValueError):  # this one cannot: the last of two at once wins
+    except (NotImplementedError, ValueError):  # this one cannot: of two at once the last one stays
         system.pipe_file(path, content)
 
 

@@ -331,13 +331,22 @@ def _root() -> str | None:
 
 
 def _remote(digest: str) -> tuple[Any, str]:
-    root = _root()
-    assert root is not None
+    system, path = file_system()
+    return system, f"{path}/{digest}"
+
+
+def file_system() -> tuple[Any, str]:
+    """Return what the snapshot root is reached by, and the path of the root there.
+
+    Raises:
+        DatasetError: if no package here knows such a root.
+    """
+    root = paths.snapshot_root()
     try:
         system, path = fsspec.core.url_to_fs(root)
     except (ImportError, ValueError) as error:
         raise DatasetError(f"{paths.SNAPSHOTS_VARIABLE}={root}: {error}") from error
-    return system, f"{path.rstrip('/')}/{digest}"
+    return system, path.rstrip("/")
 
 
 def _remote_has(digest: str) -> bool:

@@ -74,7 +74,7 @@ def lay_out_rows(tokenized: TokenizedExamples, config: DataConfig, length: int) 
     if not len(kept):
         raise DatasetError(
             f"none of the {tokenized.count} examples has a token to train on:"
-            " no message that data.turns and the rows' marks leave has one, or it was cut off; see"
+            " what data.turns and the marks in the rows leave is empty, or was cut off; see"
             " `tunix-mlflow datasets show KEY --mask`"
         )
     if config.packing:

@@ -78,15 +78,18 @@ def encode_examples(
     def encoded() -> Iterator[tuple[Ids, Mask]]:
         for index, example in enumerate(examples):
             met: set[tuple[str, bool]] = set()
-            for part in select_turns(example, config.turns):
-                try:
-                    ids, trained, findings = tokenizer.encode_example(part, config)
-                except (DatasetError, ModelError) as error:
-                    line = f"example {example_id(example)} ({example.prompt[:40]!r}): {error}"
-                    if refused is None:
-                        raise type(error)(line) from error
-                    refused.append(line)
-                    break
+            try:
+                parts = [
+                    tokenizer.encode_example(part, config)
+                    for part in select_turns(example, config.turns)
+                ]
+            except (DatasetError, ModelError) as error:
+                line = f"example {example_id(example)} ({example.prompt[:40]!r}): {error}"
+                if refused is None:
+                    raise type(error)(line) from error
+                refused.append(line)
+                continue
+            for ids, trained, findings in parts:
                 yield ids, trained
                 for finding in findings:
                     key = finding.kind, finding.refuses

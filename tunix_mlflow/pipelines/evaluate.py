@@ -130,11 +130,14 @@ def evaluate(
         if reason:
             reporter.info(f"{reason}: the figure is on this run only, and counts for no gate")
         loss, left_out = _held_out_loss(bundle, read, chosen.batch_size, reporter)
-        if left_out is not None:
+        measured = {} if loss is None else {"eval/loss": loss}
+        if left_out is not None:  # such a loss is on the run only
             run.set_tags({"tunix_mlflow.not_in_loss": left_out})
+            run.log_metrics(measured)
+            measured = {}
         run.log_metrics(
             {
-                **({} if loss is None else {"eval/loss": loss}),
+                **measured,
                 **_figures(share),
                 "eval/examples": float(len(examples)),
                 "eval/without_answer": float(without_answer),
@@ -149,8 +152,8 @@ def evaluate(
             f"{without_answer} of {len(read)} examples have no answer to compare with, as texts and"
             " calls of tools have not, and count in the loss alone"
         )
-    figures = _summary(loss, share, "" if trained_on else "held-out ")
-    reporter.info(f"{figures}, {len(read)} examples of {manifest.key}/{split}")
+    summary = _summary(loss, share, "" if trained_on else "held-out ")
+    reporter.info(f"{summary}, {len(read)} examples of {manifest.key}/{split}")
     return EvaluationResult(
         run_id=run.run_id,
         link=run.link,
@@ -202,7 +205,7 @@ def _held_out_loss(
     left_out = None
     if found.refused:
         left_out = f"{len(found.refused)} of {len(examples)}, first {found.refused[0]}"
-        reporter.info(f"loss: without {left_out}")
+        reporter.info(f"loss: without {left_out}: it is on this run only, and counts for no gate")
     for count, what in ((found.truncated, "cut"), (found.empty, "left out")):
         if count:
             reporter.info(f"loss: {count} of {len(examples)} examples are {what}")

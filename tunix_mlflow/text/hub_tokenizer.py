@@ -69,9 +69,8 @@ class HubTokenizer:
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.table_size = table_size or self.vocab_size
         self.eos_ids = self._read_eos_ids()
-        own = self._token_id(self.template.special_tokens.get("eos_token"))
+        own, pad_id = self._named_id("eos_token"), self._named_id("pad_token")
         self.own_eos_id = self.eos_ids[0] if own is None else own
-        pad_id = self._token_id(self.template.special_tokens.get("pad_token"))
         self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
         known = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {i for i, token in known.items() if token.special}
@@ -175,7 +174,7 @@ class HubTokenizer:
         """
         if is_text(example):
             begun = example.messages[-1].text if example.answer is not None else ""
-            bos = self._token_id(self.template.special_tokens.get("bos_token"))
+            bos = self._named_id("bos_token")
             before = [] if bos is None else [bos]
             return np.array([*before, *self._encode(begun)[1]], np.int32)
         text = self._prompt_text(example, config)
@@ -197,8 +196,7 @@ class HubTokenizer:
     def _encode_text(self, example: Example) -> Encoded:
         """Encode a text without turns, between the tokens that begin and end one."""
         encoding, listed = self._encode(example.messages[-1].text)
-        names = self.template.special_tokens
-        bos, eos = (self._token_id(names.get(name)) for name in ("bos_token", "eos_token"))
+        bos, eos = (self._named_id(name) for name in ("bos_token", "eos_token"))
         before, after = ([] if token is None else [token] for token in (bos, eos))
         ids = np.array([*before, *listed, *after], np.int32)
         trained = np.ones(len(ids), np.bool_)
@@ -366,7 +364,7 @@ class HubTokenizer:
         listed = value if isinstance(value, list) else [value] if value is not None else []
         if not all(isinstance(i, int) for i in listed):
             raise ModelError(f"{self.where}: eos_token_id of {GENERATION} is {value!r}")
-        own = self._token_id(self.template.special_tokens.get("eos_token"))
+        own = self._named_id("eos_token")
         eos_ids = sorted({i for i in [*listed, own, self._template_eos_id()] if i is not None})
         eos_ids = [i for i in eos_ids if i < self.table_size]
         if not eos_ids:
@@ -400,6 +398,11 @@ class HubTokenizer:
             if self.decode([token]).strip():
                 return None
         return None
+
+    def _named_id(self, name: str) -> int | None:
+        """Return the id of `bos_token` and the like; None: there is none that the model knows."""
+        token = self._token_id(self.template.special_tokens.get(name))
+        return token if token is not None and token < self.table_size else None
 
     def _token_id(self, token: str | None) -> int | None:
         return None if token is None else self._tokenizer.token_to_id(token)

@@ -61,10 +61,10 @@ class Conversation:
         Raises:
             ModelError: if another message is written inside the turn.
         """
-        prompt = self._rendered(self._messages[:index], add_generation_prompt=True)
+        prompt = self._rendered(self._messages[:index], add_generation_prompt=True) or ""
         is_last = index == len(self._messages) - 1
-        begins = bool(prompt) and self.text.startswith(str(prompt))
-        start = len(str(prompt)) if begins else self._start(index, prompt)
+        begins = prompt != "" and self.text.startswith(prompt)
+        start = len(prompt) if begins else self._start(index, prompt)
         if start is None:
             return None
         if is_last:
@@ -84,7 +84,7 @@ class Conversation:
         other = self._other(index)
         return None if other is None else _difference(self.text, other)
 
-    def _start(self, index: int, prompt: str | None) -> int | None:
+    def _start(self, index: int, prompt: str) -> int | None:
         """Return where a turn begins that its prompt does not lead up to.
 
         What stands between the message before and the turn is compared with how the prompt goes
@@ -102,7 +102,7 @@ class Conversation:
             if header is None or region.after > own.first:
                 return own.first
             return min(region.after + _common_prefix(self.text[region.after :], header), own.first)
-        return min(_common_prefix(self.text, prompt or ""), own.first)
+        return min(_common_prefix(self.text, prompt), own.first)
 
     def _stop(self, index: int, start: int, end_tokens: Sequence[str]) -> int:
         """Return where a turn ends: with the first end token between it and the next message."""
@@ -161,10 +161,10 @@ class Conversation:
             return None
 
 
-def _header(prompt: str | None, end: str) -> str | None:
+def _header(prompt: str, end: str) -> str | None:
     """Return how the prompt for a turn goes on after the message before, by how that ends."""
-    place = -1 if prompt is None or not end else prompt.rfind(end)
-    return None if prompt is None or place < 0 else prompt[place + len(end) :]
+    place = prompt.rfind(end) if end else -1
+    return None if place < 0 else prompt[place + len(end) :]
 
 
 def _probed(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote
 
+from mlflow.entities import TraceState
 from mlflow.exceptions import MlflowException
+from mlflow.tracing.constant import SpanAttributeKey
 
 from tunix_mlflow.errors import ConfigError, TrackingError
 from tunix_mlflow.tracking import store
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 SCHEME = "traces:/"
+_FILTER = "filter="
 _PAGE = 100
 _KNOWN = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning")
 _CHAT_MODELS = ("CHAT_MODEL", "LLM")
@@ -62,7 +65,7 @@ def to_row(trace: Trace) -> dict[str, Any]:
     Raises:
         ValueError: if it is not finished, or has no request or response.
     """
-    if str(trace.info.state) not in ("OK", "TraceState.OK"):
+    if trace.info.state != TraceState.OK:
         raise ValueError("it did not end well")
     span = _conversation_span(list(trace.data.spans))
     messages = [*_asked(span.inputs), _said(span.outputs)]
@@ -76,16 +79,16 @@ def to_row(trace: Trace) -> dict[str, Any]:
     meta |= {"expectations": expectations} if expectations else {}
     meta |= {"feedback": feedback} if feedback else {}
     row: dict[str, Any] = {"messages": messages, "meta": meta}
-    tools = span.get_attribute("mlflow.chat.tools") or _key(span.inputs, "tools")
+    tools = span.get_attribute(SpanAttributeKey.CHAT_TOOLS) or _key(span.inputs, "tools")
     return row | ({"tools": tools} if tools else {})
 
 
 def _parsed(uri: str) -> tuple[str, str | None]:
-    named, _, query = uri.removeprefix(SCHEME).partition("?")
-    given = parse_qs(query, keep_blank_values=True)
-    if not named or set(given) - {"filter"} or not all(len(v) == 1 for v in given.values()):
+    named, query, condition = uri.removeprefix(SCHEME).partition("?")
+    if not named or (query and not condition.startswith(_FILTER)):
         raise ConfigError(f"{uri}: expected {SCHEME}EXPERIMENT or {SCHEME}EXPERIMENT?filter=FILTER")
-    return unquote(named), given["filter"][0] if given else None
+    # The filter is taken as it is written: it may have + and %.
+    return unquote(named), condition.removeprefix(_FILTER) if query else None
 
 
 def _search(client: MlflowClient, experiment: str, condition: str | None) -> Iterator[Trace]:

@@ -68,7 +68,7 @@ def change_of_rate(
     what = f"training.steps={has}"
     if after[0].schedule_steps is not None:
         what = f"optimizer.schedule_steps={after[0].schedule_steps}"
-    ended = ", which has ended: all others have its last rate" if step >= length else ""
+    ended = ", which has ended: the remaining updates have its last rate" if step >= length else ""
     return (
         f"{what} changes the schedule: update {step} had a learning rate of"
         f" {float(goes_on[step - 1]):.3g}, and update {step + 1} has {following:.3g}."
