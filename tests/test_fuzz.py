@@ -27,18 +27,13 @@ from tunix_mlflow.errors import ConfigError, DatasetError, ModelError, TunixMlfl
 from tunix_mlflow.text.hub_tokenizer import HubTokenizer
 
 COUNT = int(os.environ.get("FUZZ", "60"))
-LONGEST_SECONDS = 10
+LONGEST_SECONDS = 10  # of this thread's own work: a busy machine is no hang
 ODD: list[Any] = [
     *(None, True, 0, -1, 2**70, 1e300, 0.1, float("nan"), float("inf")),
     *("", " ", "\n", "a\u0000b", "\ud800", "\u2028", "x" * 300, "e\u0301", "\x1b[31m", "../../x"),
     *("</think>", "{{ x }}", "<|im_end|>", "####", "\ue0f0", "NaN"),
     *([], {}, [[]], {"": ""}, [None], {"role": "user"}),
 ]
-
-
-def check_time(started: float) -> None:
-    """`make fuzz` counts what hangs; in `make test` a busy machine is no failure."""
-    assert "FUZZ" not in os.environ or time.monotonic() - started < LONGEST_SECONDS
 
 
 def seeds() -> list[dict[str, Any]]:
@@ -76,7 +71,7 @@ def test_rows() -> None:
         row = mutated(rng.choice(begin), rng)
         if not isinstance(row, dict):
             continue
-        started = time.monotonic()
+        started = time.thread_time()
         try:
             tree = json_text.parse(json.dumps(row))
             form = formats.recognise(tree)
@@ -87,7 +82,7 @@ def test_rows() -> None:
         else:
             taken += 1
             assert from_canonical(text) == example or canonical_bytes(from_canonical(text)) == text
-        check_time(started)
+        assert time.thread_time() - started < LONGEST_SECONDS
     assert taken > COUNT // 10
 
 
@@ -105,7 +100,7 @@ def test_templates() -> None:
             + rng.choice(["", other, "{% endfor %}", "}}", "{{ m", "\ue0f0"])
             + (one[cut + rng.randint(0, 9) :])
         )
-        started = time.monotonic()
+        started = time.thread_time()
         try:
             made = HubTokenizer(files(source), "the model")
             ids, trained, _ = made.encode_example(read(rng.choice(rows)), DataConfig())
@@ -114,7 +109,7 @@ def test_templates() -> None:
         else:
             rendered += 1
             assert len(ids) == len(trained)
-        check_time(started)
+        assert time.thread_time() - started < LONGEST_SECONDS
     assert rendered > COUNT // 20
 
 
@@ -136,14 +131,14 @@ def test_configurations(tmp_path: Path) -> None:
                 ["*a", "&a [*a]", "!!python/object:os.x", "\t", "{", "- "]
             )
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        started = time.monotonic()
+        started = time.thread_time()
         try:
             load_config(path)
         except ConfigError as error:
             assert "\n" not in str(error)
         else:
             taken += 1
-        check_time(started)
+        assert time.thread_time() - started < LONGEST_SECONDS
     assert taken > COUNT // 20
 
 
